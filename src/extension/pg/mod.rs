@@ -1,0 +1,2 @@
+//! The only module that may be unsafe: PostgreSQL's C interface behind safe functions.
+#![allow(unsafe_code)]
