@@ -5,3 +5,4 @@ pub mod decode;
 pub mod invalidation;
 pub mod memory;
 pub mod names;
+pub mod rows;
