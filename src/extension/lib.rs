@@ -7,4 +7,13 @@ pub mod apply;
 pub mod decode;
 pub mod pg;
 
+#[cfg(feature = "testing")]
+mod testing;
+
 ::pgrx::pg_module_magic!();
+
+#[cfg(feature = "testing")]
+#[pgrx::pg_guard]
+pub extern "C-unwind" fn _PG_init() {
+    testing::set_environment();
+}
