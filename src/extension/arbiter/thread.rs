@@ -7,7 +7,10 @@ use super::durable::{Batch, DurableOrder, Tuples};
 use super::event::{self, FinishOrder, LocalEvent};
 use crate::pg::shared::{self, EVENT_BYTES, NodeStatus, outcome, shared};
 use mesh::{MeshEvent, MeshHandle};
-use protocol::{Core, Decision, Effect, Effects, Gid, Input, Lsn, Message, Millis, NodeId, NodeSet, Outcome, Vote};
+use super::user_votes::{UserTally, UserVotes};
+use protocol::{
+    Core, Decision, Effect, Effects, Event, Gid, Input, Message, Millis, NodeId, NodeSet, Outcome, Refusal, Source, Vote,
+};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -74,9 +77,9 @@ pub struct Arbiter {
     pub tuples: Tuples,
     pub main: MainLink,
     pub mesh: MeshHandle,
-    /// Names of prepared transactions that are not their gid's text.
-    pub names: BTreeMap<Gid, String>,
-    pub started: Instant,
+    started: Instant,
+    effects: Effects,
+    user_votes: UserVotes,
     order: DurableOrder,
     /// Backends that wait for an outcome.
     waiting: BTreeMap<Gid, Waiting>,
@@ -102,7 +105,6 @@ impl Arbiter {
         tuples: Tuples,
         main: MainLink,
         mesh: MeshHandle,
-        names: BTreeMap<Gid, String>,
     ) -> Arbiter {
         Arbiter {
             node,
@@ -111,8 +113,9 @@ impl Arbiter {
             tuples,
             main,
             mesh,
-            names,
             started: Instant::now(),
+            effects: Effects::new(),
+            user_votes: UserVotes::default(),
             order: DurableOrder::default(),
             waiting: BTreeMap::new(),
             to_self: VecDeque::new(),
@@ -157,13 +160,14 @@ impl Arbiter {
     }
 
     fn now(&self) -> Millis {
-        Millis(self.started.elapsed().as_millis() as u64)
+        self.started.elapsed().as_millis() as Millis
     }
 
     fn input(&mut self, input: Input) {
-        let mut effects = Effects::default();
+        let mut effects = std::mem::take(&mut self.effects);
         self.core.handle(self.now(), input, &mut effects);
-        self.carry_out(effects);
+        self.carry_out(effects.drain());
+        self.effects = effects;
     }
 
     /// Messages to ourselves, then the batch of records.
@@ -190,27 +194,27 @@ impl Arbiter {
 
     fn on_local(&mut self, event: LocalEvent) {
         match event {
-            LocalEvent::Committing { gid, backend, wait_peers, explicit } => {
+            LocalEvent::Committing { gid, backend, wait_peers } => {
                 self.waiting.insert(gid, Waiting { backend, since: Instant::now() });
-                self.input(Input::Committing { gid, wait_peers, explicit });
+                self.input(Input::Committing { gid, wait_peers });
             }
-            LocalEvent::Voted { gid, vote, lsn, name } => {
-                if let Some(name) = name {
-                    self.names.insert(gid, name);
-                }
-                self.input(Input::Voted { gid, vote, lsn });
+            LocalEvent::Voted { gid, vote, lsn } => self.input(Input::Voted { gid, vote, prepare_lsn: lsn }),
+            LocalEvent::UserPreparing { gid, backend } => {
+                self.waiting.insert(gid, Waiting { backend, since: Instant::now() });
+                self.user_votes.expect(gid, self.configured.without(self.node));
             }
+            LocalEvent::UserVoted { gid, vote } => self.mesh.send(gid.coordinator, Message::Vote { gid, vote }),
             LocalEvent::StreamOutcome { gid, decision } => self.input(Input::StreamOutcome { gid, decision }),
-            LocalEvent::Finished { gid } => {
-                self.names.remove(&gid);
-                self.input(Input::Finished { gid });
-            }
-            LocalEvent::Interrupted { gid } => self.input(Input::Interrupted { gid }),
+            LocalEvent::Finished { gid } => self.input(Input::Finished { gid }),
+            LocalEvent::Interrupted { gid } => match self.user_votes.interrupt(gid) {
+                Some(tally) => self.answer_user(gid, tally),
+                None => self.input(Input::Interrupted { gid }),
+            },
             LocalEvent::Abandoned { gid } => {
                 self.waiting.remove(&gid);
                 self.input(Input::Abandoned { gid });
             }
-            LocalEvent::MarkStored { node, lsn } => self.input(Input::MarkStored { node, lsn }),
+            LocalEvent::MarkStored { node, lsn } => self.input(Input::MarkPassed { origin: node, lsn }),
         }
     }
 
@@ -227,13 +231,19 @@ impl Arbiter {
                 self.peer_views.remove(&peer);
                 self.link_changed(peer, false);
                 self.main.log(LogLevel::Warning, format!("arbiter lost node {}: {reason}", peer.get()));
+                for gid in self.user_votes.lose(peer) {
+                    self.answer_user(gid, UserTally::Refused(unreachable_peer(peer)));
+                }
                 self.input(Input::LinkDown { peer });
             }
             MeshEvent::Messages { from, batch } => {
                 for msg in batch {
                     self.note_vote_delay(from, &msg);
                     self.stop_hopeless_apply(&msg);
-                    self.input(Input::Message { from, msg });
+                    match self.user_votes.count(from, &msg) {
+                        Some((gid, tally)) => self.answer_user(gid, tally),
+                        None => self.input(Input::Message { from, msg }),
+                    }
                 }
             }
             MeshEvent::Heartbeat { from, hb } => {
@@ -269,7 +279,7 @@ impl Arbiter {
     /// A transaction that is already aborted elsewhere need not be applied to its end.
     fn stop_hopeless_apply(&self, msg: &Message) {
         if let Message::Decided { gid, decision: Decision::Abort, .. } = msg {
-            super::conflict::cancel_apply(*gid);
+            crate::conflict::cancel_apply(*gid);
         }
     }
 
@@ -278,7 +288,7 @@ impl Arbiter {
             FromMain::Durable(gids) => {
                 for gid in gids {
                     let held = self.order.release(gid);
-                    self.carry_out(held.into_iter().collect());
+                    self.carry_out(held.into_iter());
                 }
             }
             FromMain::Outcome { gid, outcome } => self.input(Input::CoordinatorOutcome { gid, outcome }),
@@ -326,11 +336,11 @@ impl Arbiter {
         }
     }
 
-    fn carry_out(&mut self, effects: Effects) {
-        let mut effects = effects.into_iter().peekable();
+    fn carry_out(&mut self, effects: impl Iterator<Item = Effect>) {
+        let mut effects = effects.peekable();
         let mut pending_record: Option<(Gid, u32, crate::pg::records::Body)> = None;
         while let Some(effect) = effects.next() {
-            if let Some(gid) = effect.gid()
+            if let Some(gid) = gid_of(&effect)
                 && self.order.holds(gid)
             {
                 self.order.hold(gid, effect);
@@ -349,9 +359,9 @@ impl Arbiter {
                     Some(tuple) => self.order.write(tuple, record.to_bytes()),
                     None => self.out_of_records(gid),
                 },
-                Effect::Finish { gid, decision, csn } => {
+                Effect::Finish { gid, decision } => {
                     let record = pending_record.take().filter(|(owner, ..)| *owner == gid);
-                    self.finish(gid, decision, csn, record.map(|(_, tuple, body)| (tuple, body.to_vec())));
+                    self.finish(gid, decision, record.map(|(_, tuple, body)| (tuple, body.to_vec())));
                 }
                 other => self.carry_out_simple(other),
             }
@@ -372,8 +382,9 @@ impl Arbiter {
                 }
             }
             Effect::LookUp { gid } => self.main.send(ToMain::LookUp(gid)),
+            Effect::Visible { node, csn } => shared().raise_visible(node, csn),
             Effect::Settled { node, csn } => self.settled(node, csn),
-            Effect::Event(event) => self.main.log(LogLevel::Info, event.to_string()),
+            Effect::Event(event) => self.report(&event),
             Effect::Persist { .. } | Effect::Write { .. } | Effect::Finish { .. } => {
                 unreachable!("carried out by carry_out")
             }
@@ -386,11 +397,8 @@ impl Arbiter {
         panic!("all {} durable records are in use", super::durable::RECORDS_MAX);
     }
 
-    fn finish(&mut self, gid: Gid, decision: Decision, csn: Option<protocol::Csn>, record: Option<(u32, Vec<u8>)>) {
-        if let Some(csn) = csn {
-            shared().raise_visible(gid.coordinator, csn);
-        }
-        let order = FinishOrder { gid, name: self.names.get(&gid).cloned(), decision, csn, record };
+    fn finish(&mut self, gid: Gid, decision: Decision, record: Option<(u32, Vec<u8>)>) {
+        let order = FinishOrder { gid, decision, record };
         if !self.delayed.is_empty() || !order.push() {
             self.delayed.push_back(order);
         }
@@ -404,11 +412,7 @@ impl Arbiter {
             return;
         }
         let code = match result {
-            Outcome::Commit { csn } => {
-                shared().raise_visible(gid.coordinator, csn);
-                outcome::COMMIT
-            }
-            Outcome::Prepared => outcome::COMMIT,
+            Outcome::Commit { .. } => outcome::COMMIT,
             Outcome::Abort(refusal) => {
                 slot.refusal.set(&refusal);
                 self.waiting.remove(&gid);
@@ -418,6 +422,25 @@ impl Arbiter {
         };
         slot.outcome.store(code, Ordering::Release);
         shared::wake_proc(waiting.backend as usize);
+    }
+
+    /// The votes on a user's PREPARE TRANSACTION are in.
+    fn answer_user(&mut self, gid: Gid, tally: UserTally) {
+        let result = match tally {
+            UserTally::Pending => return,
+            UserTally::Prepared => Outcome::Commit { csn: protocol::Csn::ZERO },
+            UserTally::Refused(refusal) => Outcome::Abort(refusal),
+        };
+        self.reply(gid, result);
+        self.waiting.remove(&gid);
+    }
+
+    fn report(&self, event: &Event) {
+        match event {
+            // Every transaction has one: not for the log.
+            Event::Decided { source: Source::Central | Source::Told | Source::VotedNo, .. } => {}
+            event => self.main.log(LogLevel::Info, format!("{event:?}")),
+        }
     }
 
     fn settled(&self, node: NodeId, csn: protocol::Csn) {
@@ -430,8 +453,24 @@ impl Arbiter {
     }
 }
 
-/// Position in a stream that is not known.
-pub const NO_LSN: Lsn = Lsn(0);
+fn unreachable_peer(peer: NodeId) -> Refusal {
+    Refusal::retry(format!("node {} was lost while the transaction was being prepared", peer.get()), "")
+}
+
+/// The transaction an effect is ordered by.
+fn gid_of(effect: &Effect) -> Option<Gid> {
+    match effect {
+        Effect::Send { msg, .. } => msg.gid(),
+        Effect::Persist { gid, .. }
+        | Effect::Write { gid, .. }
+        | Effect::Free { gid }
+        | Effect::Finish { gid, .. }
+        | Effect::Reply { gid, .. }
+        | Effect::PeersFinished { gid }
+        | Effect::LookUp { gid } => Some(*gid),
+        Effect::Visible { .. } | Effect::Settled { .. } | Effect::Event(_) => None,
+    }
+}
 
 /// Microseconds since 2000-01-01 by the system clock; for display only.
 fn postgres_now_us() -> i64 {
