@@ -212,6 +212,17 @@ fn decode_heartbeat(body: &[u8]) -> Result<Heartbeat, FrameError> {
     Ok(heartbeat)
 }
 
+/// Whether the heartbeat may be sent, whatever its time and connections.
+pub fn check_heartbeat_fits(heartbeat: &Heartbeat) -> Result<(), FrameError> {
+    let widest = Heartbeat {
+        sent_ms: u64::MAX,
+        epoch: u32::MAX,
+        connected: NodeSet::from_bits(u16::MAX),
+        ..heartbeat.clone()
+    };
+    encode_heartbeat(&widest, &mut Vec::new())
+}
+
 fn check_heartbeat(length: usize, heartbeat: &Heartbeat) -> Result<(), FrameError> {
     if length > HEARTBEAT_BYTES_MAX {
         return Err(FrameError::HeartbeatLength(length));

@@ -258,6 +258,16 @@ pub fn answer(
 }
 
 impl HelloAnswered {
+    /// Who the dialer says it is; not proven yet.
+    pub const fn peer(&self) -> NodeId {
+        self.peer
+    }
+
+    /// Which incarnation the dialer says it is; not proven yet.
+    pub const fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
     /// Takes the dialer's proof; the record to send is the acceptor's.
     pub fn on_key(mut self, record: &Record) -> Result<(AcceptorKeySent, Record), HandshakeError> {
         read_key(&mut self.noise, expect(record, Kind::DialerKey)?)?;
