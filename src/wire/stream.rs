@@ -1,0 +1,1 @@
+//! The replication stream: what the output plugin writes and apply reads.
