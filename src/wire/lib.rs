@@ -1,1 +1,4 @@
+//! What travels between nodes, as bytes.
 #![forbid(unsafe_code)]
+
+pub mod ddl;
