@@ -9,6 +9,7 @@ use pgrx::datum::Uuid;
 use pgrx::prelude::*;
 
 use crate::cluster::Conninfo;
+use crate::pg::report::{self, ErrorReport};
 
 /// What the node knows about itself and its generation.
 #[derive(Debug, Clone, Default)]
@@ -127,11 +128,11 @@ pub fn set_source(source: &'static dyn Source) {
 fn source() -> &'static dyn Source {
     match SOURCE.get() {
         Some(source) => *source,
-        None => ereport!(
-            ERROR,
+        None => report::raise(ErrorReport::new(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-            "multimaster has not started"
-        ),
+            "multimaster has not started",
+            function_name!(),
+        )),
     }
 }
 

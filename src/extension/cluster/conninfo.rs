@@ -161,7 +161,8 @@ mod tests {
 
     #[test]
     fn pairs_with_quotes_and_escapes() {
-        let conninfo = Conninfo::parse(r"host=a port = 5433 password='it\'s \\ secret' dbname=x\ y");
+        let conninfo =
+            Conninfo::parse(r"host=a port = 5433 password='it\'s \\ secret' dbname=x\ y");
         assert_eq!(conninfo.get("host"), Some("a"));
         assert_eq!(conninfo.get("port"), Some("5433"));
         assert_eq!(conninfo.get("password"), Some(r"it's \ secret"));
@@ -198,7 +199,15 @@ mod tests {
 
     #[test]
     fn broken_strings_end() {
-        for text in ["host", "=", "host='a", "a=\\", "postgres://%", "postgres://[::1", "a=b=c d"] {
+        for text in [
+            "host",
+            "=",
+            "host='a",
+            "a=\\",
+            "postgres://%",
+            "postgres://[::1",
+            "a=b=c d",
+        ] {
             let _ = Conninfo::parse(text).without_secrets();
         }
     }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use pgrx::prelude::*;
 
+use crate::pg::report::ErrorReport;
 use crate::pg::settings;
 
 /// Peers of the smallest cluster: a server that does not suffice for these does not start.
@@ -83,7 +84,12 @@ pub struct WrongSetting {
 impl WrongSetting {
     /// What is wrong, in one line.
     pub fn complaint(&self) -> String {
-        format!("{} is {}, needed: {}", self.name, shown(&self.value), shown(&self.wanted))
+        format!(
+            "{} is {}, needed: {}",
+            self.name,
+            shown(&self.value),
+            shown(&self.wanted)
+        )
     }
 
     /// The line for `postgresql.conf`.
@@ -131,15 +137,23 @@ fn needs(settings: &Settings, peers: u32) -> [(&'static str, u32); 5] {
     let send_timeout = settings.number("multimaster.heartbeat_send_timeout");
     [
         // Every commit of every node passes through here as a prepared transaction.
-        ("max_prepared_transactions", connections.saturating_mul(peers + 1)),
+        (
+            "max_prepared_transactions",
+            connections.saturating_mul(peers + 1),
+        ),
         ("max_replication_slots", peers),
         // One more serves the connection of mtm.init_cluster.
         ("max_wal_senders", peers + 1),
         (
             "max_worker_processes",
-            settings.number("multimaster.max_workers").saturating_add(peers + FIXED_WORKERS),
+            settings
+                .number("multimaster.max_workers")
+                .saturating_add(peers + FIXED_WORKERS),
         ),
-        ("multimaster.heartbeat_recv_timeout", send_timeout.saturating_mul(2)),
+        (
+            "multimaster.heartbeat_recv_timeout",
+            send_timeout.saturating_mul(2),
+        ),
     ]
 }
 
@@ -173,7 +187,10 @@ fn split_list(list: &str) -> Vec<String> {
         let name = item.rsplit('/').next().unwrap_or(item);
         name.strip_suffix(".so").unwrap_or(name).to_owned()
     };
-    list.split(',').map(entry).filter(|name| !name.is_empty()).collect()
+    list.split(',')
+        .map(entry)
+        .filter(|name| !name.is_empty())
+        .collect()
 }
 
 /// Why the library may not run with this `shared_preload_libraries`, if it may not.
@@ -213,7 +230,11 @@ pub fn check_preloading() {
 }
 
 fn refuse_loading(list: &str, reason: &'static str) {
-    let level = if settings::preloading() { PgLogLevel::FATAL } else { PgLogLevel::ERROR };
+    let level = if settings::preloading() {
+        PgLogLevel::FATAL
+    } else {
+        PgLogLevel::ERROR
+    };
     let mut libraries = split_list(list);
     libraries.retain(|library| library != LIBRARY);
     libraries.insert(0, LIBRARY.to_owned());
@@ -235,7 +256,10 @@ fn refuse_settings(wrong: &[WrongSetting]) {
     let cures: Vec<String> = wrong.iter().map(WrongSetting::cure).collect();
     ErrorReport::new(
         PgSqlErrorCode::ERRCODE_CONFIG_FILE_ERROR,
-        format!("multimaster cannot run: {} settings must change", wrong.len()),
+        format!(
+            "multimaster cannot run: {} settings must change",
+            wrong.len()
+        ),
         function_name!(),
     )
     .set_detail(complaints.join("\n"))
@@ -252,7 +276,9 @@ mod tests {
 
     fn settings(pairs: &[(&str, &str)]) -> Settings {
         let pairs = pairs.iter();
-        pairs.map(|&(name, value)| (name.to_owned(), value.to_owned())).collect()
+        pairs
+            .map(|&(name, value)| (name.to_owned(), value.to_owned()))
+            .collect()
     }
 
     const DEFAULTS: [(&str, &str); 8] = [
@@ -270,9 +296,19 @@ mod tests {
     fn every_wrong_setting_is_listed() {
         let wrong = wrong_settings(&settings(&DEFAULTS), 2);
         let names: Vec<&str> = wrong.iter().map(|setting| setting.name).collect();
-        assert_eq!(names, ["wal_level", "max_prepared_transactions", "max_worker_processes"]);
+        assert_eq!(
+            names,
+            [
+                "wal_level",
+                "max_prepared_transactions",
+                "max_worker_processes"
+            ]
+        );
         assert_eq!(wrong[1].cure(), "max_prepared_transactions = 300");
-        assert_eq!(wrong[2].complaint(), "max_worker_processes is 8, needed: 38");
+        assert_eq!(
+            wrong[2].complaint(),
+            "max_worker_processes is 8, needed: 38"
+        );
     }
 
     #[test]
@@ -289,7 +325,10 @@ mod tests {
     #[test]
     fn must_be_first_in_the_list() {
         assert_eq!(wrong_preload("multimaster"), None);
-        assert_eq!(wrong_preload("\"$libdir/multimaster.so\", auto_explain"), None);
+        assert_eq!(
+            wrong_preload("\"$libdir/multimaster.so\", auto_explain"),
+            None
+        );
         assert!(wrong_preload("auto_explain, multimaster").is_some());
         assert!(wrong_preload("").is_some());
     }

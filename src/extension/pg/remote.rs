@@ -6,28 +6,28 @@
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::panic::AssertUnwindSafe;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
-use pgrx::pg_sys::ffi::pg_guard_ffi_boundary;
-use pgrx::pg_sys::panic::CaughtError;
+use super::report::CaughtError;
 use pgrx::pg_sys;
+use pgrx::pg_sys::ffi::pg_guard_ffi_boundary;
 use pgrx::prelude::*;
 
 /// `USER_TIMEOUT` of `utils/timeout.h`: asks for a free timer.
 #[cfg(feature = "pg15")]
-const USER_TIMEOUT: c_int = 12;
+const USER_TIMEOUT: u32 = 12;
 
 /// No timer has been registered in this process yet.
-const NO_TIMER: i32 = -1;
+const NO_TIMER: u32 = u32::MAX;
 
 unsafe extern "C-unwind" {
-    fn RegisterTimeout(id: c_int, handler: extern "C-unwind" fn()) -> c_int;
-    fn enable_timeout_after(id: c_int, delay_ms: c_int);
-    fn disable_timeout(id: c_int, keep_indicator: bool);
+    fn RegisterTimeout(id: u32, handler: extern "C-unwind" fn()) -> u32;
+    fn enable_timeout_after(id: u32, delay_ms: c_int);
+    fn disable_timeout(id: u32, keep_indicator: bool);
 }
 
-static TIMER: AtomicI32 = AtomicI32::new(NO_TIMER);
+static TIMER: AtomicU32 = AtomicU32::new(NO_TIMER);
 static TIMED_OUT: AtomicBool = AtomicBool::new(false);
 
 /// Why a call to another server did not succeed: the text of libpq or of that server.
@@ -104,9 +104,7 @@ impl Connection {
         let count = c_int::try_from(columns).map_err(|_| RemoteError("too many columns".into()))?;
         let result = within(self.timeout, || {
             // SAFETY: the connection is open, query and types outlive the call, and the closure owns nothing.
-            unsafe {
-                pg_guard_ffi_boundary(|| exec(self.raw, sql.as_ptr(), count, types.as_ptr()))
-            }
+            unsafe { pg_guard_ffi_boundary(|| exec(self.raw, sql.as_ptr(), count, types.as_ptr())) }
         })?;
         // SAFETY: walrcv_exec returns a result in the current memory context, never null.
         unsafe { take_result(result, columns) }
@@ -162,7 +160,10 @@ fn copy_text(text: *const c_char) -> String {
         return "unknown error".to_owned();
     }
     // SAFETY: not null, and PostgreSQL's texts are terminated.
-    unsafe { CStr::from_ptr(text) }.to_string_lossy().trim_end().to_owned()
+    unsafe { CStr::from_ptr(text) }
+        .to_string_lossy()
+        .trim_end()
+        .to_owned()
 }
 
 fn message_of(cause: &CaughtError) -> String {
@@ -182,7 +183,10 @@ fn within<R>(timeout: Duration, call: impl FnOnce() -> R) -> Result<R, RemoteErr
     PgTryBuilder::new(AssertUnwindSafe(|| Ok(call())))
         .catch_when(PgSqlErrorCode::ERRCODE_QUERY_CANCELED, |cause| {
             if TIMED_OUT.load(Ordering::Relaxed) {
-                Err(RemoteError(format!("no answer within {} s", timeout.as_secs_f32())))
+                Err(RemoteError(format!(
+                    "no answer within {} s",
+                    timeout.as_secs_f32()
+                )))
             } else {
                 cause.rethrow()
             }
@@ -191,8 +195,10 @@ fn within<R>(timeout: Duration, call: impl FnOnce() -> R) -> Result<R, RemoteErr
         .execute()
 }
 
-fn start_timer(timeout: Duration) -> c_int {
-    let millis = c_int::try_from(timeout.as_millis()).unwrap_or(c_int::MAX).max(1);
+fn start_timer(timeout: Duration) -> u32 {
+    let millis = c_int::try_from(timeout.as_millis())
+        .unwrap_or(c_int::MAX)
+        .max(1);
     TIMED_OUT.store(false, Ordering::Relaxed);
     // SAFETY: timers exist in every process that runs SQL; the handler only stores flags. The calls raise for a misuse only, and this
     // frame owns nothing that would have to be dropped.
@@ -206,7 +212,7 @@ fn start_timer(timeout: Duration) -> c_int {
     }
 }
 
-fn stop_timer(timer: c_int) {
+fn stop_timer(timer: u32) {
     // SAFETY: `timer` was registered by `start_timer`.
     unsafe { disable_timeout(timer, false) };
     if TIMED_OUT.load(Ordering::Relaxed) {
@@ -259,8 +265,10 @@ unsafe fn read_rows(result: &pg_sys::WalRcvExecResult, columns: usize) -> Vec<Ro
     // SAFETY: tuplestore and descriptor belong together (the caller's promise); the slot lives until it is dropped below, and values are
     // copied before the next tuple replaces them.
     unsafe {
-        let slot =
-            pg_sys::MakeSingleTupleTableSlot(result.tupledesc, &raw const pg_sys::TTSOpsMinimalTuple);
+        let slot = pg_sys::MakeSingleTupleTableSlot(
+            result.tupledesc,
+            &raw const pg_sys::TTSOpsMinimalTuple,
+        );
         while pg_sys::tuplestore_gettupleslot(result.tuplestore, true, false, slot) {
             pg_sys::slot_getallattrs(slot);
             let value = |column: usize| {
@@ -273,4 +281,21 @@ unsafe fn read_rows(result: &pg_sys::WalRcvExecResult, columns: usize) -> Vec<Ro
         pg_sys::ExecDropSingleTupleTableSlot(slot);
     }
     rows
+}
+
+/// Sleeps, unless the session is cancelled, which raises.
+pub fn pause(time: Duration) {
+    let millis = std::ffi::c_long::try_from(time.as_millis()).unwrap_or(std::ffi::c_long::MAX);
+    let events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
+    // SAFETY: waits on this process's own latch through guarded bindings.
+    unsafe {
+        pg_sys::WaitLatch(
+            pg_sys::MyLatch,
+            events as c_int,
+            millis,
+            pg_sys::PG_WAIT_EXTENSION,
+        );
+        pg_sys::ResetLatch(pg_sys::MyLatch);
+    }
+    pgrx::check_for_interrupts!();
 }
