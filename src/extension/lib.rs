@@ -3,6 +3,18 @@
 //! `docs/architecture.md` shows the processes and the rules between them. `pg` holds everything unsafe; the other modules
 //! are plain Rust on top of it.
 
+pub mod cluster;
+pub mod guc;
 pub mod pg;
+pub mod views;
 
 ::pgrx::pg_module_magic!();
+
+use pgrx::prelude::*;
+
+#[pg_guard]
+pub extern "C-unwind" fn _PG_init() {
+    cluster::preflight::check_preloading();
+    guc::register();
+    cluster::preflight::check_server();
+}
