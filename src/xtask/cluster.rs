@@ -3,6 +3,7 @@
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -24,7 +25,7 @@ const INIT_LIMIT: Duration = Duration::from_secs(60);
 pub struct Cluster {
     pub nodes: Vec<Server>,
     dirs: RunDirs,
-    keep_logs: bool,
+    keep_logs: AtomicBool,
 }
 
 /// Where one run keeps its data and its logs.
@@ -53,6 +54,8 @@ impl Cluster {
     /// When a server cannot be created or started.
     pub fn start_servers(installation: &Installation, specs: &[Spec]) -> Result<Cluster> {
         let mut cluster = Cluster::create(installation, specs)?;
+        // Cleared when all of them run: the log of one that does not start is worth keeping.
+        cluster.keep_logs();
         std::thread::scope(|scope| {
             let starts: Vec<_> = cluster
                 .nodes
@@ -60,8 +63,8 @@ impl Cluster {
                 .map(|node| scope.spawn(|| node.start()))
                 .collect();
             starts.into_iter().try_for_each(join)
-        })
-        .inspect_err(|_| cluster.keep_logs = true)?;
+        })?;
+        cluster.keep_logs.store(false, Ordering::Relaxed);
         Ok(cluster)
     }
 
@@ -93,7 +96,7 @@ impl Cluster {
         Ok(Cluster {
             nodes,
             dirs,
-            keep_logs: false,
+            keep_logs: AtomicBool::new(false),
         })
     }
 
@@ -135,8 +138,8 @@ impl Cluster {
     }
 
     /// Keeps the logs when this cluster is dropped, and says where they are.
-    pub fn keep_logs(&mut self) {
-        self.keep_logs = true;
+    pub fn keep_logs(&self) {
+        self.keep_logs.store(true, Ordering::Relaxed);
     }
 
     /// The last lines of every node's log.
@@ -153,7 +156,7 @@ impl Drop for Cluster {
     fn drop(&mut self) {
         self.nodes.clear();
         let _ = fs::remove_dir_all(&self.dirs.data);
-        if self.keep_logs || std::thread::panicking() {
+        if self.keep_logs.load(Ordering::Relaxed) || std::thread::panicking() {
             eprintln!("  logs: {}", self.dirs.logs.display());
         } else {
             let _ = fs::remove_dir_all(&self.dirs.logs);

@@ -17,7 +17,7 @@ pub fn run() -> Result<()> {
     let installation = screen::step("building the extension (minutes the first time)", || {
         extension::build(&Source::packaged()?)
     })?;
-    let mut cluster = screen::step("starting three PostgreSQL servers", || {
+    let cluster = screen::step("starting three PostgreSQL servers", || {
         Cluster::start(&installation, 3)
     })?;
     let outcome = show(&cluster);

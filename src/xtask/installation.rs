@@ -15,6 +15,9 @@ use crate::{command, host};
 /// The release that everything is built for and run with.
 pub const MAJOR: u32 = 15;
 
+/// Names the build of PostgreSQL that tests run on, as `NAME=PG_CONFIG`.
+pub const SOURCE_VARIABLE: &str = "MULTIMASTER_TEST_SOURCE";
+
 /// Where PostgreSQL comes from: its `pg_config` tells everything else.
 #[derive(Clone, Debug)]
 pub struct Source {
@@ -57,6 +60,23 @@ impl Source {
         Ok(Source {
             pg_config: PathBuf::from(pg_config),
             name,
+        })
+    }
+
+    /// Debian's packages, unless the environment names another build ([`SOURCE_VARIABLE`]).
+    ///
+    /// # Errors
+    /// When the variable makes no sense.
+    pub fn chosen() -> Result<Source> {
+        let Ok(text) = std::env::var(SOURCE_VARIABLE) else {
+            return Source::packaged();
+        };
+        let (name, pg_config) = text
+            .split_once('=')
+            .with_context(|| format!("{SOURCE_VARIABLE} must be NAME=PG_CONFIG"))?;
+        Ok(Source {
+            pg_config: PathBuf::from(pg_config),
+            name: name.to_owned(),
         })
     }
 

@@ -1,0 +1,11 @@
+//! What a client may rely on, proved on one shared cluster.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+mod commit;
+
+fn main() -> ExitCode {
+    multimaster_tests::run_shared(3, [commit::cases()].into_iter().flatten().collect())
+}
