@@ -292,6 +292,11 @@ impl Server {
             .with_context(|| format!("cannot connect to {}", self.name))
     }
 
+    /// Where a program of this server's installation is.
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.installation.program(name)
+    }
+
     /// A program of PostgreSQL (psql, pgbench, pg_dump) that will talk to this server.
     pub fn client_program(&self, name: &str) -> Command {
         let mut program = Command::new(self.installation.program(name));

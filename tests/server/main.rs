@@ -5,7 +5,14 @@
 use std::process::ExitCode;
 
 mod commit;
+mod traps;
 
 fn main() -> ExitCode {
-    multimaster_tests::run_shared(3, [commit::cases()].into_iter().flatten().collect())
+    multimaster_tests::run_shared(
+        3,
+        [commit::cases(), traps::cases()]
+            .into_iter()
+            .flatten()
+            .collect(),
+    )
 }
