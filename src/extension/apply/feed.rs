@@ -78,11 +78,15 @@ impl Feed {
         }
         true
     }
+}
 
-    /// The stream broke off in the middle of the transaction: the worker drops it.
-    pub fn abandon(&self) {
-        self.slot.feed_broken.store(true, Ordering::Release);
-        self.slot.process.wake();
+/// The calling receiver goes away: workers in the middle of a transaction of its stream drop it.
+pub fn break_off() {
+    for slot in shared::workers() {
+        if slot.state.load(Ordering::Acquire) == worker::BUSY && slot.feeder.is_self() {
+            slot.feed_broken.store(true, Ordering::Release);
+            slot.process.wake();
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use super::feed::{self, Feed};
 use super::progress::Progress;
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::arbiter::{MARK_ROWS, body_of, number_in};
-use crate::cluster::Identity;
+use crate::cluster::{Identity, slot_name};
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::{self, NodeShared, shared};
@@ -67,11 +67,11 @@ pub fn main(peer: NodeId) {
     };
     let Some(target) = identity.nodes.iter().find(|other| other.id == peer) else { return };
     let mut receiver = Receiver::recover(peer, node);
-    let mut stream = match Stream::connect(&target.conninfo, &format!("multimaster node {}", identity.node.get())) {
+    let mut stream = match Stream::connect(&target.conninfo, &format!("multimaster node {}", identity.node_id.get())) {
         Ok(stream) => stream,
         Err(error) => return pgrx::log!("multimaster receiver of node {}: {error}", peer.get()),
     };
-    if let Err(error) = stream.start(&identity.slot_for(identity.node), receiver.stored) {
+    if let Err(error) = stream.start(&slot_name(identity.tag, identity.node_id), receiver.stored) {
         return pgrx::warning!("multimaster receiver of node {}: {error}", peer.get());
     }
     node.receiving.store(true, Ordering::Release);
@@ -87,7 +87,7 @@ fn leave() {
         let node = shared().node(peer);
         node.receiving.store(false, Ordering::Release);
         node.receiver.clear();
-        feed::break_off(peer);
+        feed::break_off();
         shared().wake_arbiter_thread();
         shared().arbiter.wake();
     }

@@ -5,15 +5,19 @@
 
 pub mod durable;
 pub mod event;
+mod net_config;
 mod start;
 mod thread;
 mod user_votes;
+
+pub use start::{MARK_ROWS, body_of, number_in};
 
 use crate::guc;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::{self, NodeStatus, shared, worker};
 use crate::pg::{outcome, thread as os_thread};
+use net_config::{NetSettings, millis};
 use protocol::{Gid, NodeId};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -52,7 +56,7 @@ pub fn main() {
     let state = start::recover(&identity);
     let (to_main, requests) = crossbeam_channel::unbounded();
     let (replies, from_main) = mpsc::unbounded_channel();
-    let peers: Vec<NodeId> = identity.peers().collect();
+    let peers: Vec<NodeId> = identity.peers().map(|peer| peer.id).collect();
     let main = MainThread {
         records: state.records,
         requests,
@@ -60,10 +64,11 @@ pub fn main() {
         peers,
         children: start::Children::default(),
     };
+    let settings = NetSettings::read(shared().epoch.load(Ordering::Acquire));
     shared().arbiter.set_self();
     shared().set_status(NodeStatus::Starting);
     let handle = os_thread::spawn_without_signals("multimaster-net", move || {
-        start::run_thread(identity, state.core, state.tuples, thread::MainLink { queue: to_main }, from_main)
+        start::run_thread(identity, settings, state.core, state.tuples, thread::MainLink { queue: to_main }, from_main)
     });
     main.run(handle);
 }
@@ -78,7 +83,7 @@ impl MainThread {
             self.grow_pool();
             if process::sighup_pending() {
                 process::reload();
-                let (send_ms, recv_ms) = (guc::heartbeat_send_ms(), guc::heartbeat_recv_ms());
+                let (send_ms, recv_ms) = (millis(guc::heartbeat_send_timeout()), millis(guc::heartbeat_recv_timeout()));
                 let _ = self.replies.send(FromMain::Reconfigure { send_ms, recv_ms });
             }
             if process::terminate_pending() {

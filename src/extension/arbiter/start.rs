@@ -2,12 +2,14 @@
 
 use super::RESTART_PAUSE;
 use super::durable::{RECORDS_MAX, Tuples};
+use super::net_config::{NetSettings, millis, start_mesh};
 use super::thread::{Arbiter, FromMain, MainLink};
 use crate::cluster::Identity;
+use crate::cluster::identity::ClusterState;
 use crate::guc;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
-use crate::pg::shared::{self, shared};
+use crate::pg::shared::shared;
 use crate::pg::{catalog_scan, locks};
 use protocol::{Config, Core, GenerationNum, Gid, NodeId, Record, Recovered};
 use std::collections::BTreeMap;
@@ -47,7 +49,7 @@ pub fn await_identity() -> Option<Identity> {
         shared().identity_changed.store(false, Ordering::Release);
         let identity = process::in_transaction(Identity::load);
         match identity {
-            Ok(Some(identity)) if identity.active => return Some(identity),
+            Ok(Some(identity)) if identity.state == ClusterState::Active => return Some(identity),
             Ok(_) => {}
             Err(error) => pgrx::warning!("multimaster cannot read its catalog: {error}"),
         }
@@ -107,12 +109,12 @@ fn recovered(found: &BTreeMap<Gid, (u32, Record)>, prepared: &[Gid]) -> Vec<Reco
 fn config(identity: &Identity, epoch: u32) -> Config {
     let configured = identity.nodes.iter().map(|node| node.id).collect();
     Config {
-        node: identity.node,
+        node: identity.node_id,
         configured,
         members: configured,
         generation: FIRST_GENERATION,
         epoch,
-        resolve_after_ms: guc::heartbeat_recv_ms(),
+        resolve_after_ms: millis(guc::heartbeat_recv_timeout()),
         resolve_step_ms: 200,
         resend_after_ms: 500,
         give_up_after_ms: 5000,
@@ -152,13 +154,14 @@ fn publish(identity: &Identity) {
     }
     shared.tag.store(identity.tag.0, Ordering::Release);
     shared.generation.store(FIRST_GENERATION.0, Ordering::Release);
-    shared.node.store(u32::from(identity.node.get()), Ordering::Release);
+    shared.node.store(u32::from(identity.node_id.get()), Ordering::Release);
     shared.identity_known.store(true, Ordering::Release);
 }
 
 /// Body of the tokio thread.
 pub fn run_thread(
     identity: Identity,
+    settings: NetSettings,
     core: Core,
     tuples: Tuples,
     main: MainLink,
@@ -168,11 +171,11 @@ pub fn run_thread(
         .enable_all()
         .build()
         .map_err(|error| format!("could not start the network runtime: {error}"))?;
-    let node = identity.node;
+    let node = identity.node_id;
     let configured = identity.nodes.iter().map(|peer| peer.id).collect();
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async move {
-        let (mesh, events) = super::net_config::start_mesh(&identity).await?;
+        let (mesh, events) = start_mesh(&identity, &settings).await?;
         Arbiter::new(node, configured, core, tuples, main, mesh)
             .run(events, from_main)
             .await

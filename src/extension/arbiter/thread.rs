@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
+use wire::frame::Heartbeat;
 
 /// How often the core's timers run.
 const TICK: Duration = Duration::from_millis(20);
@@ -131,7 +132,7 @@ impl Arbiter {
         mut mesh_events: mpsc::Receiver<MeshEvent>,
         mut from_main: mpsc::UnboundedReceiver<FromMain>,
     ) -> std::io::Result<()> {
-        let wake = tokio::io::unix::AsyncFd::new(WakeFd)?;
+        let wake = tokio::io::unix::AsyncFd::register(WakeFd)?;
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -203,7 +204,7 @@ impl Arbiter {
                 self.waiting.insert(gid, Waiting { backend, since: Instant::now() });
                 self.user_votes.expect(gid, self.configured.without(self.node));
             }
-            LocalEvent::UserVoted { gid, vote } => self.mesh.send(gid.coordinator, Message::Vote { gid, vote }),
+            LocalEvent::UserVoted { gid, vote } => self.send(gid.coordinator, &Message::Vote { gid, vote }),
             LocalEvent::StreamOutcome { gid, decision } => self.input(Input::StreamOutcome { gid, decision }),
             LocalEvent::Finished { gid } => self.input(Input::Finished { gid }),
             LocalEvent::Interrupted { gid } => match self.user_votes.interrupt(gid) {
@@ -246,15 +247,19 @@ impl Arbiter {
                     }
                 }
             }
-            MeshEvent::Heartbeat { from, hb } => {
+            MeshEvent::Heartbeat { from, heartbeat } => {
                 let node = shared().node(from);
                 node.heartbeats.fetch_add(1, Ordering::Relaxed);
-                node.connectivity.store(u32::from(hb.connectivity.bits()), Ordering::Relaxed);
-                self.peer_views.insert(from, hb.connectivity);
+                node.connectivity.store(u32::from(heartbeat.connected.bits()), Ordering::Relaxed);
+                self.peer_views.insert(from, view_of(&heartbeat));
                 self.refresh_status();
             }
-            MeshEvent::Refused { addr, reason } => {
-                self.main.log(LogLevel::Warning, format!("arbiter refused a connection from {addr}: {reason}"));
+            // A peer that cannot be dialled is reported as lost; a stranger is worth a line.
+            MeshEvent::Refused { peer: Some(_), .. } => {}
+            MeshEvent::Refused { addr, reason, unreported, .. } => {
+                let who = addr.map_or_else(|| "an unknown address".to_owned(), |addr| addr.to_string());
+                let text = format!("arbiter refused a connection from {who}: {reason} ({unreported} more not reported)");
+                self.main.log(LogLevel::Warning, text);
             }
         }
     }
@@ -292,7 +297,7 @@ impl Arbiter {
                 }
             }
             FromMain::Outcome { gid, outcome } => self.input(Input::CoordinatorOutcome { gid, outcome }),
-            FromMain::Reconfigure { send_ms, recv_ms } => self.mesh.reconfigure(send_ms, recv_ms),
+            FromMain::Reconfigure { send_ms, recv_ms } => self.reconfigure(send_ms, recv_ms),
             FromMain::Stop => {}
         }
     }
@@ -320,7 +325,7 @@ impl Arbiter {
     /// Online while every node is connected with this one in both directions.
     fn refresh_status(&mut self) {
         let view = self.view();
-        self.mesh.set_connectivity(view);
+        self.publish_view(view);
         let complete = self.configured.iter().all(|peer| {
             peer == self.node
                 || (view.contains(peer) && self.peer_views.get(&peer).is_some_and(|theirs| theirs.contains(self.node)))
@@ -333,6 +338,37 @@ impl Arbiter {
         if status != shared().status() {
             self.main.log(LogLevel::Info, format!("this node is now {}", status.name()));
             shared().set_status(status);
+        }
+    }
+
+    fn send(&self, to: NodeId, msg: &Message) {
+        if let Err(error) = self.mesh.send(to, msg) {
+            self.main.log(LogLevel::Warning, format!("a message to node {} was not sent: {error}", to.get()));
+        }
+    }
+
+    fn reconfigure(&self, send_ms: u64, recv_ms: u64) {
+        if let Err(error) = self.mesh.reconfigure(send_ms, recv_ms) {
+            self.main.log(LogLevel::Warning, format!("the heartbeat settings were not taken: {error}"));
+        }
+    }
+
+    /// Tells the peers whose streams we receive.
+    fn publish_view(&self, view: NodeSet) {
+        let heartbeat = Heartbeat {
+            generation: shared().generation(),
+            online_generation: shared().generation(),
+            received: self
+                .configured
+                .iter()
+                .filter(|peer| *peer != self.node)
+                .map(|peer| (peer, protocol::Lsn(shared().node(peer).mark.load(Ordering::Relaxed))))
+                .collect(),
+            extras: vec![(RECEIVING_TAG, view.bits().to_le_bytes().to_vec())],
+            ..Heartbeat::default()
+        };
+        if let Err(error) = self.mesh.heartbeat_info(heartbeat) {
+            self.main.log(LogLevel::Warning, format!("the heartbeat was not changed: {error}"));
         }
     }
 
@@ -371,7 +407,7 @@ impl Arbiter {
     fn carry_out_simple(&mut self, effect: Effect) {
         match effect {
             Effect::Send { to, msg } if to == self.node => self.to_self.push_back(msg),
-            Effect::Send { to, msg } => self.mesh.send(to, msg),
+            Effect::Send { to, msg } => self.send(to, &msg),
             Effect::Free { gid } => self.tuples.free(gid),
             Effect::Reply { gid, outcome } => self.reply(gid, outcome),
             Effect::PeersFinished { gid } => {
@@ -451,6 +487,18 @@ impl Arbiter {
             }
         }
     }
+}
+
+/// Tag of a heartbeat's extra: the nodes that the sender talks to and whose streams it receives, as a bit set.
+const RECEIVING_TAG: u16 = 1;
+
+fn view_of(heartbeat: &Heartbeat) -> NodeSet {
+    heartbeat
+        .extras
+        .iter()
+        .find(|(tag, _)| *tag == RECEIVING_TAG)
+        .and_then(|(_, bytes)| Some(NodeSet::from_bits(u16::from_le_bytes(bytes.as_slice().try_into().ok()?))))
+        .unwrap_or_default()
 }
 
 fn unreachable_peer(peer: NodeId) -> Refusal {

@@ -31,6 +31,15 @@ enum Blocker {
     Running(i32),
 }
 
+/// Body of the background worker `multimaster monitor`.
+pub fn main() {
+    process::attach_signals();
+    process::stay_local();
+    process::connect_to_cluster();
+    process::at_exit(|| shared().monitor.clear());
+    Monitor::default().run();
+}
+
 /// The monitor's memory between two looks.
 #[derive(Default)]
 pub struct Monitor {
@@ -137,7 +146,7 @@ impl Monitor {
     }
 
     fn grace_is_over(&mut self, index: usize, transaction: u64, holder: Holder) -> bool {
-        let grace = Duration::from_millis(guc::conflict_grace_ms());
+        let grace = guc::conflict_grace();
         let since = self.since.entry((index, transaction, holder)).or_insert_with(Instant::now);
         since.elapsed() >= grace
     }
@@ -164,5 +173,19 @@ pub fn cancel_apply(gid: Gid) {
             let transaction = slot.applying.load(Ordering::Acquire);
             cancel_worker(slot, transaction, &Refusal::retry("transaction was aborted by its coordinator", ""));
         }
+    }
+}
+
+/// Makes the youngest transaction that waits for a lock give way. Called when every worker is taken and none gets free: workers may then wait
+/// for transactions whose votes wait for workers.
+pub fn give_way() {
+    let youngest = shared::workers()
+        .iter()
+        .filter(|slot| slot.state.load(Ordering::Acquire) == worker::BUSY && locks::waits_for_lock(slot.process.pid()))
+        .filter_map(|slot| Some((slot.gid.get()?.age(), slot)))
+        .max_by_key(|(age, _)| *age);
+    if let Some((_, slot)) = youngest {
+        let transaction = slot.applying.load(Ordering::Acquire);
+        cancel_worker(slot, transaction, &Refusal::retry("no apply worker was free; raise multimaster.max_workers", ""));
     }
 }

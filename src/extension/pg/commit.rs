@@ -306,9 +306,9 @@ fn copy_refusal(message: &mut FixedText<1024>, detail: &mut FixedText<1024>) -> 
         let _ = message.write_str("transaction was refused by another node");
         return pgrx::PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32;
     };
-    let _ = message.write_str(&refusal.message);
-    let _ = detail.write_str(&refusal.detail);
-    sqlstate_number(refusal.sqlstate)
+    let _ = message.write_str(refusal.message());
+    let _ = detail.write_str(refusal.detail());
+    sqlstate_number(refusal.sqlstate())
 }
 
 /// `MAKE_SQLSTATE` of utils/elog.h.

@@ -145,8 +145,8 @@ pub fn attach_signals() {
     // SAFETY: at the start of a background worker. `die` makes SIGTERM an interrupt that CHECK_FOR_INTERRUPTS raises, also inside lock waits;
     // StatementCancelHandler the same for SIGINT.
     unsafe {
-        pg_sys::pqsignal(libc::SIGTERM, Some(pg_sys::die));
-        pg_sys::pqsignal(libc::SIGINT, Some(pg_sys::StatementCancelHandler));
+        pg_sys::pqsignal(libc::SIGTERM, Some(raw::die));
+        pg_sys::pqsignal(libc::SIGINT, Some(raw::StatementCancelHandler));
         pg_sys::BackgroundWorkerUnblockSignals();
     }
 }

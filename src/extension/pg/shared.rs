@@ -82,6 +82,11 @@ impl ProcCell {
         self.0.load(Ordering::Acquire) != 0
     }
 
+    /// Whether it is the calling process.
+    pub fn is_self(&self) -> bool {
+        self.0.load(Ordering::Acquire) == my_proc_number() as u32 + 1
+    }
+
     pub fn pid(&self) -> i32 {
         match self.0.load(Ordering::Acquire) {
             0 => 0,
