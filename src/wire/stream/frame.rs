@@ -1,6 +1,6 @@
 //! The frames of the stream.
 
-use super::bytes::{Malformed, Put, Reader, Text, with_length};
+use super::bytes::{Malformed, Put, Reader, Text};
 use super::relation::{Relation, RelationId};
 use super::row::Row;
 use protocol::{Csn, Gid, Lsn, NodeId};
@@ -118,19 +118,12 @@ pub struct UserFinish<'a> {
 }
 
 impl<'a> UserFinish<'a> {
-    /// The payload of the logical message that asks for this frame.
-    pub fn payload(name: Text<'_>, commit: bool) -> Vec<u8> {
-        let mut out = vec![u8::from(commit)];
-        out.put_text(name);
-        out
-    }
-
-    /// Reads [`UserFinish::payload`] back.
+    /// Reads the payload of the logical message that asks for this frame: 1 for commit or 0, then
+    /// the name.
     pub fn from_payload(payload: &'a [u8], lsn: Lsn) -> Result<Self, Malformed> {
         let mut from = Reader::new(payload);
         let commit = from.flag()?;
-        let name = from.text()?;
-        from.finish()?;
+        let name = Text(from.rest());
         Ok(UserFinish { name, commit, lsn })
     }
 }
@@ -234,7 +227,7 @@ impl<'a> StreamFrame<'a> {
         })
     }
 
-    fn tag(&self) -> u8 {
+    pub(super) fn tag(&self) -> u8 {
         match self {
             StreamFrame::Begin(_) => tag::BEGIN,
             StreamFrame::Relation(_) => tag::RELATION,
@@ -251,12 +244,7 @@ impl<'a> StreamFrame<'a> {
         }
     }
 
-    pub(super) fn encode(&self, out: &mut Vec<u8>) {
-        out.push(self.tag());
-        with_length(out, |out| self.encode_body(out));
-    }
-
-    fn encode_body(&self, out: &mut Vec<u8>) {
+    pub(super) fn encode_body(&self, out: &mut Vec<u8>) {
         match self {
             StreamFrame::Begin(begin) => {
                 out.put_gid(&begin.gid);

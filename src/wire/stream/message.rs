@@ -74,9 +74,13 @@ impl<'a> Iterator for Frames<'a> {
 }
 
 /// Builds messages in one buffer that is used again and again.
+///
+/// A frame whose writing was broken off by a panic is not part of the message.
 #[derive(Debug)]
 pub struct MessageWriter {
     bytes: Vec<u8>,
+    /// Where the last whole frame ends.
+    whole: usize,
 }
 
 impl Default for MessageWriter {
@@ -87,37 +91,34 @@ impl Default for MessageWriter {
 
 impl MessageWriter {
     pub fn new() -> Self {
-        let mut writer = MessageWriter {
-            bytes: Vec::with_capacity(1024),
-        };
-        writer.clear();
-        writer
+        MessageWriter {
+            bytes: vec![STREAM_VERSION, 0],
+            whole: HEADER_BYTES,
+        }
     }
 
-    /// Forgets what was written; keeps the buffer, unless one huge row has swollen it beyond `keep_max` bytes.
+    /// Forgets what was written; keeps the buffer, unless one huge row has swollen it beyond
+    /// `keep_max` bytes.
     pub fn reset(&mut self, keep_max: usize) {
         if self.bytes.capacity() > keep_max {
-            self.bytes = Vec::with_capacity(1024);
+            *self = Self::new();
         }
-        self.clear();
-    }
-
-    fn clear(&mut self) {
         self.bytes.clear();
         self.bytes.put(&[STREAM_VERSION, 0]);
+        self.whole = HEADER_BYTES;
     }
 
     pub fn is_empty(&self) -> bool {
-        self.bytes.len() == HEADER_BYTES
+        self.whole == HEADER_BYTES
     }
 
     /// Bytes of the message so far.
     pub fn len(&self) -> usize {
-        self.bytes.len()
+        self.whole
     }
 
     pub fn bytes(&self) -> &[u8] {
-        &self.bytes
+        &self.bytes[..self.whole]
     }
 
     pub fn frame(&mut self, frame: &StreamFrame<'_>) {
@@ -126,21 +127,19 @@ impl MessageWriter {
             StreamFrame::Prepare(_) => self.bytes[1] |= ENDS,
             _ => {}
         }
-        frame.encode(&mut self.bytes);
+        self.append(frame.tag(), |out| frame.encode_body(out));
     }
 
     /// `fingerprint` comes from [`Relation::describe`](super::Relation::describe).
     pub fn relation(&mut self, id: RelationId, fingerprint: &[u8]) {
-        self.bytes.push(tag::RELATION);
-        with_length(&mut self.bytes, |out| {
+        self.append(tag::RELATION, |out| {
             out.put(&id.0.to_le_bytes());
             out.put(fingerprint);
         });
     }
 
     pub fn insert(&mut self, relation: RelationId, new: impl FnOnce(&mut RowWriter<'_>)) {
-        self.bytes.push(tag::INSERT);
-        with_length(&mut self.bytes, |out| {
+        self.append(tag::INSERT, |out| {
             out.put(&relation.0.to_le_bytes());
             RowWriter::write(out, new);
         });
@@ -152,8 +151,7 @@ impl MessageWriter {
         old: OldRowWriter<'_>,
         new: impl FnOnce(&mut RowWriter<'_>),
     ) {
-        self.bytes.push(tag::UPDATE);
-        with_length(&mut self.bytes, |out| {
+        self.append(tag::UPDATE, |out| {
             out.put(&relation.0.to_le_bytes());
             old.write(out);
             RowWriter::write(out, new);
@@ -161,21 +159,26 @@ impl MessageWriter {
     }
 
     pub fn delete(&mut self, relation: RelationId, old: OldRowWriter<'_>) {
-        self.bytes.push(tag::DELETE);
-        with_length(&mut self.bytes, |out| {
+        self.append(tag::DELETE, |out| {
             out.put(&relation.0.to_le_bytes());
             old.write(out);
         });
     }
 
     pub fn truncate(&mut self, restart_identity: bool, relations: &[RelationId]) {
-        self.bytes.push(tag::TRUNCATE);
-        with_length(&mut self.bytes, |out| {
+        self.append(tag::TRUNCATE, |out| {
             out.push(u8::from(restart_identity));
             for relation in relations {
                 out.put(&relation.0.to_le_bytes());
             }
         });
+    }
+
+    fn append(&mut self, tag: u8, body: impl FnOnce(&mut Vec<u8>)) {
+        self.bytes.truncate(self.whole);
+        self.bytes.push(tag);
+        with_length(&mut self.bytes, body);
+        self.whole = self.bytes.len();
     }
 }
 
@@ -212,5 +215,17 @@ mod tests {
         out.insert(RelationId(1), |row| row.value(&vec![0; 1 << 20]));
         out.reset(1 << 16);
         assert!(out.is_empty() && out.bytes.capacity() <= 1 << 16);
+    }
+
+    #[test]
+    fn a_frame_broken_off_is_left_out() {
+        let mut out = MessageWriter::new();
+        out.insert(RelationId(1), |row| row.null());
+        let before = out.bytes().to_vec();
+        let write = || out.insert(RelationId(2), |_| panic!("out of memory, say"));
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(write)).unwrap_err();
+        assert_eq!(out.bytes(), before);
+        out.insert(RelationId(3), |row| row.null());
+        assert_eq!(Message::parse(out.bytes()).unwrap().frames().count(), 2);
     }
 }
