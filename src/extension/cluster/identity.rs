@@ -48,6 +48,8 @@ pub enum IdentityError {
     },
 }
 
+const INSTALLED_SQL: &str = "SELECT pg_catalog.to_regclass('mtm.cluster') IS NOT NULL";
+
 const CLUSTER_SQL: &str =
     "SELECT pg_catalog.uuid_send(cluster_id), tag, node_id, state, secret FROM mtm.cluster";
 
@@ -70,9 +72,8 @@ impl Identity {
     ///
     /// Needs a transaction.
     pub fn load() -> Result<Option<Identity>, IdentityError> {
-        let installed =
-            Spi::get_one::<bool>("SELECT pg_catalog.to_regclass('mtm.cluster') IS NOT NULL");
-        if installed? != Some(true) {
+        let installed = first_row(INSTALLED_SQL, |row| row.get::<bool>(1))?;
+        if installed.flatten() != Some(true) {
             return Ok(None);
         }
         let row = first_row(CLUSTER_SQL, |row| {
@@ -164,7 +165,9 @@ fn nodes() -> Result<Vec<NodeAddress>, IdentityError> {
 }
 
 /// Reads the first row of a query; `None` when there is none.
-fn first_row<T>(
+///
+/// In contrast to `Spi::get_one` it gives the transaction no id, for which a slot that is being made would wait.
+pub fn first_row<T>(
     sql: &str,
     read: impl FnOnce(&pgrx::spi::SpiHeapTupleData<'_>) -> Result<T, SpiError>,
 ) -> Result<Option<T>, IdentityError> {

@@ -17,8 +17,9 @@ use protocol::{ClusterTag, MAX_NODES, NodeId};
 
 use super::error::{InitError, Problem};
 use super::facts::{Facts, Membership};
+use super::identity::first_row;
 use super::member::{self, Member, WHO_SQL, node_name};
-use super::setup::{self, Plan, PlannedNode};
+use super::setup::{self, Made, Plan, PlannedNode};
 use super::{checks, data};
 use crate::guc;
 use crate::pg::remote;
@@ -35,7 +36,7 @@ const SECRET_BYTES: usize = 32;
 #[derive(Default)]
 struct Progress {
     step: &'static str,
-    extension_made: Vec<NodeId>,
+    extensions: Vec<(NodeId, Made)>,
     written: bool,
 }
 
@@ -207,9 +208,8 @@ fn look(members: &[Member]) -> Result<Vec<Facts>, InitError> {
 
 /// What `WHO_SQL` says in this session.
 fn own_identity() -> Result<String, InitError> {
-    let who = Spi::get_one::<String>(WHO_SQL);
-    match who {
-        Ok(Some(who)) => Ok(who),
+    match first_row(WHO_SQL, |row| row.get::<String>(1)) {
+        Ok(Some(Some(who))) => Ok(who),
         _ => Err(InitError::Argument(
             "this server does not know its own identity".into(),
         )),
@@ -258,9 +258,10 @@ fn form(
 fn write(members: &[Member], facts: &[Facts], progress: &mut Progress) -> Result<(), Failure> {
     progress.step = "creating the extension";
     for member in members {
-        if setup::create_extension(member)? {
-            progress.extension_made.push(member.id);
-        }
+        let made = setup::create_extension(member)?;
+        progress
+            .extensions
+            .extend(made.map(|made| (member.id, made)));
     }
     let problems = reach(members, facts);
     if !problems.is_empty() {
@@ -353,8 +354,8 @@ fn undo(members: Vec<Member>, progress: &Progress, timeout: Duration) -> Vec<Pro
             if progress.written {
                 setup::clear(&member)?;
             }
-            if progress.extension_made.contains(&id) {
-                setup::drop_extension(&member)?;
+            if let Some(&(_, made)) = progress.extensions.iter().find(|(node, _)| *node == id) {
+                setup::drop_extension(&member, made)?;
             }
             Ok(())
         });

@@ -49,12 +49,12 @@ WITH own AS (
       FROM pg_index i
       JOIN rel r ON r.oid = i.indrelid
     UNION ALL
-    SELECT 'trigger ' || quote_ident(t.tgname) || ' of ' || r.ident, pg_get_triggerdef(t.oid) || t.tgenabled
+    SELECT 'trigger ' || quote_ident(t.tgname) || ' of ' || r.ident, concat_ws('|', pg_get_triggerdef(t.oid), t.tgenabled)
       FROM pg_trigger t
       JOIN rel r ON r.oid = t.tgrelid
      WHERE NOT t.tgisinternal
     UNION ALL
-    SELECT 'rule ' || quote_ident(u.rulename) || ' of ' || r.ident, pg_get_ruledef(u.oid) || u.ev_enabled
+    SELECT 'rule ' || quote_ident(u.rulename) || ' of ' || r.ident, concat_ws('|', pg_get_ruledef(u.oid), u.ev_enabled)
       FROM pg_rewrite u
       JOIN rel r ON r.oid = u.ev_class
      WHERE u.rulename <> '_RETURN'

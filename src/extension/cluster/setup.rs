@@ -36,19 +36,35 @@ pub fn slot_name(tag: ClusterTag, peer: NodeId) -> String {
     format!("mtm_{tag}_n{peer}")
 }
 
-/// Makes the extension where it is missing; says whether it was.
-pub fn create_extension(member: &Member) -> Result<bool, Problem> {
-    let installed = "SELECT extname FROM pg_catalog.pg_extension WHERE extname = 'multimaster'";
-    let missing = member.value(installed)?.is_none();
-    if missing {
-        member.run("CREATE EXTENSION multimaster")?;
-    }
-    Ok(missing)
+/// What [`create_extension`] had to make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Made {
+    Extension,
+    /// The schema was missing too. PostgreSQL makes it with the extension, but does not drop it with the extension.
+    ExtensionAndSchema,
 }
 
-/// Removes an extension that [`create_extension`] has made.
-pub fn drop_extension(member: &Member) -> Result<(), Problem> {
-    member.run("DROP EXTENSION IF EXISTS multimaster CASCADE")
+/// Makes the extension where it is missing.
+pub fn create_extension(member: &Member) -> Result<Option<Made>, Problem> {
+    let installed = "SELECT extname FROM pg_catalog.pg_extension WHERE extname = 'multimaster'";
+    if member.value(installed)?.is_some() {
+        return Ok(None);
+    }
+    let schema = member.value("SELECT pg_catalog.to_regnamespace('mtm')")?;
+    member.run("CREATE EXTENSION multimaster")?;
+    Ok(Some(match schema {
+        Some(_) => Made::Extension,
+        None => Made::ExtensionAndSchema,
+    }))
+}
+
+/// Removes what [`create_extension`] has made.
+pub fn drop_extension(member: &Member, made: Made) -> Result<(), Problem> {
+    member.run("DROP EXTENSION IF EXISTS multimaster")?;
+    match made {
+        Made::Extension => Ok(()),
+        Made::ExtensionAndSchema => member.run("DROP SCHEMA IF EXISTS mtm"),
+    }
 }
 
 /// Writes who the nodes are, in one transaction. Slots come later, see the module's comment.
@@ -108,6 +124,9 @@ pub fn create_slots(member: &Member, plan: &Plan) -> Result<(), Problem> {
 
 /// Names the transactions for which a slot has waited in vain.
 fn explain_wait(member: &Member, problem: Problem) -> Problem {
+    if !problem.cause.starts_with("canceling statement") {
+        return problem;
+    }
     let oldest = member.value(
         "SELECT pg_catalog.string_agg(pid::text, ', ') FROM pg_catalog.pg_stat_activity \
          WHERE backend_xid IS NOT NULL AND pid <> pg_catalog.pg_backend_pid()",
