@@ -5,12 +5,13 @@
 use std::process::ExitCode;
 
 mod commit;
+mod stream;
 mod traps;
 
 fn main() -> ExitCode {
     multimaster_tests::run_shared(
         3,
-        [commit::cases(), traps::cases()]
+        [commit::cases(), traps::cases(), stream::cases()]
             .into_iter()
             .flatten()
             .collect(),
