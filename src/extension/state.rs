@@ -13,6 +13,9 @@ pub struct SharedSource;
 
 /// Makes the arbiter look at the catalog again.
 pub fn wake_arbiter() {
+    if let Some(database) = locks::my_database() {
+        shared().database.store(database, Ordering::Release);
+    }
     shared().identity_changed.store(true, Ordering::Release);
     shared().arbiter.wake();
 }
