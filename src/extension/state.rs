@@ -3,7 +3,8 @@
 use crate::pg::shared::{NODES, NodeStatus, shared};
 use crate::pg::{commit, locks, process};
 use crate::views::{ConflictRow, CounterRow, NodeStateRow, Source, StatusRow, TransactionRow, TransactionStatus};
-use protocol::NodeId;
+use crate::decode::Environment;
+use protocol::{Csn, NodeId};
 use std::sync::atomic::Ordering;
 
 /// The source of the views.
@@ -18,6 +19,21 @@ pub fn wake_arbiter() {
     }
     shared().identity_changed.store(true, Ordering::Release);
     shared().arbiter.wake();
+}
+
+/// What the output plugin has to know.
+pub fn decode_environment() -> Environment {
+    Environment {
+        node: || shared().node_id(),
+        generation: || shared().generation(),
+        visible: |deps| {
+            deps.extend(node_ids().filter_map(|node| {
+                let csn = Csn(shared().node(node).visible.load(Ordering::Acquire));
+                (csn != Csn::ZERO).then_some((node, csn))
+            }));
+        },
+        is_local: |_, _| false,
+    }
 }
 
 fn node_ids() -> impl Iterator<Item = NodeId> {
