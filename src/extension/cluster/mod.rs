@@ -24,6 +24,7 @@ use pgrx::prelude::*;
 
 pub use conninfo::Conninfo;
 pub use identity::Identity;
+pub use setup::slot_name;
 
 use crate::pg::settings;
 

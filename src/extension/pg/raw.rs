@@ -63,6 +63,10 @@ unsafe extern "C-unwind" {
     pub fn ResetLatch(latch: *mut pg_sys::Latch);
     pub fn WaitLatch(latch: *mut pg_sys::Latch, events: c_int, timeout: c_long, wait_event: u32) -> c_int;
 
+    // tcop/tcopprot.h: signal handlers
+    pub fn die(signal: c_int);
+    pub fn StatementCancelHandler(signal: c_int);
+
     // utils/timeout.h
     pub fn disable_timeout(id: u32, keep_indicator: bool);
 
