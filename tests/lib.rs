@@ -41,6 +41,7 @@ pub const LONG: &str = "MULTIMASTER_TEST_LONG";
 pub const PLAIN: &str = "MULTIMASTER_TEST_PLAIN";
 
 /// One test.
+#[derive(Clone)]
 pub struct Case<F> {
     pub name: &'static str,
     pub run: F,
