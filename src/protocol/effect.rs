@@ -1,0 +1,157 @@
+//! What goes into the core and what comes out of it.
+
+use crate::message::Message;
+use crate::record::Record;
+use crate::types::{Ballot, Csn, Decision, Gid, Lsn, NodeId, Refusal, Verdict, Vote};
+
+/// Something that happened, told to the core by its shell.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Input {
+    /// A message of an authenticated peer, or of this node itself (see [`Effect::Send`]).
+    Message { from: NodeId, msg: Message },
+    /// The link to a peer works, in the peer's epoch. Messages of earlier links no longer arrive.
+    LinkUp { peer: NodeId, epoch: u32 },
+    /// The link to a peer is lost; what was sent may or may not have arrived.
+    LinkDown { peer: NodeId },
+    /// A backend of this node waits for the outcome of its transaction, whose PREPARE is durable here.
+    Committing { gid: Gid, wait_peers: bool },
+    /// The answer of this node's apply worker to a PREPARE of another node. Yes only after the PREPARE is durable here. Told again
+    /// when the PREPARE comes again. `prepare_lsn` is the end of the PREPARE in the coordinator's stream.
+    Voted {
+        gid: Gid,
+        vote: Vote,
+        prepare_lsn: Lsn,
+    },
+    /// The coordinator's COMMIT or ROLLBACK PREPARED came in its stream.
+    StreamOutcome { gid: Gid, decision: Decision },
+    /// This node's database has executed COMMIT or ROLLBACK PREPARED, durably, now or earlier.
+    Finished { gid: Gid },
+    /// The waiting backend was cancelled, timed out or terminated; it still waits for its [`Effect::Reply`].
+    Interrupted { gid: Gid },
+    /// The backend is gone and will not finish its transaction.
+    Abandoned { gid: Gid },
+    /// Answer to [`Effect::LookUp`]; `None` while the transaction is prepared or still runs.
+    CoordinatorOutcome { gid: Gid, outcome: Option<Decision> },
+    /// The mark stored for `origin`'s stream has reached `lsn`: no PREPARE that ends there or before comes again.
+    MarkPassed { origin: NodeId, lsn: Lsn },
+    /// Time has passed. Needed a few times within the shortest interval of the [`crate::Config`].
+    Tick,
+}
+
+/// Something the shell has to do.
+///
+/// Effects of one gid are carried out in order, and nothing of a gid leaves the node before the gid's earlier
+/// [`Effect::Persist`] is durable. Gids do not wait for each other.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Effect {
+    /// Send to a peer; dropped while there is no link. To the node itself: comes back as [`Input::Message`].
+    Send { to: NodeId, msg: Message },
+    /// Write the record and flush it before anything that follows for this gid.
+    Persist { gid: Gid, record: Record },
+    /// Write the record without waiting for the flush: it only has to precede the finish in WAL.
+    Write { gid: Gid, record: Record },
+    /// The record is no longer needed.
+    Free { gid: Gid },
+    /// Raise `visible[node]`; at once, before a [`Effect::Finish`] or [`Effect::Reply`] that follows.
+    Visible { node: NodeId, csn: Csn },
+    /// Every commit that `node` announced up to `csn` is finished here.
+    Settled { node: NodeId, csn: Csn },
+    /// Have the local database finish the transaction; answered by [`Input::Finished`].
+    Finish { gid: Gid, decision: Decision },
+    /// Tell the waiting backend. After a commit or abort it finishes the transaction itself; after [`Outcome::Unknown`] the core sees to it.
+    Reply { gid: Gid, outcome: Outcome },
+    /// Every member that can be reached has finished the commit.
+    PeersFinished { gid: Gid },
+    /// Find out from this node's own transaction log how its own transaction ended.
+    LookUp { gid: Gid },
+    /// For logs and counters.
+    Event(Event),
+}
+
+/// What a waiting backend learns.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    Commit {
+        csn: Csn,
+    },
+    Abort(Refusal),
+    /// No quorum answered in time. It may have happened.
+    Unknown,
+}
+
+/// Something a post-mortem wants to know.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// This node starts to resolve.
+    ResolverStarted { gid: Gid, ballot: Ballot },
+    /// A higher ballot stopped this node's resolver.
+    ResolverOutvoted { gid: Gid, promised: Ballot },
+    /// A quorum has promised; this is what the answers call for.
+    VerdictProposed {
+        gid: Gid,
+        ballot: Ballot,
+        verdict: Verdict,
+    },
+    /// Asked about a transaction it had never heard of, this node has barred it.
+    Barred { gid: Gid, by: NodeId },
+    /// The outcome is known here.
+    Decided {
+        gid: Gid,
+        decision: Decision,
+        source: Source,
+    },
+    /// A peer said what it cannot have meant; ignored.
+    Rejected { from: NodeId, reason: &'static str },
+    /// A table is full; what would have gone into it was ignored and will come again.
+    TableFull { table: &'static str },
+}
+
+/// How a node came to know an outcome.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Source {
+    /// The coordinator's own count of precommits.
+    Central,
+    /// A member voted no.
+    VotedNo,
+    /// This node's resolver.
+    Resolver,
+    /// This node barred or refused the transaction.
+    Refused,
+    /// Another node said so.
+    Told,
+    /// The coordinator's replication stream.
+    Stream,
+    /// The coordinator's own transaction log.
+    Log,
+}
+
+/// Effects in the order in which they have to be carried out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Effects(Vec<Effect>);
+
+impl Effects {
+    pub const fn new() -> Self {
+        Self(Vec::new())
+    }
+
+    pub fn push(&mut self, effect: Effect) {
+        self.0.push(effect);
+    }
+
+    /// Takes all effects out, leaving the allocation for the next input.
+    pub fn drain(&mut self) -> impl Iterator<Item = Effect> + '_ {
+        self.0.drain(..)
+    }
+
+    pub fn as_slice(&self) -> &[Effect] {
+        &self.0
+    }
+
+    pub(crate) fn send(&mut self, to: NodeId, msg: Message) {
+        self.push(Effect::Send { to, msg });
+    }
+
+    pub(crate) fn event(&mut self, event: Event) {
+        self.push(Effect::Event(event));
+    }
+}
