@@ -257,8 +257,9 @@ impl Arbiter {
                 self.peer_views.insert(from, view_of(&heartbeat));
                 self.refresh_status();
             }
-            // A peer that cannot be dialled is reported as lost; a stranger is worth a line.
-            MeshEvent::Refused { peer: Some(_), .. } => {}
+            MeshEvent::Refused { peer: Some(peer), reason, .. } => {
+                self.main.log(LogLevel::Info, format!("arbiter cannot connect to node {}: {reason}", peer.get()));
+            }
             MeshEvent::Refused { addr, reason, unreported, .. } => {
                 let who = addr.map_or_else(|| "an unknown address".to_owned(), |addr| addr.to_string());
                 let text = format!("arbiter refused a connection from {who}: {reason} ({unreported} more not reported)");
