@@ -2,7 +2,7 @@
 
 use crate::pg::process;
 use crate::pg::shared::{EVENT_BYTES, FINISH_BYTES, shared};
-use protocol::{Csn, Decision, Gid, Lsn, NodeId, Vote};
+use protocol::{Decision, Gid, Lsn, NodeId, Vote};
 use serde::{Deserialize, Serialize};
 
 /// A fact about this server, for the protocol core.
@@ -12,6 +12,10 @@ pub enum LocalEvent {
     Committing { gid: Gid, backend: u32, wait_peers: bool },
     /// An apply worker prepared a peer's transaction durably, or could not. `lsn` is the PREPARE's end in the peer's WAL.
     Voted { gid: Gid, vote: Vote, lsn: Lsn },
+    /// The backend `backend` is about to prepare the user's own two-phase transaction and will wait for the votes.
+    UserPreparing { gid: Gid, backend: u32 },
+    /// An apply worker prepared a user's two-phase transaction, or could not.
+    UserVoted { gid: Gid, vote: Vote },
     /// COMMIT or ROLLBACK PREPARED was seen in the coordinator's stream.
     StreamOutcome { gid: Gid, decision: Decision },
     /// The local database has finished the transaction.
@@ -28,10 +32,7 @@ pub enum LocalEvent {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FinishOrder {
     pub gid: Gid,
-    /// Name of the prepared transaction in PostgreSQL where it is not the gid's own text (a user's PREPARE TRANSACTION).
-    pub name: Option<String>,
     pub decision: Decision,
-    pub csn: Option<Csn>,
     /// The durable record that must precede the finish in WAL: its tuple and bytes.
     pub record: Option<(u32, Vec<u8>)>,
 }
@@ -63,7 +64,7 @@ impl FinishOrder {
     pub fn push(&self) -> bool {
         let mut buffer = [0u8; FINISH_BYTES];
         let length = bincode::serde::encode_into_slice(self, &mut buffer, bincode::config::standard())
-            .expect("a gid, a name of at most 199 bytes and a record fit");
+            .expect("a gid and a record fit");
         shared().push_finish(&buffer[..length])
     }
 

@@ -3,15 +3,21 @@
 //! It calls nothing of PostgreSQL but `SetLatch`. Facts come in from the other processes (events in shared memory), the peers (mesh) and the main
 //! thread (durable batches, look-ups); what the core wants done goes out the same ways. Nothing is decided here.
 
+use super::start::Decider;
 use super::durable::{Batch, DurableOrder, Tuples};
 use super::event::{self, FinishOrder, LocalEvent};
+use crate::pg::thread as os_thread;
 use crate::pg::shared::{self, EVENT_BYTES, NodeStatus, outcome, shared};
 use mesh::{MeshEvent, MeshHandle};
-use protocol::{Core, Decision, Effect, Effects, Gid, Input, Lsn, Message, Millis, NodeId, NodeSet, Outcome, Vote};
+use super::user_votes::{UserTally, UserVotes};
+use protocol::{
+    Core, Decision, Effect, Effects, Event, Gid, Input, Message, Millis, NodeId, NodeSet, Outcome, Refusal, Source, Vote,
+};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
+use wire::frame::Heartbeat;
 
 /// How often the core's timers run.
 const TICK: Duration = Duration::from_millis(20);
@@ -74,9 +80,9 @@ pub struct Arbiter {
     pub tuples: Tuples,
     pub main: MainLink,
     pub mesh: MeshHandle,
-    /// Names of prepared transactions that are not their gid's text.
-    pub names: BTreeMap<Gid, String>,
-    pub started: Instant,
+    started: Instant,
+    effects: Effects,
+    user_votes: UserVotes,
     order: DurableOrder,
     /// Backends that wait for an outcome.
     waiting: BTreeMap<Gid, Waiting>,
@@ -98,21 +104,20 @@ impl Arbiter {
     pub fn new(
         node: NodeId,
         configured: NodeSet,
-        core: Core,
-        tuples: Tuples,
+        decider: Decider,
         main: MainLink,
         mesh: MeshHandle,
-        names: BTreeMap<Gid, String>,
     ) -> Arbiter {
         Arbiter {
             node,
             configured,
-            core,
-            tuples,
+            core: decider.core,
+            tuples: decider.tuples,
             main,
             mesh,
-            names,
             started: Instant::now(),
+            effects: decider.effects,
+            user_votes: UserVotes::default(),
             order: DurableOrder::default(),
             waiting: BTreeMap::new(),
             to_self: VecDeque::new(),
@@ -128,14 +133,16 @@ impl Arbiter {
         mut mesh_events: mpsc::Receiver<MeshEvent>,
         mut from_main: mpsc::UnboundedReceiver<FromMain>,
     ) -> std::io::Result<()> {
-        let wake = tokio::io::unix::AsyncFd::new(WakeFd)?;
+        let mut first = std::mem::take(&mut self.effects);
+        self.carry_out(first.drain());
+        let wake = os_thread::wake_readiness()?;
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 ready = wake.readable() => {
                     let mut ready = ready?;
-                    WakeFd.clear();
+                    os_thread::drain_wake_fd();
                     ready.clear_ready();
                     shared().wake_pending.store(false, Ordering::Release);
                 }
@@ -157,13 +164,14 @@ impl Arbiter {
     }
 
     fn now(&self) -> Millis {
-        Millis(self.started.elapsed().as_millis() as u64)
+        self.started.elapsed().as_millis() as Millis
     }
 
     fn input(&mut self, input: Input) {
-        let mut effects = Effects::default();
+        let mut effects = std::mem::take(&mut self.effects);
         self.core.handle(self.now(), input, &mut effects);
-        self.carry_out(effects);
+        self.carry_out(effects.drain());
+        self.effects = effects;
     }
 
     /// Messages to ourselves, then the batch of records.
@@ -190,27 +198,27 @@ impl Arbiter {
 
     fn on_local(&mut self, event: LocalEvent) {
         match event {
-            LocalEvent::Committing { gid, backend, wait_peers, explicit } => {
+            LocalEvent::Committing { gid, backend, wait_peers } => {
                 self.waiting.insert(gid, Waiting { backend, since: Instant::now() });
-                self.input(Input::Committing { gid, wait_peers, explicit });
+                self.input(Input::Committing { gid, wait_peers });
             }
-            LocalEvent::Voted { gid, vote, lsn, name } => {
-                if let Some(name) = name {
-                    self.names.insert(gid, name);
-                }
-                self.input(Input::Voted { gid, vote, lsn });
+            LocalEvent::Voted { gid, vote, lsn } => self.input(Input::Voted { gid, vote, prepare_lsn: lsn }),
+            LocalEvent::UserPreparing { gid, backend } => {
+                self.waiting.insert(gid, Waiting { backend, since: Instant::now() });
+                self.user_votes.expect(gid, self.configured.without(self.node));
             }
+            LocalEvent::UserVoted { gid, vote } => self.send(gid.coordinator, &Message::Vote { gid, vote }),
             LocalEvent::StreamOutcome { gid, decision } => self.input(Input::StreamOutcome { gid, decision }),
-            LocalEvent::Finished { gid } => {
-                self.names.remove(&gid);
-                self.input(Input::Finished { gid });
-            }
-            LocalEvent::Interrupted { gid } => self.input(Input::Interrupted { gid }),
+            LocalEvent::Finished { gid } => self.input(Input::Finished { gid }),
+            LocalEvent::Interrupted { gid } => match self.user_votes.interrupt(gid) {
+                Some(tally) => self.answer_user(gid, tally),
+                None => self.input(Input::Interrupted { gid }),
+            },
             LocalEvent::Abandoned { gid } => {
                 self.waiting.remove(&gid);
                 self.input(Input::Abandoned { gid });
             }
-            LocalEvent::MarkStored { node, lsn } => self.input(Input::MarkStored { node, lsn }),
+            LocalEvent::MarkStored { node, lsn } => self.input(Input::MarkPassed { origin: node, lsn }),
         }
     }
 
@@ -227,24 +235,34 @@ impl Arbiter {
                 self.peer_views.remove(&peer);
                 self.link_changed(peer, false);
                 self.main.log(LogLevel::Warning, format!("arbiter lost node {}: {reason}", peer.get()));
+                for gid in self.user_votes.lose(peer) {
+                    self.answer_user(gid, UserTally::Refused(unreachable_peer(peer)));
+                }
                 self.input(Input::LinkDown { peer });
             }
             MeshEvent::Messages { from, batch } => {
                 for msg in batch {
                     self.note_vote_delay(from, &msg);
                     self.stop_hopeless_apply(&msg);
-                    self.input(Input::Message { from, msg });
+                    match self.user_votes.count(from, &msg) {
+                        Some((gid, tally)) => self.answer_user(gid, tally),
+                        None => self.input(Input::Message { from, msg }),
+                    }
                 }
             }
-            MeshEvent::Heartbeat { from, hb } => {
+            MeshEvent::Heartbeat { from, heartbeat } => {
                 let node = shared().node(from);
                 node.heartbeats.fetch_add(1, Ordering::Relaxed);
-                node.connectivity.store(u32::from(hb.connectivity.bits()), Ordering::Relaxed);
-                self.peer_views.insert(from, hb.connectivity);
+                node.connectivity.store(u32::from(heartbeat.connected.bits()), Ordering::Relaxed);
+                self.peer_views.insert(from, view_of(&heartbeat));
                 self.refresh_status();
             }
-            MeshEvent::Refused { addr, reason } => {
-                self.main.log(LogLevel::Warning, format!("arbiter refused a connection from {addr}: {reason}"));
+            // A peer that cannot be dialled is reported as lost; a stranger is worth a line.
+            MeshEvent::Refused { peer: Some(_), .. } => {}
+            MeshEvent::Refused { addr, reason, unreported, .. } => {
+                let who = addr.map_or_else(|| "an unknown address".to_owned(), |addr| addr.to_string());
+                let text = format!("arbiter refused a connection from {who}: {reason} ({unreported} more not reported)");
+                self.main.log(LogLevel::Warning, text);
             }
         }
     }
@@ -269,7 +287,7 @@ impl Arbiter {
     /// A transaction that is already aborted elsewhere need not be applied to its end.
     fn stop_hopeless_apply(&self, msg: &Message) {
         if let Message::Decided { gid, decision: Decision::Abort, .. } = msg {
-            super::conflict::cancel_apply(*gid);
+            crate::conflict::cancel_apply(*gid);
         }
     }
 
@@ -278,11 +296,11 @@ impl Arbiter {
             FromMain::Durable(gids) => {
                 for gid in gids {
                     let held = self.order.release(gid);
-                    self.carry_out(held.into_iter().collect());
+                    self.carry_out(held.into_iter());
                 }
             }
             FromMain::Outcome { gid, outcome } => self.input(Input::CoordinatorOutcome { gid, outcome }),
-            FromMain::Reconfigure { send_ms, recv_ms } => self.mesh.reconfigure(send_ms, recv_ms),
+            FromMain::Reconfigure { send_ms, recv_ms } => self.reconfigure(send_ms, recv_ms),
             FromMain::Stop => {}
         }
     }
@@ -310,7 +328,7 @@ impl Arbiter {
     /// Online while every node is connected with this one in both directions.
     fn refresh_status(&mut self) {
         let view = self.view();
-        self.mesh.set_connectivity(view);
+        self.publish_view(view);
         let complete = self.configured.iter().all(|peer| {
             peer == self.node
                 || (view.contains(peer) && self.peer_views.get(&peer).is_some_and(|theirs| theirs.contains(self.node)))
@@ -326,11 +344,42 @@ impl Arbiter {
         }
     }
 
-    fn carry_out(&mut self, effects: Effects) {
-        let mut effects = effects.into_iter().peekable();
+    fn send(&self, to: NodeId, msg: &Message) {
+        if let Err(error) = self.mesh.send(to, msg) {
+            self.main.log(LogLevel::Warning, format!("a message to node {} was not sent: {error}", to.get()));
+        }
+    }
+
+    fn reconfigure(&self, send_ms: u64, recv_ms: u64) {
+        if let Err(error) = self.mesh.reconfigure(send_ms, recv_ms) {
+            self.main.log(LogLevel::Warning, format!("the heartbeat settings were not taken: {error}"));
+        }
+    }
+
+    /// Tells the peers whose streams we receive.
+    fn publish_view(&self, view: NodeSet) {
+        let heartbeat = Heartbeat {
+            generation: shared().generation(),
+            online_generation: shared().generation(),
+            received: self
+                .configured
+                .iter()
+                .filter(|peer| *peer != self.node)
+                .map(|peer| (peer, protocol::Lsn(shared().node(peer).mark.load(Ordering::Relaxed))))
+                .collect(),
+            extras: vec![(RECEIVING_TAG, view.bits().to_le_bytes().to_vec())],
+            ..Heartbeat::default()
+        };
+        if let Err(error) = self.mesh.heartbeat_info(heartbeat) {
+            self.main.log(LogLevel::Warning, format!("the heartbeat was not changed: {error}"));
+        }
+    }
+
+    fn carry_out(&mut self, effects: impl Iterator<Item = Effect>) {
+        let mut effects = effects.peekable();
         let mut pending_record: Option<(Gid, u32, crate::pg::records::Body)> = None;
         while let Some(effect) = effects.next() {
-            if let Some(gid) = effect.gid()
+            if let Some(gid) = gid_of(&effect)
                 && self.order.holds(gid)
             {
                 self.order.hold(gid, effect);
@@ -349,9 +398,9 @@ impl Arbiter {
                     Some(tuple) => self.order.write(tuple, record.to_bytes()),
                     None => self.out_of_records(gid),
                 },
-                Effect::Finish { gid, decision, csn } => {
+                Effect::Finish { gid, decision } => {
                     let record = pending_record.take().filter(|(owner, ..)| *owner == gid);
-                    self.finish(gid, decision, csn, record.map(|(_, tuple, body)| (tuple, body.to_vec())));
+                    self.finish(gid, decision, record.map(|(_, tuple, body)| (tuple, body.to_vec())));
                 }
                 other => self.carry_out_simple(other),
             }
@@ -361,7 +410,7 @@ impl Arbiter {
     fn carry_out_simple(&mut self, effect: Effect) {
         match effect {
             Effect::Send { to, msg } if to == self.node => self.to_self.push_back(msg),
-            Effect::Send { to, msg } => self.mesh.send(to, msg),
+            Effect::Send { to, msg } => self.send(to, &msg),
             Effect::Free { gid } => self.tuples.free(gid),
             Effect::Reply { gid, outcome } => self.reply(gid, outcome),
             Effect::PeersFinished { gid } => {
@@ -372,8 +421,9 @@ impl Arbiter {
                 }
             }
             Effect::LookUp { gid } => self.main.send(ToMain::LookUp(gid)),
+            Effect::Visible { node, csn } => shared().raise_visible(node, csn),
             Effect::Settled { node, csn } => self.settled(node, csn),
-            Effect::Event(event) => self.main.log(LogLevel::Info, event.to_string()),
+            Effect::Event(event) => self.report(&event),
             Effect::Persist { .. } | Effect::Write { .. } | Effect::Finish { .. } => {
                 unreachable!("carried out by carry_out")
             }
@@ -386,11 +436,8 @@ impl Arbiter {
         panic!("all {} durable records are in use", super::durable::RECORDS_MAX);
     }
 
-    fn finish(&mut self, gid: Gid, decision: Decision, csn: Option<protocol::Csn>, record: Option<(u32, Vec<u8>)>) {
-        if let Some(csn) = csn {
-            shared().raise_visible(gid.coordinator, csn);
-        }
-        let order = FinishOrder { gid, name: self.names.get(&gid).cloned(), decision, csn, record };
+    fn finish(&mut self, gid: Gid, decision: Decision, record: Option<(u32, Vec<u8>)>) {
+        let order = FinishOrder { gid, decision, record };
         if !self.delayed.is_empty() || !order.push() {
             self.delayed.push_back(order);
         }
@@ -404,11 +451,7 @@ impl Arbiter {
             return;
         }
         let code = match result {
-            Outcome::Commit { csn } => {
-                shared().raise_visible(gid.coordinator, csn);
-                outcome::COMMIT
-            }
-            Outcome::Prepared => outcome::COMMIT,
+            Outcome::Commit { .. } => outcome::COMMIT,
             Outcome::Abort(refusal) => {
                 slot.refusal.set(&refusal);
                 self.waiting.remove(&gid);
@@ -418,6 +461,25 @@ impl Arbiter {
         };
         slot.outcome.store(code, Ordering::Release);
         shared::wake_proc(waiting.backend as usize);
+    }
+
+    /// The votes on a user's PREPARE TRANSACTION are in.
+    fn answer_user(&mut self, gid: Gid, tally: UserTally) {
+        let result = match tally {
+            UserTally::Pending => return,
+            UserTally::Prepared => Outcome::Commit { csn: protocol::Csn::ZERO },
+            UserTally::Refused(refusal) => Outcome::Abort(refusal),
+        };
+        self.reply(gid, result);
+        self.waiting.remove(&gid);
+    }
+
+    fn report(&self, event: &Event) {
+        match event {
+            // Every transaction has one: not for the log.
+            Event::Decided { source: Source::Central | Source::Told | Source::VotedNo, .. } => {}
+            event => self.main.log(LogLevel::Info, format!("{event:?}")),
+        }
     }
 
     fn settled(&self, node: NodeId, csn: protocol::Csn) {
@@ -430,8 +492,36 @@ impl Arbiter {
     }
 }
 
-/// Position in a stream that is not known.
-pub const NO_LSN: Lsn = Lsn(0);
+/// Tag of a heartbeat's extra: the nodes that the sender talks to and whose streams it receives, as a bit set.
+const RECEIVING_TAG: u16 = 1;
+
+fn view_of(heartbeat: &Heartbeat) -> NodeSet {
+    heartbeat
+        .extras
+        .iter()
+        .find(|(tag, _)| *tag == RECEIVING_TAG)
+        .and_then(|(_, bytes)| Some(NodeSet::from_bits(u16::from_le_bytes(bytes.as_slice().try_into().ok()?))))
+        .unwrap_or_default()
+}
+
+fn unreachable_peer(peer: NodeId) -> Refusal {
+    Refusal::retry(format!("node {} was lost while the transaction was being prepared", peer.get()), "")
+}
+
+/// The transaction an effect is ordered by.
+fn gid_of(effect: &Effect) -> Option<Gid> {
+    match effect {
+        Effect::Send { msg, .. } => msg.gid(),
+        Effect::Persist { gid, .. }
+        | Effect::Write { gid, .. }
+        | Effect::Free { gid }
+        | Effect::Finish { gid, .. }
+        | Effect::Reply { gid, .. }
+        | Effect::PeersFinished { gid }
+        | Effect::LookUp { gid } => Some(*gid),
+        Effect::Visible { .. } | Effect::Settled { .. } | Effect::Event(_) => None,
+    }
+}
 
 /// Microseconds since 2000-01-01 by the system clock; for display only.
 fn postgres_now_us() -> i64 {
@@ -440,19 +530,4 @@ fn postgres_now_us() -> i64 {
         .duration_since(std::time::UNIX_EPOCH + Duration::from_secs(POSTGRES_EPOCH_S))
         .unwrap_or_default();
     since.as_micros() as i64
-}
-
-/// The eventfd as tokio wants it.
-struct WakeFd;
-
-impl WakeFd {
-    fn clear(&self) {
-        crate::pg::thread::drain_wake_fd();
-    }
-}
-
-impl std::os::fd::AsRawFd for WakeFd {
-    fn as_raw_fd(&self) -> i32 {
-        shared::wake_fd()
-    }
 }

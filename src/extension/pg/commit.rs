@@ -87,8 +87,7 @@ pub unsafe fn commit_globally() {
     // SAFETY: the sequence of the module's head, each call as its own code path in xact.c makes it.
     unsafe {
         IN_SEQUENCE.set(true);
-        claim_commit();
-        let notified = prepare_under(name.as_ptr());
+        let notified = prepare_under(name.as_ptr(), || {});
         let wait_peers = guc::wait_peer_commits();
         announce(gid, wait_peers);
         match await_outcome(gid) {
@@ -96,7 +95,7 @@ pub unsafe fn commit_globally() {
                 finish(name.as_ptr(), true);
                 submit(&LocalEvent::Finished { gid });
                 if wait_peers {
-                    await_peers(gid);
+                    await_peers();
                 }
                 shared::shared().counters.commits.fetch_add(1, Ordering::Relaxed);
             }
@@ -132,17 +131,18 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
     // SAFETY: as commit_globally.
     unsafe {
         IN_SEQUENCE.set(true);
-        claim_commit();
-        prepare_under(name);
-        announce(gid, false);
+        // The votes are counted from the moment the PREPARE can be seen.
+        prepare_under(name, || {
+            shared::my_backend().gid.set(Some(gid));
+            submit(&LocalEvent::UserPreparing { gid, backend: shared::my_backend_index() });
+        });
         let result = await_outcome(gid);
         leave();
         match result {
-            outcome::COMMIT => submit(&LocalEvent::Finished { gid }),
+            outcome::COMMIT => {}
             outcome::ABORT => {
                 IN_SEQUENCE.set(true);
                 finish(name, false);
-                submit(&LocalEvent::Finished { gid });
                 leave();
                 raise_refusal();
             }
@@ -178,7 +178,9 @@ fn leave() {
 }
 
 /// Steps 1 to 4. Returns whether the transaction had sent a NOTIFY.
-unsafe fn prepare_under(name: *const c_char) -> bool {
+///
+/// `before_prepare` runs right before the PREPARE; it must not raise.
+unsafe fn prepare_under(name: *const c_char, before_prepare: impl FnOnce()) -> bool {
     // SAFETY: see commit_globally.
     unsafe {
         raw::PrepareTransactionBlock(name);
@@ -196,7 +198,10 @@ unsafe fn prepare_under(name: *const c_char) -> bool {
             raw::PreCommit_on_commit_actions();
             pg_sys::MyXactFlags &= !(pg_sys::XACT_FLAGS_ACCESSEDTEMPNAMESPACE as i32);
         }
+        // Until here, deferred triggers may have waited for anybody: to the conflict rule the transaction was still running.
+        claim_commit();
         reset_outcome();
+        before_prepare();
         raw::CommitTransactionCommand();
         raw::StartTransactionCommand();
         notified
@@ -254,7 +259,7 @@ fn await_outcome(gid: Gid) -> u32 {
 }
 
 /// Waits until every member has finished the transaction too. An interrupt ends this wait: the commit is done either way.
-fn await_peers(gid: Gid) {
+fn await_peers() {
     let slot = shared::my_backend();
     while !slot.peers_finished.load(Ordering::Acquire) && !process::interrupt_pending() {
         if shared::shared().status() != shared::NodeStatus::Online {
@@ -262,7 +267,6 @@ fn await_peers(gid: Gid) {
         }
         process::wait_latch(LOOK_AROUND, Wait::PeerCommits);
     }
-    let _ = gid;
 }
 
 /// Step 6.
@@ -302,9 +306,9 @@ fn copy_refusal(message: &mut FixedText<1024>, detail: &mut FixedText<1024>) -> 
         let _ = message.write_str("transaction was refused by another node");
         return pgrx::PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32;
     };
-    let _ = message.write_str(&refusal.message);
-    let _ = detail.write_str(&refusal.detail);
-    sqlstate_number(refusal.sqlstate)
+    let _ = message.write_str(refusal.message());
+    let _ = detail.write_str(refusal.detail());
+    sqlstate_number(refusal.sqlstate())
 }
 
 /// `MAKE_SQLSTATE` of utils/elog.h.

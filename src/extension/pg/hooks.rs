@@ -61,14 +61,23 @@ pub fn in_cluster() -> bool {
     if !shared::exists() || process::is_local_process() {
         return false;
     }
+    wait_for_identity();
     // SAFETY: plain variables of this process.
     unsafe {
         let database = shared::shared().database.load(Ordering::Relaxed);
         database != 0
+            && shared::shared().node_id().is_some()
             && pg_sys::MyDatabaseId.to_u32() == database
             && pg_sys::IsUnderPostmaster
             && pg_sys::MyBackendType != pg_sys::BackendType::B_AUTOVAC_WORKER
             && pg_sys::MyBackendType != pg_sys::BackendType::B_WAL_SENDER
+    }
+}
+
+/// Right after the server's start it is not known yet whether it belongs to a cluster: wait for the arbiter to find out.
+fn wait_for_identity() {
+    while !shared::shared().identity_known.load(Ordering::Acquire) && has_proc() && !process::terminate_pending() {
+        process::wait_latch(std::time::Duration::from_millis(20), process::Wait::Work);
     }
 }
 

@@ -84,10 +84,25 @@ pub fn wait_latch_or_socket(socket: i32, timeout: Duration, _wait: Wait) {
 /// Raises a pending cancel or terminate, and re-reads the configuration after SIGHUP. Guarded: raises by unwinding.
 pub fn check_interrupts() {
     pgrx::check_for_interrupts!();
-    if pgrx::bgworkers::BackgroundWorker::sighup_received() {
-        // SAFETY: called between transactions, as core's workers do.
-        unsafe { pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP) };
+    if sighup_pending() {
+        reload();
     }
+}
+
+/// Whether the configuration files are to be read again; clears the request.
+pub fn sighup_pending() -> bool {
+    pgrx::bgworkers::BackgroundWorker::sighup_received()
+}
+
+/// Reads the configuration files again. Between transactions only.
+pub fn reload() {
+    // SAFETY: as core's workers do at the top of their loops.
+    unsafe { pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP) };
+}
+
+/// Ends this process in the way that makes the postmaster restart all processes with fresh shared memory.
+pub fn crash_server() -> ! {
+    std::process::abort()
 }
 
 /// Whether the backend was asked to cancel or to go away. Looks only.
@@ -130,8 +145,8 @@ pub fn attach_signals() {
     // SAFETY: at the start of a background worker. `die` makes SIGTERM an interrupt that CHECK_FOR_INTERRUPTS raises, also inside lock waits;
     // StatementCancelHandler the same for SIGINT.
     unsafe {
-        pg_sys::pqsignal(libc::SIGTERM, Some(pg_sys::die));
-        pg_sys::pqsignal(libc::SIGINT, Some(pg_sys::StatementCancelHandler));
+        pg_sys::pqsignal(libc::SIGTERM, Some(raw::die));
+        pg_sys::pqsignal(libc::SIGINT, Some(raw::StatementCancelHandler));
         pg_sys::BackgroundWorkerUnblockSignals();
     }
 }
@@ -156,3 +171,61 @@ pub fn report_activity(text: &CStr) {
     // SAFETY: copies the text into this backend's status entry.
     unsafe { pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_RUNNING, text.as_ptr()) };
 }
+
+/// Runs `work` in a transaction of its own, with a snapshot, and commits it. An error unwinds; the process then ends or aborts.
+pub fn in_transaction<T>(work: impl FnOnce() -> T) -> T {
+    // SAFETY: called by background workers outside of any transaction.
+    unsafe {
+        pg_sys::SetCurrentStatementStartTimestamp();
+        pg_sys::StartTransactionCommand();
+        pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+        let result = work();
+        pg_sys::PopActiveSnapshot();
+        pg_sys::CommitTransactionCommand();
+        result
+    }
+}
+
+/// Begins a transaction in a background worker, with a snapshot pushed.
+pub fn begin_transaction() {
+    // SAFETY: outside of any transaction.
+    unsafe {
+        pg_sys::SetCurrentStatementStartTimestamp();
+        pg_sys::StartTransactionCommand();
+    }
+}
+
+/// Aborts whatever transaction is open and forgets a cancel that was meant for it.
+pub fn abort_transaction() {
+    // SAFETY: legal in every transaction state; clears plain flags of this process.
+    unsafe {
+        pg_sys::AbortOutOfAnyTransaction();
+        pg_sys::QueryCancelPending = 0;
+    }
+}
+
+/// Forgets a pending cancel: it was meant for an earlier transaction.
+pub fn forget_cancel() {
+    // SAFETY: a plain flag of this process.
+    unsafe { pg_sys::QueryCancelPending = 0 };
+}
+
+/// Attaches to the database of the cluster.
+pub fn connect_to_cluster() {
+    connect(pg_sys::Oid::from(super::shared::shared().database.load(Ordering::Acquire)));
+}
+
+/// Runs a closure when the process ends, however it ends short of a crash.
+pub fn at_exit(work: fn()) -> AtExit {
+    unsafe extern "C-unwind" fn call(_code: c_int, argument: pg_sys::Datum) {
+        // SAFETY: the datum is the function pointer stored below.
+        let work: fn() = unsafe { std::mem::transmute(argument.value()) };
+        work();
+    }
+    // SAFETY: the callback only touches shared memory, which is still attached before shmem exit.
+    unsafe { pg_sys::before_shmem_exit(Some(call), pg_sys::Datum::from(work as usize)) };
+    AtExit
+}
+
+/// Says that an exit callback is registered.
+pub struct AtExit;

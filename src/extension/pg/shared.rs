@@ -82,6 +82,11 @@ impl ProcCell {
         self.0.load(Ordering::Acquire) != 0
     }
 
+    /// Whether it is the calling process.
+    pub fn is_self(&self) -> bool {
+        self.0.load(Ordering::Acquire) == my_proc_number() as u32 + 1
+    }
+
     pub fn pid(&self) -> i32 {
         match self.0.load(Ordering::Acquire) {
             0 => 0,
@@ -234,6 +239,10 @@ pub struct WorkerSlot {
     /// `applying` of the transaction that must die by the conflict rule; the reason is in `refusal`.
     pub cancel: AtomicU64,
     pub refusal: RefusalCell,
+    /// Table and key the worker is about to write, as the detail of a refusal; for a victim's DETAIL.
+    pub target: RefusalCell,
+    /// Waits until `settled` has reached what its transaction depends on.
+    pub waits_for_order: AtomicBool,
     /// The stream of the transaction ended without a PREPARE: drop it.
     pub feed_broken: AtomicBool,
 }
@@ -291,7 +300,14 @@ pub struct Shared {
     pub members: AtomicU32,
     pub configured: AtomicU32,
     pub status: AtomicU32,
-    /// Bits of nodes whose catalogs say `active`; raised by `mtm.init_cluster`, tells the arbiter to look again.
+    /// Arbiter starts so far, durable.
+    pub epoch: AtomicU32,
+    /// The arbiter has found out whether this server belongs to a cluster. Until then no write may commit.
+    pub identity_known: AtomicBool,
+    /// A database that finders can attach to, and whether the finder has answered.
+    pub finder_database: AtomicU32,
+    pub finder_done: AtomicBool,
+    /// Raised by `mtm.init_cluster`: tells the arbiter to look at the catalog again.
     pub identity_changed: AtomicBool,
     pub workers_wanted: AtomicI32,
     pub workers_max: AtomicU32,

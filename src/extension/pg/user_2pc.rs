@@ -31,6 +31,15 @@ pub unsafe fn check_name(gid: *const c_char) {
     }
 }
 
+/// The message's payload (see `wire::stream::UserFinish`) in a fixed array: the caller's frame must own nothing.
+fn finish_payload(name: &[u8], commit: bool) -> ([u8; 256], usize) {
+    let mut payload = [0u8; 256];
+    let length = name.len().min(payload.len() - 1);
+    payload[0] = u8::from(commit);
+    payload[1..=length].copy_from_slice(&name[..length]);
+    (payload, length + 1)
+}
+
 /// After COMMIT or ROLLBACK PREPARED of a user's transaction: tells the other nodes.
 ///
 /// # Safety
@@ -40,16 +49,12 @@ pub unsafe fn after_command(statement: *mut pg_sys::TransactionStmt) {
     // SAFETY: as check_name.
     unsafe {
         let commit = match (*statement).kind {
-            TRANS_STMT_COMMIT_PREPARED => 1u8,
-            TRANS_STMT_ROLLBACK_PREPARED => 0u8,
+            TRANS_STMT_COMMIT_PREPARED => true,
+            TRANS_STMT_ROLLBACK_PREPARED => false,
             _ => return,
         };
-        let name = CStr::from_ptr((*statement).gid).to_bytes();
-        let mut payload = [0u8; 201];
-        let length = name.len().min(200);
-        payload[0] = commit;
-        payload[1..=length].copy_from_slice(&name[..length]);
-        let lsn = raw::LogLogicalMessage(FINISH_PREFIX.as_ptr(), payload.as_ptr().cast(), length + 1, false);
+        let (payload, length) = finish_payload(CStr::from_ptr((*statement).gid).to_bytes(), commit);
+        let lsn = raw::LogLogicalMessage(FINISH_PREFIX.as_ptr(), payload.as_ptr().cast(), length, false);
         pg_sys::XLogFlush(lsn);
     }
 }
