@@ -35,6 +35,7 @@ mod workers;
 pub fn register(workers_max: usize) {
     shared::register(workers_max);
     hooks::register();
+    ddl_bridge::register();
     victim::register();
     workers::register();
 }

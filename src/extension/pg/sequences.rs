@@ -4,9 +4,10 @@
 //! `setval()`, whose position is also sent to the other nodes. `setval()` cannot be intercepted, but PostgreSQL announces every function
 //! that a query is going to call; the sequences it may have set are then those that this transaction has locked.
 
-use super::ddl::{self, applying, execute_text, log_message};
+use super::ddl::{self, DdlError, applying, execute_text, log_message};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgLogLevel, PgSqlErrorCode, Spi, ereport, pg_guard, pg_sys};
+use protocol::NodeId;
 use std::cell::Cell;
 use wire::ddl::sequence_plan::{Plan, Sequence};
 use wire::ddl::{SEQUENCE_PREFIX, SequencePosition};
@@ -126,11 +127,12 @@ fn ship_position(oid: pg_sys::Oid) {
 ///
 /// Never goes back, unless the position was certainly set; then through a new file of the sequence, so that a rollback restores it.
 /// Raises 42P01 when the sequence does not exist. Errors unwind.
-pub fn apply_position(position: &SequencePosition) {
+pub fn apply(payload: &[u8]) -> Result<(), DdlError> {
+    let position = SequencePosition::decode(payload)?;
     applying(|| {
         let oid = find(&position.schema, &position.name);
         let Some((current, _)) = read(oid) else {
-            return;
+            return Ok(());
         };
         let (last_value, is_called) = (position.last_value, position.is_called);
         let target = current
@@ -143,28 +145,24 @@ pub fn apply_position(position: &SequencePosition) {
         if !target.is_before(&current) {
             store_position(oid, &target);
         } else if position.follow {
-            go_back(oid, position, &target);
+            go_back(oid, &position, &target)?;
         }
-    });
+        Ok(())
+    })
 }
 
-fn go_back(oid: pg_sys::Oid, position: &SequencePosition, target: &Sequence) {
+fn go_back(oid: pg_sys::Oid, position: &SequencePosition, target: &Sequence) -> Result<(), DdlError> {
     if target.is_called {
-        return store_position(oid, target);
+        store_position(oid, target);
+        return Ok(());
     }
-    let quoted = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
-    let (schema, name) = (quoted(&position.schema), quoted(&position.name));
-    let restart = format!(
-        "ALTER SEQUENCE {schema}.{name} RESTART WITH {}",
-        target.last_value
-    );
-    if let Err(error) = as_superuser(|| execute_text(&restart)) {
-        raise(PgSqlErrorCode::ERRCODE_INTERNAL_ERROR, error.to_string());
-    }
+    let (schema, name) = (ddl::quoted(&position.schema), ddl::quoted(&position.name));
+    let restart = format!("ALTER SEQUENCE {schema}.{name} RESTART WITH {}", target.last_value);
+    as_superuser(|| execute_text(&restart))
 }
 
 /// Gives this node its share of a sequence; other sequences than permanent ones are left alone. Repeating it changes nothing.
-pub fn share(oid: pg_sys::Oid) {
+pub fn share(oid: pg_sys::Oid, node: u8) {
     // SAFETY: a guarded look-up.
     if unsafe { pg_sys::get_rel_persistence(oid) } as u8 != pg_sys::RELPERSISTENCE_PERMANENT {
         return;
@@ -172,7 +170,7 @@ pub fn share(oid: pg_sys::Oid) {
     let Some((sequence, _)) = read(oid) else {
         return;
     };
-    match sequence.plan(ddl::node_number()) {
+    match sequence.plan(node) {
         Plan::Shared(shared) => store(oid, &sequence, &shared),
         Plan::TooSmall => warn_too_small(oid),
     }
@@ -181,13 +179,13 @@ pub fn share(oid: pg_sys::Oid) {
 /// Shares every existing permanent sequence of the database, but for this extension's own. Locks each against use.
 ///
 /// To be run once on each node that joins, also on a copy of another node: shares depend on values alone.
-pub fn prepare_existing_sequences() {
+pub fn prepare_existing_sequences(node: NodeId) {
     let query = "SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
                  WHERE c.relkind = 'S' AND c.relpersistence = 'p' AND n.nspname <> 'mtm'";
     for oid in oids(query) {
         // SAFETY: guarded; the lock lasts until the end of the transaction.
         unsafe { pg_sys::LockRelationOid(oid, pg_sys::ShareRowExclusiveLock as i32) };
-        share(oid);
+        share(oid, node.get());
     }
 }
 

@@ -1,19 +1,33 @@
 //! Running a shipped statement in an apply worker, inside its transaction.
 
 use super::node;
+use crate::pg::apply_error::ApplyFailure;
 use pgrx::pg_sys;
 use pgrx::pg_sys::{NodeTag, ObjectType};
 use std::cell::Cell;
 use std::ffi::CStr;
-use wire::ddl::Ddl;
+use wire::ddl::{Ddl, PayloadError};
 
-/// A shipped statement that is not what a node of this version ships.
+/// A shipped statement or position that is not what a node of this version ships.
 #[derive(Debug, thiserror::Error)]
 pub enum DdlError {
+    #[error(transparent)]
+    Payload(#[from] PayloadError),
     #[error("{0} statements where one was expected")]
     NotOneStatement(usize),
     #[error("a statement that is no utility command")]
     NotUtility,
+}
+
+impl From<DdlError> for ApplyFailure {
+    fn from(error: DdlError) -> Self {
+        Self {
+            sqlstate: *b"08P01",
+            message: format!("shipped DDL cannot be read: {error}"),
+            detail: String::new(),
+            target: None,
+        }
+    }
 }
 
 thread_local! {
@@ -42,10 +56,11 @@ pub fn applying<T>(work: impl FnOnce() -> T) -> T {
 /// Must be called in a transaction; its `now()` is the origin's from here on. User triggers on events fire only when ENABLE REPLICA or ALWAYS:
 /// what others did was shipped as it happened. Errors of the statement itself unwind as PostgreSQL's guarded functions do, and leave the
 /// session as it was when the transaction is aborted.
-pub fn execute(ddl: &Ddl) -> Result<(), DdlError> {
+pub fn execute(payload: &[u8]) -> Result<(), DdlError> {
+    let ddl = Ddl::decode(payload)?;
     applying(|| {
-        set_clock(ddl);
-        with_settings(ddl, || run(&ddl.statement, &ddl.database))
+        set_clock(&ddl);
+        with_settings(&ddl, || run(&ddl.statement, &ddl.database))
     })
 }
 

@@ -53,7 +53,10 @@ pub unsafe extern "C-unwind" fn before(
             query_string,
         };
         match route::of((*pstmt).utilityStmt) {
-            Route::Local => NOTHING,
+            Route::Local => {
+                super::note_local();
+                NOTHING
+            }
             Route::Ship => {
                 ship(statement_text(pstmt, query_string));
                 plan

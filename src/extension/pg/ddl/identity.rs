@@ -32,7 +32,7 @@ pub fn settle(touched: &[Touched]) {
             pg_sys::RELKIND_RELATION | pg_sys::RELKIND_PARTITIONED_TABLE => {
                 settle_table(oid, new_key)
             }
-            pg_sys::RELKIND_SEQUENCE => sequences::share(oid),
+            pg_sys::RELKIND_SEQUENCE => sequences::share(oid, super::node_number()),
             _ => {}
         }
     }

@@ -28,7 +28,7 @@ pub use apply::{DdlError, execute};
 pub(super) use apply::{applying, execute_text};
 pub(super) use capture::log_message;
 pub use identity::prepare_existing_tables;
-pub(super) use node::{server_text, text};
+pub(super) use node::{quoted, server_text, text};
 
 use crate::pg::sequences;
 use pgrx::{pg_guard, pg_sys};
@@ -45,6 +45,8 @@ pub struct Environment {
     pub node: fn() -> NodeId,
     /// Told that the transaction now contains something for the other nodes.
     pub note_write: fn(),
+    /// Told that the transaction changes something that is this server's own.
+    pub note_local: fn(),
 }
 
 static ENVIRONMENT: OnceLock<Environment> = OnceLock::new();
@@ -119,6 +121,12 @@ pub(super) fn node_number() -> u8 {
 pub(super) fn note_write() {
     if let Some(environment) = ENVIRONMENT.get() {
         (environment.note_write)();
+    }
+}
+
+fn note_local() {
+    if let Some(environment) = ENVIRONMENT.get() {
+        (environment.note_local)();
     }
 }
 
