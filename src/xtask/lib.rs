@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod assert_build;
 pub mod checks;
 pub mod cluster;
 pub mod command;
@@ -13,3 +14,5 @@ pub mod installation;
 pub mod screen;
 pub mod server;
 pub mod setup;
+pub mod suite;
+pub mod tally;
