@@ -3,7 +3,8 @@
 use crate::pg::shared::{NODES, NodeStatus, shared};
 use crate::pg::{commit, locks, process};
 use crate::views::{ConflictRow, CounterRow, NodeStateRow, Source, StatusRow, TransactionRow, TransactionStatus};
-use protocol::NodeId;
+use crate::decode::Environment;
+use protocol::{Csn, NodeId};
 use std::sync::atomic::Ordering;
 
 /// The source of the views.
@@ -13,8 +14,26 @@ pub struct SharedSource;
 
 /// Makes the arbiter look at the catalog again.
 pub fn wake_arbiter() {
+    if let Some(database) = locks::my_database() {
+        shared().database.store(database, Ordering::Release);
+    }
     shared().identity_changed.store(true, Ordering::Release);
     shared().arbiter.wake();
+}
+
+/// What the output plugin has to know.
+pub fn decode_environment() -> Environment {
+    Environment {
+        node: || shared().node_id(),
+        generation: || shared().generation(),
+        visible: |deps| {
+            deps.extend(node_ids().filter_map(|node| {
+                let csn = Csn(shared().node(node).visible.load(Ordering::Acquire));
+                (csn != Csn::ZERO).then_some((node, csn))
+            }));
+        },
+        is_local: |_, _| false,
+    }
 }
 
 fn node_ids() -> impl Iterator<Item = NodeId> {

@@ -9,6 +9,7 @@ use protocol::{Message, NodeId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep_until};
 use wire::channel::{ChannelError, Opener, SEALED_BYTES_MAX, Sealer, split_frame};
 use wire::frame::{Batch, Content, decode, encode_heartbeat};
@@ -20,6 +21,9 @@ use crate::shared::Shared;
 
 /// Bytes read at once; holds a whole frame and more.
 const READ_BYTES: usize = 2 * SEALED_BYTES_MAX;
+/// Reading gives way to the rest of the link after so many bytes, or so many reads.
+const TURN_BYTES: usize = READ_BYTES;
+const TURN_READS: usize = 16;
 /// Sealed bytes gathered before they are written.
 const WRITE_BYTES: usize = 4 * SEALED_BYTES_MAX;
 
@@ -58,13 +62,14 @@ pub(crate) async fn run(shared: &Shared, mut link: Link) -> DownReason {
         content: Vec::new(),
         sealed: Vec::new(),
     };
-    // Reading comes first: after a standstill of this process, what has arrived is heard before the peer is called silent.
+    // Reading comes first: after a standstill of this process, what has arrived is heard before the peer is called silent. The
+    // pulse comes before writing, so that a heartbeat leaves with what is written next.
     let end = tokio::select! {
         biased;
         end = reader.run(read) => end,
-        end = writer.run(write) => end,
-        () = outbox.overflowed() => Err(DownReason::TooSlow),
         end = keep_pulse(shared, outbox, &heard) => end,
+        () = outbox.overflowed() => Err(DownReason::TooSlow),
+        end = writer.run(write) => end,
     };
     match end {
         Err(reason) => reason,
@@ -144,6 +149,7 @@ impl Reader<'_> {
     async fn run(mut self, mut stream: ReadHalf<'_>) -> Result<Never, DownReason> {
         let mut buffer = vec![0; READ_BYTES];
         let mut filled = 0;
+        let mut turn = 0;
         loop {
             let read = stream.read(&mut buffer[filled..]).await?;
             if read == 0 {
@@ -153,6 +159,12 @@ impl Reader<'_> {
             let consumed = self.take_frames(&buffer[..filled]).await?;
             buffer.copy_within(consumed..filled, 0);
             filled -= consumed;
+            // A peer that sends faster than this node reads must not keep it from writing and from its heartbeats.
+            turn += read.max(TURN_BYTES / TURN_READS);
+            if turn >= TURN_BYTES {
+                turn = 0;
+                yield_now().await;
+            }
         }
     }
 

@@ -221,7 +221,7 @@ enum Failure {
     Node(Problem),
     Unsuitable(Vec<Problem>),
     /// The statement was cancelled, or raised in another way.
-    Raised(CaughtError),
+    Raised(Box<CaughtError>),
 }
 
 impl From<Problem> for Failure {
@@ -238,7 +238,7 @@ fn form(
 ) -> Result<Vec<Member>, InitError> {
     let mut progress = Progress::default();
     let outcome = PgTryBuilder::new(AssertUnwindSafe(|| write(&members, facts, &mut progress)))
-        .catch_others(|cause| Err(Failure::Raised(cause)))
+        .catch_others(|cause| Err(Failure::Raised(Box::new(cause))))
         .execute();
     let Err(failure) = outcome else {
         return Ok(members);
@@ -255,6 +255,9 @@ fn form(
     }
 }
 
+/// What is done on one node.
+type Action = fn(&Member, &Plan) -> Result<(), Problem>;
+
 fn write(members: &[Member], facts: &[Facts], progress: &mut Progress) -> Result<(), Failure> {
     progress.step = "creating the extension";
     for member in members {
@@ -269,7 +272,7 @@ fn write(members: &[Member], facts: &[Facts], progress: &mut Progress) -> Result
     }
     let plan = plan(members, facts)?;
     progress.written = true;
-    let steps: [(&'static str, fn(&Member, &Plan) -> Result<(), Problem>); 4] = [
+    let steps: [(&'static str, Action); 4] = [
         ("clearing an unfinished attempt", |member, _| {
             setup::clear(member)
         }),

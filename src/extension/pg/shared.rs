@@ -304,6 +304,9 @@ pub struct Shared {
     pub epoch: AtomicU32,
     /// The arbiter has found out whether this server belongs to a cluster. Until then no write may commit.
     pub identity_known: AtomicBool,
+    /// A database that finders can attach to, and whether the finder has answered.
+    pub finder_database: AtomicU32,
+    pub finder_done: AtomicBool,
     /// Raised by `mtm.init_cluster`: tells the arbiter to look at the catalog again.
     pub identity_changed: AtomicBool,
     pub workers_wanted: AtomicI32,
