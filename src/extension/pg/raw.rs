@@ -20,7 +20,6 @@ unsafe extern "C-unwind" {
     pub fn ReleaseCurrentSubTransaction();
     pub fn IsSubTransaction() -> bool;
     pub fn IsTransactionBlock() -> bool;
-    pub fn IsTransactionOrTransactionBlock() -> bool;
     pub fn IsAbortedTransactionBlockState() -> bool;
     pub fn GetTopTransactionIdIfAny() -> pg_sys::TransactionId;
     pub static mut XactIsoLevel: c_int;
