@@ -26,9 +26,6 @@ unsafe extern "C-unwind" {
     pub static mut XactReadOnly: bool;
     pub static mut XactDeferrable: bool;
 
-    // access/twophase.h
-    pub fn FinishPreparedTransaction(gid: *const c_char, is_commit: bool);
-
     // commands/trigger.h, utils/portal.h, commands/tablecmds.h, commands/async.h
     pub fn AfterTriggerFireDeferred();
     pub fn PreCommit_Portals(is_prepare: bool) -> bool;
