@@ -1,43 +1,49 @@
-//! The commit protocol as a pure state machine.
+//! The commit protocol: how the nodes of a cluster commit one transaction on all of them or on none.
+//!
+//! Problem: a client's transaction is prepared on every member of the cluster. Nodes and links fail at any moment, and yet no two
+//! nodes may end it differently, no client may hear a falsehood, and whoever still forms a majority must be able to end it.
+//!
+//! The answer is E3PC in the form of single-decree Paxos (see `docs/protocol.md`): all members vote, the coordinator proposes to
+//! precommit, durable precommits of a majority of the configured nodes are the commit. Whatever goes wrong starts a resolver, on any node.
+//!
+//! [`Core`] is a function: [`Input`]s and the time go in, [`Effect`]s come out, and its shell carries them out. It uses no clock,
+//! thread, file or random source, so the same inputs always give the same effects; the simulator drives this very code.
+//!
+//! What the shell owes it:
+//! - effects of one gid in order, nothing of a gid before the gid's earlier `Persist` is durable; what is sent to the node itself
+//!   comes back as a message;
+//! - `Visible` at once; transactions are sent with `visible[]` read when they are decoded, not earlier than the core was started; an
+//!   apply starts only when `settled[X]` has reached it for every X;
+//! - `LinkDown` for every link that is lost and `LinkUp` for every new one, with nothing of the old link after it;
+//! - `Abandoned` when a backend disappears between its PREPARE and its finish, whatever it had said before;
+//! - `Voted` whenever a PREPARE of another node has been dealt with, also when it came again.
+//!
+//! Where to read on: `coordinator` and `participant` (the two parts), `resolver` (when something went wrong), `outcome` (after the decision),
+//! `causal` (what may be applied when), `core` (dispatch), `record` (what is durable).
 #![forbid(unsafe_code)]
 
+mod causal;
+mod config;
+mod coordinator;
+mod core;
 mod effect;
 mod message;
+mod outcome;
+mod participant;
 mod record;
+mod resolver;
+mod site;
+mod txn;
 mod types;
+mod view;
 
+pub use self::core::Core;
+pub use config::{AHEAD_MAX, Config, FORGOTTEN_MAX, Fault, Recovered, TRANSACTIONS_MAX};
 pub use effect::{Effect, Effects, Event, Input, Outcome, Source};
 pub use message::{Accept, Message};
-pub use record::{RECORD_BYTES, Record};
+pub use record::{InvalidRecord, RECORD_BYTES, Record};
 pub use types::{
     Age, Ballot, ClusterTag, Csn, Decision, GenerationNum, Gid, InvalidValue, Lsn, MAX_NODES,
     Millis, NodeId, NodeSet, REFUSAL_TEXT_BYTES_MAX, Refusal, Verdict, Vote,
 };
-
-/// What the core is told once, at its start.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Config {
-    pub node: NodeId,
-    pub configured: NodeSet,
-    /// Nodes whose yes votes a transaction needs.
-    pub members: NodeSet,
-    pub generation: GenerationNum,
-    /// Grows at every start of this node, durably. Starts at 1.
-    pub epoch: u32,
-    /// How long a participant's link to the coordinator is down before it resolves.
-    pub resolve_after_ms: u64,
-    /// How long a competing resolver waits per place in the order of nodes.
-    pub resolve_step_ms: u64,
-    /// How long an unanswered message waits before it is sent again.
-    pub resend_after_ms: u64,
-    /// How long a resolver looks for a quorum before the client is told that the outcome is unknown.
-    pub give_up_after_ms: u64,
-}
-
-/// What the server finds at its start: a durable record, a prepared transaction, or both.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Recovered {
-    pub gid: Gid,
-    pub record: Option<Record>,
-    pub prepared: bool,
-}
+pub use view::{Counters, State, TransactionView};

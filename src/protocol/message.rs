@@ -34,8 +34,8 @@ pub enum Message {
         decision: Decision,
         csn: Option<Csn>,
     },
-    /// The sender's database has finished the transaction, durably.
-    Finished { gid: Gid },
+    /// The sender's database has finished the transaction this way, durably, or will never hold it.
+    Finished { gid: Gid, decision: Decision },
     /// From the coordinator: every member has finished; nobody will ask about it again.
     Forget { gid: Gid },
     /// How did it end? From a node that has no vote to repeat.
@@ -64,7 +64,7 @@ impl Message {
             | Self::Status { gid, .. }
             | Self::Promised { gid, .. }
             | Self::Decided { gid, .. }
-            | Self::Finished { gid }
+            | Self::Finished { gid, .. }
             | Self::Forget { gid }
             | Self::Query { gid } => Some(*gid),
             Self::AskHorizon | Self::Horizon { .. } => None,

@@ -1,0 +1,89 @@
+//! What the core is told at its start, and the bounds of its tables.
+
+use crate::record::Record;
+use crate::types::{GenerationNum, Gid, NodeId, NodeSet};
+
+/// Most transactions a core keeps; beyond it nothing new is taken up on a peer's word.
+pub const TRANSACTIONS_MAX: usize = 65_536;
+
+/// How many forgotten transactions a core still recognises, so that a message that was overtaken does no harm.
+pub const FORGOTTEN_MAX: usize = 8_192;
+
+/// Most finished commits of one peer a core keeps while an earlier commit of that peer is open.
+pub const AHEAD_MAX: usize = 65_536;
+
+/// What the core is told once, at its start.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Config {
+    pub node: NodeId,
+    pub configured: NodeSet,
+    /// Nodes whose yes votes a transaction needs.
+    pub members: NodeSet,
+    pub generation: GenerationNum,
+    /// Grows at every start of this node, durably. Starts at 1.
+    pub epoch: u32,
+    /// How long a participant's link to the coordinator is down before it resolves.
+    pub resolve_after_ms: u64,
+    /// How long a competing resolver waits per place in the order of nodes; more than a round trip.
+    pub resolve_step_ms: u64,
+    /// How long an unanswered message waits before it is sent again.
+    pub resend_after_ms: u64,
+    /// How long a resolver looks for a quorum before the client is told that the outcome is unknown.
+    pub give_up_after_ms: u64,
+    /// A rule broken on purpose, to prove that a checker finds it. `None` outside the checkers' own tests.
+    pub fault: Option<Fault>,
+}
+
+impl Config {
+    /// A cluster in which all configured nodes are members, with intervals that suit a local network.
+    pub const fn new(node: NodeId, configured: NodeSet, epoch: u32) -> Self {
+        Self {
+            node,
+            configured,
+            members: configured,
+            generation: GenerationNum(1),
+            epoch,
+            resolve_after_ms: 1_000,
+            resolve_step_ms: 100,
+            resend_after_ms: 200,
+            give_up_after_ms: 3_000,
+            fault: None,
+        }
+    }
+
+    /// The other members.
+    pub(crate) const fn peers(&self) -> NodeSet {
+        self.members.without(self.node)
+    }
+
+    /// How many configured nodes go before this one when several want to resolve.
+    pub(crate) fn rank(&self) -> u64 {
+        self.configured
+            .iter()
+            .take_while(|node| *node < self.node)
+            .count() as u64
+    }
+
+    pub(crate) fn breaks(&self, fault: Fault) -> bool {
+        self.fault == Some(fault)
+    }
+}
+
+/// Rules whose absence a checker must notice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Fault {
+    /// Resolvers choose terms without adding their node.
+    SharedBallots,
+    /// An accepted verdict is acknowledged before it is durable.
+    UndurableAccept,
+    /// An interrupted coordinator aborts by itself.
+    LonelyAbort,
+}
+
+/// What the server finds at its start: a durable record, a prepared transaction, or both.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Recovered {
+    pub gid: Gid,
+    pub record: Option<Record>,
+    pub prepared: bool,
+}

@@ -1,0 +1,271 @@
+//! The coordinator's part: counting votes and precommits of its own transactions.
+//!
+//! Central E3PC. The PREPARE of the client's backend is durable, so the coordinator's own vote counts as given. When every member
+//! has voted yes it proposes to precommit under [`Ballot::COORDINATOR`], which needs no promises because nobody else may use it;
+//! its own durable acceptance overlaps with the sending. Precommits of a majority of the configured nodes are the decision (D1).
+//! A no vote of a member is durable there and final, so it ends the transaction at once.
+//!
+//! **No lonely abort.** As soon as the PREPARE has left, a resolver may commit without the coordinator. So everything that
+//! disturbs the wait (cancel, timeout, a lost link, a restart) starts the resolver, and only its outcome is told.
+
+use crate::config::Fault;
+use crate::effect::{Effect, Outcome, Source};
+use crate::message::Message;
+use crate::site::Turn;
+use crate::txn::{Local, Txn};
+use crate::types::{Ballot, Decision, Gid, NodeId, NodeSet, Refusal, Verdict, Vote};
+
+/// The session whose transaction it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Backend {
+    /// Not heard of yet: it is between its PREPARE and its announcement, or gone.
+    Unknown,
+    /// Waits for the outcome.
+    Waiting,
+    /// Has been told and finishes by itself.
+    Finishing,
+    /// The core sees to the finish.
+    Gone,
+}
+
+/// What only the coordinator keeps.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Coordination {
+    pub backend: Backend,
+    /// The own transaction log has been asked.
+    pub looking_up: bool,
+    pub wait_peers: bool,
+    pub yes: NodeSet,
+    pub proposed: bool,
+    pub precommits: NodeSet,
+    pub refusal: Option<Refusal>,
+}
+
+impl Coordination {
+    const fn new(backend: Backend) -> Self {
+        Self {
+            backend,
+            looking_up: false,
+            wait_peers: false,
+            yes: NodeSet::EMPTY,
+            proposed: false,
+            precommits: NodeSet::EMPTY,
+            refusal: None,
+        }
+    }
+}
+
+impl Txn {
+    /// A transaction of this node. Taken for prepared until its log says otherwise: too careful at worst.
+    pub fn new_own(gid: Gid, now: u64, backend: Backend) -> Self {
+        let mut txn = Self::new(gid, now);
+        txn.local = Local::Prepared;
+        txn.own = Some(Coordination::new(backend));
+        txn
+    }
+
+    pub fn look_up(&mut self, turn: &mut Turn) {
+        if let Some(own) = &mut self.own
+            && !own.looking_up
+        {
+            own.looking_up = true;
+            turn.out.push(Effect::LookUp { gid: self.gid() });
+        }
+    }
+
+    /// Until the log has answered, this node cannot say whether it votes yes.
+    pub fn is_unsure(&self) -> bool {
+        self.own.as_ref().is_some_and(|own| own.looking_up)
+    }
+
+    pub fn on_committing(&mut self, turn: &mut Turn, wait_peers: bool) {
+        let Some(own) = &mut self.own else { return };
+        if self.local == Local::Finished {
+            return;
+        }
+        own.backend = Backend::Waiting;
+        own.looking_up = false;
+        own.wait_peers = wait_peers;
+        self.record.voted_yes = true;
+        if !self.is_undecided() {
+            self.finish(turn);
+            return self.report_peers(turn);
+        }
+        self.try_precommit(turn);
+        self.resolve_if_cut_off(turn);
+    }
+
+    pub fn on_vote(&mut self, turn: &mut Turn, from: NodeId, vote: Vote) {
+        let Some(own) = &mut self.own else {
+            return turn.reject(
+                from,
+                "it votes at a node that does not coordinate the transaction",
+            );
+        };
+        match vote {
+            Vote::Yes => {
+                own.yes.insert(from);
+                if self.is_undecided() {
+                    self.try_precommit(turn);
+                } else {
+                    self.tell(turn, from);
+                }
+            }
+            Vote::No(refusal) => {
+                own.refusal.get_or_insert(refusal);
+                if self.is_undecided() {
+                    self.decide(turn, Decision::Abort, Source::VotedNo, None);
+                }
+                if self.record.decision == Some(Decision::Abort) {
+                    self.announced.unacked.remove(from);
+                } else {
+                    turn.reject(from, "it votes no on a committed transaction");
+                }
+            }
+        }
+    }
+
+    fn try_precommit(&mut self, turn: &mut Turn) {
+        let members = turn.site.config.peers();
+        let free = self.record.promised <= Ballot::COORDINATOR && self.resolution.running.is_none();
+        let Some(own) = &mut self.own else { return };
+        if own.proposed || !free || own.backend != Backend::Waiting || !members.is_subset(own.yes) {
+            return;
+        }
+        own.proposed = true;
+        self.resend_at = turn.resend_at();
+        let gid = self.gid();
+        self.broadcast(
+            turn,
+            &Message::Propose {
+                gid,
+                ballot: Ballot::COORDINATOR,
+                verdict: Verdict::Precommit,
+            },
+        );
+        self.accept(turn, Ballot::COORDINATOR, Verdict::Precommit);
+        turn.out.send(
+            turn.site.node(),
+            Message::Accepted {
+                gid,
+                ballot: Ballot::COORDINATOR,
+            },
+        );
+    }
+
+    /// A durable precommit under the coordinator's own ballot. It counts whatever was promised since: accepted by a majority
+    /// is accepted by one of every later quorum.
+    pub fn on_precommitted(&mut self, turn: &mut Turn, from: NodeId) {
+        let configured = turn.site.config.configured;
+        let Some(own) = &mut self.own else {
+            return turn.reject(from, "it precommits at a node that has not asked for it");
+        };
+        if !own.proposed {
+            return turn.reject(from, "it precommits what was not proposed");
+        }
+        own.precommits.insert(from);
+        if own.precommits.is_quorum_of(configured) && self.is_undecided() {
+            self.decide(turn, Decision::Commit, Source::Central, None);
+        }
+    }
+
+    /// Starts the resolver when the links that are left cannot bring the answers that are awaited.
+    pub fn resolve_if_cut_off(&mut self, turn: &mut Turn) {
+        let site = &turn.site;
+        let Some(own) = &self.own else { return };
+        let cut_off = if own.proposed {
+            !site.reachable().is_quorum_of(site.config.configured)
+        } else {
+            let awaited = site.config.peers().difference(own.yes);
+            !awaited.is_subset(site.links)
+        };
+        if self.is_undecided() && own.backend == Backend::Waiting && cut_off {
+            self.resolve(turn);
+        }
+    }
+
+    pub fn on_interrupted(&mut self, turn: &mut Turn) {
+        if !self.is_undecided() || self.is_unsure() {
+            return;
+        }
+        if turn.site.config.breaks(Fault::LonelyAbort) {
+            return self.decide(turn, Decision::Abort, Source::VotedNo, None);
+        }
+        self.resolve(turn);
+    }
+
+    pub fn on_abandoned(&mut self, turn: &mut Turn) {
+        let Some(own) = &mut self.own else { return };
+        own.backend = Backend::Gone;
+        own.wait_peers = false;
+        if !self.is_undecided() {
+            if self.local == Local::Prepared {
+                self.finish(turn);
+            }
+        } else if !self.is_unsure() {
+            self.resolve(turn);
+        }
+    }
+
+    /// The own transaction log has answered.
+    pub fn on_log(&mut self, turn: &mut Turn, outcome: Option<Decision>) {
+        let Some(own) = &mut self.own else { return };
+        own.looking_up = false;
+        let gone = own.backend == Backend::Gone;
+        match outcome {
+            Some(decision) if self.is_undecided() => {
+                self.local = Local::Finished;
+                self.decide(turn, decision, Source::Log, None);
+            }
+            Some(_) => self.on_finished_here(turn),
+            None => {
+                self.record.voted_yes = true;
+                if gone && self.is_undecided() {
+                    self.resolve(turn);
+                }
+            }
+        }
+    }
+
+    /// After [`crate::Config::give_up_after_ms`] without a quorum the client is told that the outcome is not known.
+    pub fn give_up(&mut self, turn: &mut Turn) {
+        let gid = self.gid();
+        let overdue = self
+            .resolution
+            .since
+            .is_some_and(|since| turn.now >= since + turn.site.config.give_up_after_ms);
+        if let Some(own) = &mut self.own
+            && own.backend == Backend::Waiting
+            && overdue
+        {
+            own.backend = Backend::Gone;
+            own.wait_peers = false;
+            turn.out.push(Effect::Reply {
+                gid,
+                outcome: Outcome::Unknown,
+            });
+        }
+    }
+
+    /// Proposes again to those of these nodes that have not precommitted.
+    pub fn resend_proposal(&self, turn: &mut Turn, to: NodeSet) {
+        let Some(own) = &self.own else { return };
+        if !own.proposed || self.resolution.running.is_some() {
+            return;
+        }
+        let silent = turn
+            .site
+            .config
+            .configured
+            .intersection(to)
+            .difference(own.precommits);
+        for peer in silent.iter() {
+            let msg = Message::Propose {
+                gid: self.gid(),
+                ballot: Ballot::COORDINATOR,
+                verdict: Verdict::Precommit,
+            };
+            turn.out.send(peer, msg);
+        }
+    }
+}

@@ -1,0 +1,613 @@
+//! The core: dispatch of inputs to transactions, and what concerns more than one of them.
+
+use std::collections::BTreeMap;
+
+use crate::config::{Config, Fault, Recovered, TRANSACTIONS_MAX};
+use crate::coordinator::Backend;
+use crate::effect::{Effect, Effects, Event, Input, Source};
+use crate::message::Message;
+use crate::site::{Site, Turn};
+use crate::txn::{Local, Txn};
+use crate::types::{Ballot, Csn, Decision, Gid, Lsn, Millis, NodeId, NodeSet, Verdict};
+use crate::view::{Counters, TransactionView};
+
+/// The commit protocol of one node: inputs in, effects out. See the crate's documentation.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Core {
+    site: Site,
+    txns: BTreeMap<Gid, Txn>,
+}
+
+impl Core {
+    /// Starts with what the server found: its durable records and its prepared transactions. All links are down.
+    pub fn new(config: Config, recovered: Vec<Recovered>, now: Millis, out: &mut Effects) -> Self {
+        assert!(
+            config.configured.contains(config.node),
+            "a node runs in its own cluster only"
+        );
+        assert!(
+            config.members.is_subset(config.configured),
+            "members are configured"
+        );
+        assert!(config.epoch >= 1, "epochs start at 1");
+        let mut core = Self {
+            site: Site::new(config),
+            txns: BTreeMap::new(),
+        };
+        let mut turn = Turn {
+            site: &mut core.site,
+            now,
+            out,
+        };
+        let (node, start) = (turn.site.node(), turn.site.last_csn());
+        turn.raise_visible(node, start);
+        for found in recovered {
+            let txn = recover(&mut turn, &found);
+            core.txns.insert(found.gid, txn);
+        }
+        core.forget_all(out);
+        core.answer_horizons(out);
+        core
+    }
+
+    /// Takes in one input; what has to be done about it is appended to `out`.
+    pub fn handle(&mut self, now: Millis, input: Input, out: &mut Effects) {
+        match input {
+            Input::Message { from, msg } => self.on_message(now, from, msg, out),
+            Input::LinkUp { peer, epoch } => self.on_link_up(now, peer, epoch, out),
+            Input::LinkDown { peer } => self.on_link_down(now, peer, out),
+            Input::Committing { gid, wait_peers } => {
+                self.own(gid, now).entry(gid, now, out, |txn, turn| {
+                    txn.on_committing(turn, wait_peers)
+                });
+            }
+            Input::Voted {
+                gid,
+                vote,
+                prepare_lsn,
+            } => {
+                assert!(
+                    gid.coordinator != self.site.node(),
+                    "no node applies its own transaction"
+                );
+                self.txns.entry(gid).or_insert_with(|| Txn::new(gid, now));
+                self.entry(gid, now, out, |txn, turn| {
+                    txn.on_voted(turn, vote, prepare_lsn)
+                });
+            }
+            Input::StreamOutcome { gid, decision } => {
+                self.entry(gid, now, out, |txn, turn| {
+                    txn.on_stream_outcome(turn, decision)
+                });
+            }
+            Input::Finished { gid } => self.entry(gid, now, out, Txn::on_finished_here),
+            Input::Interrupted { gid } => self.entry(gid, now, out, Txn::on_interrupted),
+            Input::Abandoned { gid } => {
+                let known = self.txns.contains_key(&gid);
+                self.own(gid, now).entry(gid, now, out, |txn, turn| {
+                    if !known {
+                        txn.look_up(turn);
+                    }
+                    txn.on_abandoned(turn);
+                });
+            }
+            Input::CoordinatorOutcome { gid, outcome } => {
+                self.entry(gid, now, out, |txn, turn| txn.on_log(turn, outcome));
+            }
+            Input::MarkPassed { origin, lsn } => self.on_mark_passed(origin, lsn, out),
+            Input::Tick => self.on_tick(now, out),
+        }
+        self.answer_horizons(out);
+    }
+
+    /// Transactions that this node still has to do with.
+    pub fn transactions(&self, now: Millis) -> impl Iterator<Item = TransactionView> + '_ {
+        self.txns
+            .values()
+            .map(move |txn| TransactionView::of(txn, &self.site, now))
+    }
+
+    pub const fn counters(&self) -> &Counters {
+        &self.site.counters
+    }
+
+    /// How the transaction ended, as long as this node remembers.
+    pub fn decision(&self, gid: Gid) -> Option<Decision> {
+        match self.txns.get(&gid) {
+            Some(txn) => txn.record.decision,
+            None => self.site.forgotten.get(gid),
+        }
+    }
+
+    /// The highest ballot that the transaction was promised here.
+    pub fn promised(&self, gid: Gid) -> Option<Ballot> {
+        self.txns.get(&gid).map(|txn| txn.record.promised)
+    }
+
+    /// Up to which number every commit announced by `node` is finished here.
+    pub fn settled(&self, node: NodeId) -> Csn {
+        self.site.causal.settled(node)
+    }
+
+    /// Makes sure that a transaction of this node is known.
+    fn own(&mut self, gid: Gid, now: Millis) -> &mut Self {
+        assert!(
+            gid.coordinator == self.site.node(),
+            "a backend commits transactions of its own node"
+        );
+        self.txns
+            .entry(gid)
+            .or_insert_with(|| Txn::new_own(gid, now, Backend::Unknown));
+        self
+    }
+
+    /// Lets a known transaction act, and forgets it if that was its last act.
+    fn entry(
+        &mut self,
+        gid: Gid,
+        now: Millis,
+        out: &mut Effects,
+        act: impl FnOnce(&mut Txn, &mut Turn),
+    ) {
+        if let Some(txn) = self.txns.get_mut(&gid) {
+            act(
+                txn,
+                &mut Turn {
+                    site: &mut self.site,
+                    now,
+                    out,
+                },
+            );
+            self.forget(gid, out);
+        }
+    }
+
+    /// Drops the transaction if nobody can ask for it any more.
+    fn forget(&mut self, gid: Gid, out: &mut Effects) {
+        let Some(txn) = self.txns.get(&gid) else {
+            return;
+        };
+        let (true, Some(decision)) = (txn.is_forgettable(&self.site), txn.record.decision) else {
+            return;
+        };
+        if txn.own.is_some() {
+            for peer in self.site.config.peers().iter() {
+                out.send(peer, Message::Forget { gid });
+            }
+        }
+        if txn.recorded {
+            out.push(Effect::Free { gid });
+        }
+        self.site.forgotten.insert(gid, decision);
+        self.txns.remove(&gid);
+    }
+
+    fn forget_all(&mut self, out: &mut Effects) {
+        let gids: Vec<Gid> = self
+            .txns
+            .values()
+            .filter(|txn| txn.is_forgettable(&self.site))
+            .map(Txn::gid)
+            .collect();
+        for gid in gids {
+            self.forget(gid, out);
+        }
+    }
+
+    fn on_mark_passed(&mut self, origin: NodeId, lsn: Lsn, out: &mut Effects) {
+        self.site.raise_mark(origin, lsn);
+        self.forget_all(out);
+    }
+
+    fn on_tick(&mut self, now: Millis, out: &mut Effects) {
+        let mut turn = Turn {
+            site: &mut self.site,
+            now,
+            out,
+        };
+        for txn in self.txns.values_mut() {
+            txn.on_tick(&mut turn);
+        }
+        let silent = turn.site.horizon_missing.intersection(turn.site.links);
+        if !silent.is_empty() && now >= turn.site.horizon_ask_at {
+            turn.site.horizon_ask_at = turn.resend_at();
+            for peer in silent.iter() {
+                turn.out.send(peer, Message::AskHorizon);
+            }
+        }
+        self.forget_all(out);
+    }
+
+    fn on_link_up(&mut self, now: Millis, peer: NodeId, epoch: u32, out: &mut Effects) {
+        if !self
+            .site
+            .config
+            .configured
+            .without(self.site.node())
+            .contains(peer)
+        {
+            return out.event(Event::Rejected {
+                from: peer,
+                reason: "it is not configured",
+            });
+        }
+        if self.site.links.contains(peer) {
+            self.on_link_down(now, peer, out);
+        }
+        self.site.links.insert(peer);
+        if self.site.epoch_of(peer) != Some(epoch) {
+            self.site.set_epoch(peer, epoch);
+            self.site.horizon_missing.insert(peer);
+        }
+        if self.site.horizon_missing.contains(peer) {
+            out.send(peer, Message::AskHorizon);
+        }
+        let mut turn = Turn {
+            site: &mut self.site,
+            now,
+            out,
+        };
+        let mut in_order: Vec<&mut Txn> = self.txns.values_mut().collect();
+        in_order.sort_by_key(|txn| txn.announced.csn);
+        for txn in in_order {
+            if txn.gid().coordinator == peer {
+                txn.trust_coordinator();
+            }
+            txn.resend(&mut turn, NodeSet::EMPTY.with(peer));
+        }
+    }
+
+    fn on_link_down(&mut self, now: Millis, peer: NodeId, out: &mut Effects) {
+        self.site.links.remove(peer);
+        self.site.horizon_askers.remove(peer);
+        let mut turn = Turn {
+            site: &mut self.site,
+            now,
+            out,
+        };
+        for txn in self.txns.values_mut() {
+            txn.watch_coordinator(&mut turn);
+            txn.resolve_if_cut_off(&mut turn);
+            txn.choose(&mut turn, false);
+            txn.report_peers(&mut turn);
+        }
+    }
+
+    fn on_message(&mut self, now: Millis, from: NodeId, msg: Message, out: &mut Effects) {
+        if let Err(reason) = self.check(from, &msg) {
+            return out.event(Event::Rejected { from, reason });
+        }
+        match msg.gid() {
+            None => self.on_horizon_message(from, &msg, out),
+            Some(gid) if self.txns.contains_key(&gid) => {
+                self.entry(gid, now, out, |txn, turn| txn.on_message(turn, from, msg));
+            }
+            Some(gid) => match self.site.forgotten.get(gid) {
+                Some(decision) => self.on_forgotten(now, from, &msg, decision, out),
+                None => self.on_unknown(now, from, gid, msg, out),
+            },
+        }
+    }
+
+    /// Refuses what no correct node sends.
+    fn check(&self, from: NodeId, msg: &Message) -> Result<(), &'static str> {
+        let config = &self.site.config;
+        if !config.configured.contains(from) {
+            return Err("it is not configured");
+        }
+        match msg {
+            Message::Vote { gid, .. } if gid.coordinator != config.node => {
+                Err("its vote is for another node")
+            }
+            Message::Vote { .. } if !config.members.contains(from) => {
+                Err("it votes and is no member")
+            }
+            Message::Status { ballot, .. } | Message::Propose { ballot, .. }
+                if ballot.node == Some(from) =>
+            {
+                if *ballot > Ballot::COORDINATOR {
+                    Ok(())
+                } else {
+                    Err("its ballot is too low")
+                }
+            }
+            Message::Propose {
+                gid,
+                ballot: Ballot::COORDINATOR,
+                verdict: Verdict::Precommit,
+            } if gid.coordinator == from => Ok(()),
+            Message::Status { .. } | Message::Propose { .. }
+                if !config.breaks(Fault::SharedBallots) =>
+            {
+                Err("its ballot belongs to another node")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// About a transaction that this node has forgotten: a message was overtaken, or an aborted PREPARE came late.
+    fn on_forgotten(
+        &mut self,
+        now: Millis,
+        from: NodeId,
+        msg: &Message,
+        decision: Decision,
+        out: &mut Effects,
+    ) {
+        let Some(gid) = msg.gid() else { return };
+        match msg {
+            Message::Vote { .. }
+            | Message::Query { .. }
+            | Message::Status { .. }
+            | Message::Propose { .. } => {
+                out.send(
+                    from,
+                    Message::Decided {
+                        gid,
+                        decision,
+                        csn: None,
+                    },
+                );
+            }
+            Message::Finished { .. } if gid.coordinator == self.site.node() => {
+                out.send(from, Message::Forget { gid })
+            }
+            Message::Decided {
+                decision: told,
+                csn,
+                ..
+            } if *told == decision => {
+                self.acknowledge_forgotten(now, from, gid, decision, *csn, out);
+            }
+            _ => {}
+        }
+    }
+
+    fn acknowledge_forgotten(
+        &mut self,
+        now: Millis,
+        from: NodeId,
+        gid: Gid,
+        decision: Decision,
+        csn: Option<Csn>,
+        out: &mut Effects,
+    ) {
+        if let (Decision::Commit, Some(csn)) = (decision, csn) {
+            Turn {
+                site: &mut self.site,
+                now,
+                out,
+            }
+            .settle(from, csn);
+        }
+        out.send(from, Message::Finished { gid, decision });
+    }
+
+    /// About a transaction that this node has not heard of, or has forgotten long ago.
+    fn on_unknown(&mut self, now: Millis, from: NodeId, gid: Gid, msg: Message, out: &mut Effects) {
+        let member = self.site.config.members.contains(self.site.node());
+        if gid.coordinator == self.site.node() {
+            return self.on_unknown_own(now, from, gid, msg, out);
+        }
+        match msg {
+            // Every member has prepared what was committed; what is no longer prepared here is finished.
+            Message::Decided {
+                decision: Decision::Commit,
+                csn,
+                ..
+            } => {
+                self.acknowledge_forgotten(now, from, gid, Decision::Commit, csn, out);
+            }
+            Message::Propose {
+                verdict: Verdict::Precommit,
+                ..
+            } if member => {}
+            Message::Status { .. } | Message::Propose { .. } if member => {
+                self.create(gid, now, out, |txn, turn| txn.bar(turn, from));
+            }
+            Message::Decided { .. } | Message::Status { .. } | Message::Propose { .. } => {
+                self.create(gid, now, out, |txn, turn| txn.on_message(turn, from, msg));
+            }
+            _ => {}
+        }
+    }
+
+    /// A node speaks of this node's transaction before its backend does, or this node has restarted since.
+    fn on_unknown_own(
+        &mut self,
+        now: Millis,
+        from: NodeId,
+        gid: Gid,
+        msg: Message,
+        out: &mut Effects,
+    ) {
+        match msg {
+            Message::Accepted { .. }
+            | Message::Promised { .. }
+            | Message::Refused { .. }
+            | Message::Forget { .. } => {}
+            _ => self.create(gid, now, out, |txn, turn| {
+                txn.look_up(turn);
+                txn.on_message(turn, from, msg);
+            }),
+        }
+    }
+
+    /// Takes up a transaction on a peer's word, while there is room.
+    fn create(
+        &mut self,
+        gid: Gid,
+        now: Millis,
+        out: &mut Effects,
+        act: impl FnOnce(&mut Txn, &mut Turn),
+    ) {
+        if self.txns.len() >= TRANSACTIONS_MAX {
+            return out.event(Event::TableFull {
+                table: "transactions",
+            });
+        }
+        let own = gid.coordinator == self.site.node();
+        let txn = if own {
+            Txn::new_own(gid, now, Backend::Unknown)
+        } else {
+            Txn::new(gid, now)
+        };
+        self.txns.insert(gid, txn);
+        self.entry(gid, now, out, act);
+    }
+
+    fn on_horizon_message(&mut self, from: NodeId, msg: &Message, out: &mut Effects) {
+        match msg {
+            Message::AskHorizon => {
+                self.site.horizon_askers.insert(from);
+            }
+            Message::Horizon { csn } => {
+                self.site.causal.horizon(from, *csn, out);
+                if self
+                    .site
+                    .epoch_of(from)
+                    .is_some_and(|epoch| csn.epoch() >= epoch)
+                {
+                    self.site.horizon_missing.remove(from);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn answer_horizons(&mut self, out: &mut Effects) {
+        for asker in self.site.horizon_askers.iter() {
+            let Some(csn) = self.horizon_of(asker) else {
+                continue;
+            };
+            self.site.horizon_askers.remove(asker);
+            if asker == self.site.node() {
+                self.site.causal.horizon(asker, csn, out);
+            } else {
+                out.send(asker, Message::Horizon { csn });
+            }
+        }
+    }
+
+    /// Up to which of this node's numbers the asker has finished every commit; `None` while some commit of an earlier epoch may be
+    /// unfinished there.
+    fn horizon_of(&self, asker: NodeId) -> Option<Csn> {
+        let mut horizon = self.site.last_csn();
+        for txn in self.txns.values() {
+            let open = if asker == self.site.node() {
+                !txn.is_done()
+            } else {
+                txn.announced.unacked.contains(asker)
+            };
+            match (txn.record.decision, txn.announced.csn) {
+                (None, _) if txn.recovered && txn.own.is_some() => return None,
+                (Some(Decision::Commit), Some(_)) if open && txn.recovered => return None,
+                (Some(Decision::Commit), Some(csn)) if open => {
+                    horizon = horizon.min(csn.previous())
+                }
+                _ => {}
+            }
+        }
+        Some(horizon)
+    }
+}
+
+impl Txn {
+    fn on_message(&mut self, turn: &mut Turn, from: NodeId, msg: Message) {
+        match msg {
+            Message::Vote { vote, .. } => self.on_vote(turn, from, vote),
+            Message::Propose {
+                ballot, verdict, ..
+            } => self.on_propose(turn, from, ballot, verdict),
+            Message::Accepted { ballot, .. } => self.on_accepted(turn, from, ballot),
+            Message::Refused { promised, .. } => self.on_refused(turn, promised),
+            Message::Status { ballot, .. } => self.on_status(turn, from, ballot),
+            Message::Promised {
+                ballot,
+                accepted,
+                voted_yes,
+                ..
+            } => {
+                self.on_promised(turn, from, ballot, accepted, voted_yes);
+            }
+            Message::Decided { decision, csn, .. } => self.on_decided(turn, from, decision, csn),
+            Message::Finished { decision, .. } => self.on_peer_finished(turn, from, decision),
+            Message::Forget { .. } => self.on_forget(turn, from),
+            Message::Query { .. } => self.tell(turn, from),
+            Message::AskHorizon | Message::Horizon { .. } => {}
+        }
+    }
+
+    fn on_tick(&mut self, turn: &mut Turn) {
+        self.give_up(turn);
+        if self.resolution.at.is_some_and(|at| turn.now >= at) && !self.is_unsure() {
+            self.resolve(turn);
+        }
+        if turn.now >= self.resend_at {
+            self.resend_at = turn.resend_at();
+            self.choose(turn, true);
+            let links = turn.site.links;
+            self.resend(turn, links);
+        }
+    }
+
+    /// Repeats to these nodes whatever they have not answered.
+    fn resend(&mut self, turn: &mut Turn, to: NodeSet) {
+        if self.is_undecided() {
+            self.resend_vote(turn, to);
+            self.resend_proposal(turn, to);
+            self.resend_resolver(turn, to);
+        } else {
+            self.resend_outcome(turn, to);
+        }
+    }
+}
+
+/// Takes up a transaction where this node's restart left it.
+fn recover(turn: &mut Turn, found: &Recovered) -> Txn {
+    let own = found.gid.coordinator == turn.site.node();
+    let mut txn = if own {
+        Txn::new_own(found.gid, turn.now, Backend::Gone)
+    } else {
+        Txn::new(found.gid, turn.now)
+    };
+    txn.recovered = true;
+    if let Some(record) = found.record {
+        txn.record = record;
+        txn.recorded = true;
+    }
+    let decision = txn.record.decision.take();
+    txn.local = if found.prepared {
+        Local::Prepared
+    } else {
+        Local::Finished
+    };
+    match decision {
+        Some(decision) => {
+            let number = Some(txn.record.csn).filter(|csn| *csn > Csn::ZERO);
+            txn.decide(turn, decision, Source::Log, number);
+        }
+        None if found.prepared => {
+            txn.record.voted_yes = true;
+            if own {
+                txn.resolve(turn);
+            } else {
+                txn.watch_coordinator(turn);
+            }
+        }
+        None if own => {
+            txn.local = Local::Prepared;
+            txn.look_up(turn);
+        }
+        None => {
+            // A promise without a vote; or a vote whose transaction is gone, of which the finish will complain.
+            txn.local = if txn.record.voted_yes {
+                Local::Prepared
+            } else {
+                Local::Absent
+            };
+            txn.watch_coordinator(turn);
+        }
+    }
+    txn
+}

@@ -1,0 +1,263 @@
+//! From the decision to oblivion: numbering, announcing, finishing, forgetting.
+//!
+//! - A commit gets its number here (see `causal`), and `visible` is raised before the finish can begin.
+//! - The coordinator tells every member until each has said *finished*; so does a node that decided as a resolver or that gave a
+//!   commit a number of its own.
+//! - A foreign transaction's record with its decision precedes its finish in WAL, so that a PREPARE which comes again is
+//!   recognised. The coordinator needs a record only of a commit, so that *finished without a record* means *forgotten by all*.
+//! - When all members have finished, the coordinator says `Forget`. A participant drops its record then, once its stored mark
+//!   is beyond the PREPARE; until it hears `Forget` it keeps repeating `Finished`.
+
+use crate::coordinator::Backend;
+use crate::effect::{Effect, Outcome, Source};
+use crate::message::Message;
+use crate::site::Turn;
+use crate::txn::{Local, Txn};
+use crate::types::{Csn, Decision, NodeId, NodeSet, Refusal};
+
+impl Txn {
+    /// Takes note of the outcome and sets everything in motion that follows from it. `number` is the coordinator's, when it was the
+    /// coordinator who said so.
+    pub fn decide(
+        &mut self,
+        turn: &mut Turn,
+        decision: Decision,
+        source: Source,
+        number: Option<Csn>,
+    ) {
+        assert!(self.is_undecided(), "an outcome never changes");
+        self.record.decision = Some(decision);
+        self.resolution.stop();
+        turn.count(self.gid(), decision, source);
+        if decision == Decision::Commit {
+            self.number(turn, number);
+        }
+        if self.own.is_some() || self.announced.csn.is_some() || source == Source::Resolver {
+            self.announced.unacked = turn.site.config.peers();
+            self.resend_at = turn.resend_at();
+            self.announce(turn);
+        }
+        self.record_decision(turn, decision);
+        self.finish(turn);
+    }
+
+    /// Gives a commit the number under which transactions of this node depend on it.
+    pub fn number(&mut self, turn: &mut Turn, coordinators: Option<Csn>) {
+        let (node, csn) = match coordinators {
+            Some(csn) => {
+                self.record.csn = csn;
+                (self.gid().coordinator, csn)
+            }
+            None => {
+                let csn = turn.site.next_csn();
+                self.announced.csn = Some(csn);
+                (turn.site.node(), csn)
+            }
+        };
+        self.numbers.insert((node, csn));
+        turn.raise_visible(node, csn);
+    }
+
+    fn record_decision(&mut self, turn: &mut Turn, decision: Decision) {
+        let needed = if self.own.is_some() {
+            decision == Decision::Commit && !self.recorded
+        } else {
+            self.recorded || self.local == Local::Prepared
+        };
+        if needed {
+            self.write(turn);
+        }
+    }
+
+    /// Tells the outcome to the members that have not finished.
+    pub fn announce(&self, turn: &mut Turn) {
+        for peer in self.announced.unacked.iter() {
+            self.tell(turn, peer);
+        }
+    }
+
+    /// Tells the outcome, if it is known, to one node.
+    pub fn tell(&self, turn: &mut Turn, peer: NodeId) {
+        if let Some(decision) = self.record.decision {
+            turn.out.send(
+                peer,
+                Message::Decided {
+                    gid: self.gid(),
+                    decision,
+                    csn: self.announced.csn,
+                },
+            );
+        }
+    }
+
+    /// Has the local database follow the decision.
+    pub fn finish(&mut self, turn: &mut Turn) {
+        let Some(decision) = self.record.decision else {
+            return;
+        };
+        let gid = self.gid();
+        if self.local == Local::Prepared {
+            let csn = self.announced.csn.unwrap_or_default();
+            match &mut self.own {
+                None => turn.out.push(Effect::Finish { gid, decision }),
+                Some(own) => match own.backend {
+                    Backend::Waiting => {
+                        own.backend = Backend::Finishing;
+                        let refusal = own.refusal.clone();
+                        turn.out.push(Effect::Reply {
+                            gid,
+                            outcome: outcome(decision, csn, refusal),
+                        });
+                    }
+                    Backend::Gone => turn.out.push(Effect::Finish { gid, decision }),
+                    Backend::Unknown | Backend::Finishing => {}
+                },
+            }
+        } else {
+            self.on_done(turn, decision);
+        }
+    }
+
+    /// The local database has followed the decision.
+    pub fn on_finished_here(&mut self, turn: &mut Turn) {
+        let Some(decision) = self.record.decision else {
+            return turn.reject(turn.site.node(), "finished before it was decided");
+        };
+        let first = self.local != Local::Finished;
+        self.local = Local::Finished;
+        if first {
+            self.on_done(turn, decision);
+            self.report_peers(turn);
+        }
+    }
+
+    fn on_done(&mut self, turn: &mut Turn, decision: Decision) {
+        for (node, csn) in std::mem::take(&mut self.numbers) {
+            turn.settle(node, csn);
+        }
+        let mut tellers = std::mem::take(&mut self.tellers);
+        if self.own.is_none() {
+            tellers.insert(self.gid().coordinator);
+            self.resend_at = turn.resend_at();
+        }
+        for peer in tellers.iter() {
+            turn.out.send(
+                peer,
+                Message::Finished {
+                    gid: self.gid(),
+                    decision,
+                },
+            );
+        }
+    }
+
+    /// `Decided` from a node: the coordinator, a resolver, or one that numbered the commit.
+    pub fn on_decided(
+        &mut self,
+        turn: &mut Turn,
+        from: NodeId,
+        decision: Decision,
+        csn: Option<Csn>,
+    ) {
+        if self.contradicts(decision) {
+            return turn.reject(from, "its outcome differs from the one known here");
+        }
+        let asked = self.record.decision.is_none();
+        self.tellers.insert(from);
+        if let (Decision::Commit, Some(csn)) = (decision, csn) {
+            if self.is_done() {
+                turn.settle(from, csn);
+            } else {
+                self.numbers.insert((from, csn));
+            }
+        }
+        if asked {
+            let coordinators = csn.filter(|_| from == self.gid().coordinator);
+            self.decide(turn, decision, Source::Told, coordinators);
+        } else if self.is_done() {
+            self.tellers.remove(from);
+            turn.out.send(
+                from,
+                Message::Finished {
+                    gid: self.gid(),
+                    decision,
+                },
+            );
+        }
+    }
+
+    /// A peer has finished, and thereby says the outcome too.
+    pub fn on_peer_finished(&mut self, turn: &mut Turn, from: NodeId, decision: Decision) {
+        if self.contradicts(decision) {
+            return turn.reject(from, "it finished against the outcome known here");
+        }
+        if self.is_undecided() {
+            self.decide(turn, decision, Source::Told, None);
+        }
+        self.announced.unacked.remove(from);
+        self.report_peers(turn);
+    }
+
+    /// Whether an outcome cannot be true by what this node knows. A peer said it, so it is refused and not asserted.
+    fn contradicts(&self, decision: Decision) -> bool {
+        self.record.decision.is_some_and(|known| known != decision)
+    }
+
+    /// `Forget` from the coordinator.
+    pub fn on_forget(&mut self, turn: &mut Turn, from: NodeId) {
+        if from != self.gid().coordinator || !self.is_done() {
+            return turn.reject(from, "it forgets what is not finished here");
+        }
+        self.all_finished = true;
+        self.announced.unacked = NodeSet::EMPTY;
+    }
+
+    /// Releases the client that waits for its peers. A peer that cannot be reached is not waited for: it serves nobody either.
+    pub fn report_peers(&mut self, turn: &mut Turn) {
+        let awaited = self.announced.unacked.intersection(turn.site.links);
+        let gid = self.gid();
+        let committed = self.record.decision == Some(Decision::Commit);
+        if let Some(own) = &mut self.own
+            && own.wait_peers
+            && committed
+            && awaited.is_empty()
+        {
+            own.wait_peers = false;
+            turn.out.push(Effect::PeersFinished { gid });
+        }
+    }
+
+    /// Repeats to these nodes what they have not answered.
+    pub fn resend_outcome(&self, turn: &mut Turn, to: NodeSet) {
+        for peer in self.announced.unacked.intersection(to).iter() {
+            self.tell(turn, peer);
+        }
+        let coordinator = self.gid().coordinator;
+        if let Some(decision) = self.record.decision
+            && self.own.is_none()
+            && self.is_done()
+            && !self.all_finished
+            && to.contains(coordinator)
+        {
+            turn.out.send(
+                coordinator,
+                Message::Finished {
+                    gid: self.gid(),
+                    decision,
+                },
+            );
+        }
+    }
+}
+
+fn outcome(decision: Decision, csn: Csn, refusal: Option<Refusal>) -> Outcome {
+    match decision {
+        Decision::Commit => Outcome::Commit { csn },
+        Decision::Abort => Outcome::Abort(refusal.unwrap_or_else(|| {
+            Refusal::retry(
+                "transaction was aborted by the cluster",
+                "A member could not be reached or had not yet received the transaction when it was resolved.",
+            )
+        })),
+    }
+}

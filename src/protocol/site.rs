@@ -1,0 +1,156 @@
+//! What a core knows beside its transactions: links, marks, numbers, counters.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::causal::Causal;
+use crate::config::{Config, FORGOTTEN_MAX};
+use crate::effect::{Effect, Effects, Event, Source};
+use crate::types::{Csn, Decision, Gid, Lsn, Millis, NodeId, NodeSet};
+use crate::view::Counters;
+
+/// This node, as far as all its transactions share it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Site {
+    pub config: Config,
+    /// Peers whose link works.
+    pub links: NodeSet,
+    epochs: BTreeMap<NodeId, u32>,
+    marks: BTreeMap<NodeId, Lsn>,
+    last_csn: Csn,
+    pub causal: Causal,
+    /// Peers of whose current epoch no horizon is known yet.
+    pub horizon_missing: NodeSet,
+    /// Nodes that have asked for this node's horizon and could not be answered yet.
+    pub horizon_askers: NodeSet,
+    pub horizon_ask_at: Millis,
+    pub forgotten: Forgotten,
+    pub counters: Counters,
+}
+
+/// One call of the core: the node, the time and the effects so far.
+pub(crate) struct Turn<'a> {
+    pub site: &'a mut Site,
+    pub now: Millis,
+    pub out: &'a mut Effects,
+}
+
+impl Site {
+    pub fn new(config: Config) -> Self {
+        let last_csn = Csn::start_of(config.epoch);
+        let horizon_askers = NodeSet::EMPTY.with(config.node);
+        Self {
+            config,
+            links: NodeSet::EMPTY,
+            epochs: BTreeMap::new(),
+            marks: BTreeMap::new(),
+            last_csn,
+            causal: Causal::default(),
+            horizon_missing: NodeSet::EMPTY,
+            horizon_askers,
+            horizon_ask_at: 0,
+            forgotten: Forgotten::default(),
+            counters: Counters::default(),
+        }
+    }
+
+    pub const fn node(&self) -> NodeId {
+        self.config.node
+    }
+
+    /// Configured nodes to which messages can go, this one included.
+    pub fn reachable(&self) -> NodeSet {
+        self.links
+            .with(self.node())
+            .intersection(self.config.configured)
+    }
+
+    pub fn epoch_of(&self, peer: NodeId) -> Option<u32> {
+        self.epochs.get(&peer).copied()
+    }
+
+    pub fn set_epoch(&mut self, peer: NodeId, epoch: u32) {
+        self.epochs.insert(peer, epoch);
+    }
+
+    pub const fn last_csn(&self) -> Csn {
+        self.last_csn
+    }
+
+    pub fn next_csn(&mut self) -> Csn {
+        self.last_csn = self.last_csn.next();
+        self.last_csn
+    }
+
+    pub fn raise_mark(&mut self, origin: NodeId, lsn: Lsn) {
+        let mark = self.marks.entry(origin).or_default();
+        *mark = (*mark).max(lsn);
+    }
+
+    /// Whether a PREPARE that ends at `lsn` of the origin's stream can no longer come.
+    pub fn mark_covers(&self, origin: NodeId, lsn: Lsn) -> bool {
+        lsn > Lsn::ZERO && self.marks.get(&origin).is_some_and(|mark| *mark >= lsn)
+    }
+}
+
+impl Turn<'_> {
+    pub fn count(&mut self, gid: Gid, decision: Decision, source: Source) {
+        let own = gid.coordinator == self.site.node();
+        self.site.counters.count(own, decision, source);
+        self.out.event(Event::Decided {
+            gid,
+            decision,
+            source,
+        });
+    }
+
+    pub fn reject(&mut self, from: NodeId, reason: &'static str) {
+        self.out.event(Event::Rejected { from, reason });
+    }
+
+    /// Notes that a commit announced by `node` is finished here.
+    pub fn settle(&mut self, node: NodeId, csn: Csn) {
+        if !self.site.causal.finished(node, csn, self.out) {
+            self.out.event(Event::TableFull {
+                table: "finished commits",
+            });
+            if node == self.site.node() {
+                self.site.horizon_askers.insert(node);
+            } else {
+                self.site.horizon_missing.insert(node);
+            }
+        }
+    }
+
+    pub fn raise_visible(&mut self, node: NodeId, csn: Csn) {
+        self.out.push(Effect::Visible { node, csn });
+    }
+
+    /// When something that is unanswered by then is sent again.
+    pub const fn resend_at(&self) -> Millis {
+        self.now + self.site.config.resend_after_ms
+    }
+}
+
+/// The last transactions that were forgotten, and how they ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Forgotten {
+    decisions: BTreeMap<Gid, Decision>,
+    order: VecDeque<Gid>,
+}
+
+impl Forgotten {
+    pub fn insert(&mut self, gid: Gid, decision: Decision) {
+        if self.decisions.insert(gid, decision).is_none() {
+            self.order.push_back(gid);
+        }
+        while self.order.len() > FORGOTTEN_MAX {
+            if let Some(oldest) = self.order.pop_front() {
+                self.decisions.remove(&oldest);
+            }
+        }
+    }
+
+    pub fn get(&self, gid: Gid) -> Option<Decision> {
+        self.decisions.get(&gid).copied()
+    }
+}

@@ -1,0 +1,225 @@
+//! The harness of the tests on real servers.
+//!
+//! A case is a function whose name states the rule. Cases of one program share a cluster and run one after the other;
+//! after each, all nodes must hold the same rows and nothing may be left prepared. A case that fails, or takes too long,
+//! costs its cluster: the next one gets a fresh one, so that one failure does not hide or cause others.
+
+#![forbid(unsafe_code)]
+
+mod rig;
+mod session;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use libtest_mimic::{Arguments, Failed, Trial};
+use xtask::cluster::{Cluster, stop_servers_on_signal};
+use xtask::installation::{Installation, Source};
+use xtask::server::kill_all;
+use xtask::suite::Size;
+use xtask::{checks, extension};
+
+pub use rig::Rig;
+pub use session::Session;
+
+/// After this a case has hung.
+const CASE_LIMIT: Duration = Duration::from_secs(180);
+
+/// The same where cases have their full size.
+const LONG_CASE_LIMIT: Duration = Duration::from_secs(1800);
+
+/// How long the nodes may take to become equal after a case.
+const WHOLE_LIMIT: Duration = Duration::from_secs(20);
+
+/// Set by hand: see [`plain`].
+pub const PLAIN: &str = "MULTIMASTER_TEST_PLAIN";
+
+/// One test.
+#[derive(Clone)]
+pub struct Case<F> {
+    pub name: &'static str,
+    pub run: F,
+}
+
+/// A case on the shared cluster.
+pub type SharedCase = Case<fn(&Rig) -> Result<()>>;
+
+/// A case that makes the servers it needs.
+pub type OwnCase = Case<fn(&Installation) -> Result<()>>;
+
+/// Lists the functions of a module as cases.
+#[macro_export]
+macro_rules! cases {
+    ($($function:ident),* $(,)?) => {
+        vec![$($crate::Case { name: concat!(module_path!(), "::", stringify!($function)), run: $function }),*]
+    };
+}
+
+/// Are the cases to run on one stock server instead? That proves the expectations themselves: what a single PostgreSQL
+/// does is what a cluster must look like.
+pub fn plain() -> bool {
+    std::env::var_os(PLAIN).is_some()
+}
+
+fn case_limit() -> Duration {
+    match Size::chosen() {
+        Size::Ci => CASE_LIMIT,
+        Size::Full | Size::Long => LONG_CASE_LIMIT,
+    }
+}
+
+/// Runs `cases` on shared clusters of `nodes` nodes.
+pub fn run_shared(nodes: usize, cases: Vec<SharedCase>) -> ExitCode {
+    conclude(|installation| {
+        let stage = Arc::new(Stage {
+            installation,
+            nodes,
+            rig: Mutex::new(None),
+        });
+        let trials = cases
+            .into_iter()
+            .map(|case| {
+                let stage = Arc::clone(&stage);
+                Trial::test(display_name(case.name), move || {
+                    stage.perform(&case).map_err(failed)
+                })
+            })
+            .collect();
+        (trials, Some(stage))
+    })
+}
+
+/// Runs `cases`, each with servers of its own.
+pub fn run_own(cases: Vec<OwnCase>) -> ExitCode {
+    conclude(|installation| {
+        let trials = cases
+            .into_iter()
+            .map(|case| {
+                let installation = installation.clone();
+                Trial::test(display_name(case.name), move || {
+                    let run = case.run;
+                    attend(move || run(&installation)).map_err(failed)
+                })
+            })
+            .collect();
+        (trials, None)
+    })
+}
+
+fn conclude(prepare: impl FnOnce(Installation) -> (Vec<Trial>, Option<Arc<Stage>>)) -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    let installation = if arguments.list { None } else { Some(ready()) };
+    match installation.transpose() {
+        Ok(Some(installation)) => {
+            let (trials, stage) = prepare(installation);
+            let conclusion = libtest_mimic::run(&arguments, trials);
+            drop(stage);
+            conclusion.exit_code()
+        }
+        Ok(None) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Builds what the servers load; quick when `cargo xtask test` has just done so.
+fn ready() -> Result<Installation> {
+    stop_servers_on_signal()?;
+    extension::build(&Source::chosen()?)
+}
+
+/// Makes a cluster, does `work` on it, and keeps its logs when that fails.
+///
+/// # Errors
+/// Those of the set-up and of `work`, with the ends of the logs.
+pub fn with_cluster(
+    installation: &Installation,
+    nodes: usize,
+    work: impl FnOnce(&Cluster) -> Result<()>,
+) -> Result<()> {
+    let cluster = Cluster::start(installation, nodes)?;
+    let outcome = cluster.init_cluster().and_then(|()| work(&cluster));
+    outcome.map_err(|error| {
+        cluster.keep_logs();
+        anyhow!("{error:#}\n{}", cluster.log_tails(15))
+    })
+}
+
+/// `module::function`, without the name of the test program.
+fn display_name(path: &'static str) -> &'static str {
+    path.split_once("::").map_or(path, |(_, rest)| rest)
+}
+
+fn failed(error: anyhow::Error) -> Failed {
+    Failed::from(format!("{error:#}"))
+}
+
+/// Where shared cases are performed.
+struct Stage {
+    installation: Installation,
+    nodes: usize,
+    rig: Mutex<Option<Arc<Rig>>>,
+}
+
+impl Stage {
+    fn perform(&self, case: &SharedCase) -> Result<()> {
+        let mut slot = self.rig.lock().unwrap_or_else(PoisonError::into_inner);
+        let rig = match slot.take() {
+            Some(rig) => rig,
+            None => Arc::new(Rig::start(&self.installation, self.nodes)?),
+        };
+        let outcome = Self::perform_on(&rig, case);
+        match outcome {
+            Ok(()) => {
+                *slot = Some(rig);
+                Ok(())
+            }
+            Err(error) => {
+                rig.cluster.keep_logs();
+                Err(anyhow!("{error:#}\n{}", rig.cluster.log_tails(15)))
+            }
+        }
+    }
+
+    fn perform_on(rig: &Arc<Rig>, case: &SharedCase) -> Result<()> {
+        rig.begin_case(display_name(case.name))?;
+        let (run, theirs) = (case.run, Arc::clone(rig));
+        attend(move || run(&theirs))?;
+        checks::whole(&rig.cluster, WHOLE_LIMIT)?;
+        rig.end_case().context("cannot clean up after the case")
+    }
+}
+
+/// Runs `case` on a thread of its own, since a hung server must not hang the whole run.
+fn attend(case: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+    let (done, outcome) = mpsc::channel();
+    std::thread::spawn(move || {
+        let result = catch_unwind(AssertUnwindSafe(case));
+        // Nobody listens any more when the case took too long.
+        let _ = done.send(result);
+    });
+    match outcome.recv_timeout(case_limit()) {
+        Ok(Ok(result)) => result,
+        Ok(Err(panic)) => bail!("{}", panic_text(&*panic)),
+        Err(RecvTimeoutError::Timeout) => {
+            kill_all();
+            bail!("took longer than {} s", case_limit().as_secs())
+        }
+        Err(RecvTimeoutError::Disconnected) => bail!("the case vanished"),
+    }
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    panic
+        .downcast_ref::<String>()
+        .cloned()
+        .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+        .unwrap_or_else(|| "the case panicked".to_owned())
+}
