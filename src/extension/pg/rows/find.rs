@@ -1,5 +1,6 @@
 //! Finding the row that a change means, and waiting for whoever has it in hand.
 
+use super::super::memory;
 use super::identity::{self, Search};
 use super::segment::{OpenTable, Statement};
 use super::values::RowArrays;
@@ -14,14 +15,14 @@ const ATTEMPTS: usize = 3;
 ///
 /// # Safety
 /// The table belongs to the statement, and `wanted` is filled in.
-pub unsafe fn find(statement: &Statement, table: &mut OpenTable) -> bool {
+pub unsafe fn find(statement: &mut Statement, table: &mut OpenTable) -> bool {
     // SAFETY: as the caller promises.
     unsafe {
         let mut attempts = 0;
         while attempts < ATTEMPTS {
             let found = match table.plan.search {
                 Search::Index { .. } => by_index(statement, table),
-                Search::Scan { .. } => by_scan(table),
+                Search::Scan { .. } => by_scan(statement, table),
                 Search::Impossible => return false,
             };
             if !found {
@@ -77,10 +78,11 @@ unsafe fn by_index(statement: &Statement, table: &mut OpenTable) -> bool {
 
 /// # Safety
 /// As [`find`].
-unsafe fn by_scan(table: &OpenTable) -> bool {
+unsafe fn by_scan(statement: &mut Statement, table: &OpenTable) -> bool {
     let Search::Scan { columns } = &table.plan.search else {
         return false;
     };
+    let context = statement.comparison_context();
     // SAFETY: as the caller promises; the scan is ended on every way out but an error, after which the transaction ends it.
     unsafe {
         let scan = pg_sys::table_beginscan(table.relation, table.dirty, 0, std::ptr::null_mut());
@@ -94,7 +96,11 @@ unsafe fn by_scan(table: &OpenTable) -> bool {
         {
             pgrx::check_for_interrupts!();
             pg_sys::slot_getallattrs(table.found);
-            found = identity::agree(columns, RowArrays::of(table.found), table.wanted);
+            found = {
+                let _entered = memory::enter(context);
+                identity::agree(columns, RowArrays::of(table.found), table.wanted)
+            };
+            pg_sys::MemoryContextReset(context);
         }
         pg_sys::table_endscan(scan);
         found

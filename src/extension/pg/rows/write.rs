@@ -1,5 +1,6 @@
 //! Inserting, updating and deleting rows as the origin did, with the checks that must be made here.
 
+use super::super::memory;
 use super::segment::{OpenTable, Statement};
 use super::values::{self, RowArrays, Which};
 use super::{find, identity, target, unbound};
@@ -11,7 +12,7 @@ use wire::stream::{OldRow, Row};
 const ATTEMPTS: usize = 1000;
 
 /// # Safety
-/// The table belongs to the statement; the current memory context is the statement's row context.
+/// The table belongs to the statement; the current memory context is the statement's.
 pub unsafe fn insert(
     statement: &mut Statement,
     table: &mut OpenTable,
@@ -21,7 +22,7 @@ pub unsafe fn insert(
     // SAFETY: as the caller promises.
     unsafe {
         let arrays = empty_slot(table);
-        values::load(&table.plan, new, Which::All, arrays)?;
+        load(statement, table, new, Which::All, arrays)?;
         pg_sys::ExecStoreVirtualTuple(table.new);
         pg_sys::ExecSimpleRelationInsert(table.info, statement.estate, table.new);
     }
@@ -39,7 +40,7 @@ pub unsafe fn update(
 ) -> Result<(), ApplyError> {
     // SAFETY: as the caller promises.
     unsafe {
-        want(table, old, Some(new))?;
+        want(statement, table, old, Some(new))?;
         for _ in 0..ATTEMPTS {
             if !find_changeable(statement, table) {
                 return Err(missing(table, "update"));
@@ -49,7 +50,7 @@ pub unsafe fn update(
             }
             let arrays = empty_slot(table);
             copy_found(table, arrays);
-            values::load(&table.plan, new, Which::All, arrays)?;
+            load(statement, table, new, Which::All, arrays)?;
             pg_sys::ExecStoreVirtualTuple(table.new);
             if update_found(statement, table) {
                 return Ok(());
@@ -68,7 +69,7 @@ pub unsafe fn delete(
 ) -> Result<(), ApplyError> {
     // SAFETY: as the caller promises.
     unsafe {
-        want(table, old, None)?;
+        want(statement, table, old, None)?;
         for _ in 0..ATTEMPTS {
             if !find_changeable(statement, table) {
                 return Err(missing(table, "delete"));
@@ -84,6 +85,24 @@ pub unsafe fn delete(
     pgrx::error!("row of table \"{}\" does not come to rest", table.plan.table);
 }
 
+/// Reads a row into `arrays`; its values live until the row is done with.
+///
+/// # Safety
+/// As [`insert`]; the arrays are of the table.
+unsafe fn load(
+    statement: &Statement,
+    table: &OpenTable,
+    row: &Row<'_>,
+    which: Which,
+    arrays: RowArrays,
+) -> Result<(), ApplyError> {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let _entered = memory::enter(statement.row_context());
+        values::load(&table.plan, row, which, arrays)
+    }
+}
+
 fn missing(table: &OpenTable, command: &'static str) -> ApplyError {
     let table = table.plan.table.clone();
     ApplyError::RowMissing { table, command, key: target::current_key() }
@@ -93,7 +112,12 @@ fn missing(table: &OpenTable, command: &'static str) -> ApplyError {
 ///
 /// # Safety
 /// As [`insert`].
-unsafe fn want(table: &mut OpenTable, old: &OldRow<'_>, new: Option<&Row<'_>>) -> Result<(), ApplyError> {
+unsafe fn want(
+    statement: &Statement,
+    table: &OpenTable,
+    old: &OldRow<'_>,
+    new: Option<&Row<'_>>,
+) -> Result<(), ApplyError> {
     let plan = &table.plan;
     let no_identity = || ApplyError::NoIdentity { table: plan.table.clone() };
     if matches!(plan.search, identity::Search::Impossible) {
@@ -107,7 +131,7 @@ unsafe fn want(table: &mut OpenTable, old: &OldRow<'_>, new: Option<&Row<'_>>) -
     };
     values::note_key(plan, row, which);
     // SAFETY: as the caller promises.
-    unsafe { values::load(plan, row, which, table.wanted) }
+    unsafe { load(statement, table, row, which, table.wanted) }
 }
 
 /// Finds the wanted row, and begins the next command if this one has written it.
@@ -191,7 +215,7 @@ unsafe fn update_found(statement: &mut Statement, table: &mut OpenTable) -> bool
     unsafe {
         let mut place = (*table.found).tts_tid;
         if table.columns_watched {
-            tell_changed_columns(table);
+            tell_changed_columns(statement, table);
         }
         let before = (*info).ri_TrigDesc.as_ref().is_some_and(|triggers| triggers.trig_update_before_row);
         if before && !run_before_update(statement, table, &mut place) {
@@ -219,7 +243,7 @@ unsafe fn update_found(statement: &mut Statement, table: &mut OpenTable) -> bool
         let mut recheck = std::ptr::null_mut();
         if indexes && (*info).ri_NumIndices > 0 {
             if !table.columns_watched {
-                tell_changed_columns(table);
+                tell_changed_columns(statement, table);
             }
             let none = std::ptr::null_mut();
             recheck = pg_sys::ExecInsertIndexTuples(info, new, estate, true, false, none, std::ptr::null_mut());
@@ -229,6 +253,7 @@ unsafe fn update_found(statement: &mut Statement, table: &mut OpenTable) -> bool
         pg_sys::ExecARUpdateTriggers(
             estate, info, none(), none(), &mut old_place, std::ptr::null_mut(), new, recheck, std::ptr::null_mut(), false,
         );
+        pg_sys::list_free(recheck);
         if !table.generated {
             (*table.range).updatedCols = std::ptr::null_mut();
         }
@@ -331,13 +356,14 @@ fn succeeded(statement: &mut Statement, result: pg_sys::TM_Result::Type) -> bool
 ///
 /// # Safety
 /// As [`update_found`].
-unsafe fn tell_changed_columns(table: &OpenTable) {
+unsafe fn tell_changed_columns(statement: &Statement, table: &OpenTable) {
     if table.generated {
         return;
     }
     let first = pg_sys::FirstLowInvalidHeapAttributeNumber;
     // SAFETY: as the caller promises; both slots are taken apart.
     unsafe {
+        let _entered = memory::enter(statement.row_context());
         let (old, new) = (RowArrays::of(table.found), RowArrays::of(table.new));
         let attributes = (*(*table.relation).rd_att).attrs.as_slice((*(*table.relation).rd_att).natts as usize);
         let mut changed = std::ptr::null_mut();
