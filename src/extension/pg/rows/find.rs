@@ -10,20 +10,31 @@ use pgrx::pg_sys;
 /// a scan of what is not committed yet can pass it by: it may have seen neither version.
 const ATTEMPTS: usize = 3;
 
+/// What came of looking for a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    Yes,
+    /// There was none.
+    No,
+    /// There was one, until a transaction that was waited for committed.
+    Taken,
+}
+
 /// Looks for the row like `table.wanted` and leaves it in `table.found`; waits until no other transaction in progress has
-/// written it. False when there is none.
+/// written it.
 ///
 /// # Safety
 /// The table belongs to the statement, and `wanted` is filled in.
-pub unsafe fn find(statement: &mut Statement, table: &mut OpenTable) -> bool {
+pub unsafe fn find(statement: &mut Statement, table: &mut OpenTable) -> Found {
     // SAFETY: as the caller promises.
     unsafe {
         let mut attempts = 0;
+        let mut missing = Found::No;
         while attempts < ATTEMPTS {
             let found = match table.plan.search {
                 Search::Index { .. } => by_index(statement, table),
                 Search::Scan { .. } => by_scan(statement, table),
-                Search::Impossible => return false,
+                Search::Impossible => return Found::No,
             };
             if !found {
                 attempts += 1;
@@ -35,11 +46,12 @@ pub unsafe fn find(statement: &mut Statement, table: &mut OpenTable) -> bool {
                 (*table.dirty).xmax
             };
             if writer == pg_sys::InvalidTransactionId {
-                return true;
+                return Found::Yes;
             }
             wait_for(writer, table);
+            missing = Found::Taken;
         }
-        false
+        missing
     }
 }
 

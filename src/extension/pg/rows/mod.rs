@@ -83,10 +83,11 @@ impl RowApplier {
 
     /// To be called before a DDL command: fires the triggers that wait for the end of a statement and closes all tables.
     pub fn before_ddl(&mut self) {
-        target::clear();
+        target::check_now();
         if let Some(segment) = self.segment.take() {
             segment.end();
         }
+        target::clear();
     }
 
     /// Ends the transaction's row changes; what is deferred fires at the PREPARE.
@@ -127,14 +128,17 @@ impl RowApplier {
         let segment = self.segment.get_or_insert_with(|| unsafe { Segment::begin() });
         let (statement, table) = segment.table(id, &known)?;
         target::enter(&table.plan);
-        let result = {
+        {
             // SAFETY: both contexts live as long as the segment. The executor remembers things between rows where it runs.
             let _entered = unsafe { memory::enter(statement.context()) };
-            work(statement, table)
-        };
+            work(statement, table)?;
+        }
+        if table.checked_later {
+            target::check_later();
+        }
         // SAFETY: what a row left there is not used after it.
         unsafe { pg_sys::MemoryContextReset(statement.row_context()) };
-        result
+        Ok(())
     }
 
     fn truncate(&mut self, truncate: &Truncate<'_>) -> Result<(), ApplyError> {

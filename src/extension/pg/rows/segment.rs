@@ -34,6 +34,8 @@ pub struct OpenTable {
     pub columns_watched: bool,
     /// Triggers run before a row is updated or deleted.
     pub triggers_before: bool,
+    /// Triggers check rows at the end of the statement.
+    pub checked_later: bool,
     /// Has columns that are computed.
     pub generated: bool,
 }
@@ -174,6 +176,7 @@ impl Statement {
                 columns_watched: triggers::watch_columns((*info).ri_TrigDesc),
                 triggers_before: triggers::run_before((*info).ri_TrigDesc),
                 generated: constraints.is_some_and(|constraints| constraints.has_generated_stored),
+                checked_later: triggers::run_after((*info).ri_TrigDesc),
                 dirty,
                 scan: None,
                 plan,

@@ -1,9 +1,10 @@
 //! Inserting, updating and deleting rows as the origin did, with the checks that must be made here.
 
 use super::super::memory;
+use super::find::{self, Found};
 use super::segment::{OpenTable, Statement};
 use super::values::{self, RowArrays, Which};
-use super::{find, identity, target, unbound};
+use super::{identity, target, unbound};
 use crate::apply::rows::ApplyError;
 use pgrx::pg_sys;
 use wire::stream::{OldRow, Row};
@@ -41,10 +42,8 @@ pub unsafe fn update(
     // SAFETY: as the caller promises.
     unsafe {
         want(statement, table, old, Some(new))?;
-        for _ in 0..ATTEMPTS {
-            if !find_changeable(statement, table) {
-                return Err(missing(table, "update"));
-            }
+        for attempt in 0..ATTEMPTS {
+            find_changeable(statement, table, "update", attempt > 0)?;
             if table.triggers_before && !lock_found(statement, table) {
                 continue;
             }
@@ -70,10 +69,8 @@ pub unsafe fn delete(
     // SAFETY: as the caller promises.
     unsafe {
         want(statement, table, old, None)?;
-        for _ in 0..ATTEMPTS {
-            if !find_changeable(statement, table) {
-                return Err(missing(table, "delete"));
-            }
+        for attempt in 0..ATTEMPTS {
+            find_changeable(statement, table, "delete", attempt > 0)?;
             if table.triggers_before && !lock_found(statement, table) {
                 continue;
             }
@@ -103,11 +100,6 @@ unsafe fn load(
     }
 }
 
-fn missing(table: &OpenTable, command: &'static str) -> ApplyError {
-    let table = table.plan.table.clone();
-    ApplyError::RowMissing { table, command, key: target::current_key() }
-}
-
 /// Fills in the row to look for: what the origin logged of the old row, or the key that the new one kept.
 ///
 /// # Safety
@@ -134,21 +126,37 @@ unsafe fn want(
     unsafe { load(statement, table, row, which, table.wanted) }
 }
 
-/// Finds the wanted row, and begins the next command if this one has written it.
+/// Finds the wanted row, and begins the next command if this one has written it. `contended` says that it was there before, and somebody
+/// else was faster.
 ///
 /// # Safety
 /// As [`insert`].
-unsafe fn find_changeable(statement: &mut Statement, table: &mut OpenTable) -> bool {
+unsafe fn find_changeable(
+    statement: &mut Statement,
+    table: &mut OpenTable,
+    command: &'static str,
+    contended: bool,
+) -> Result<(), ApplyError> {
     // SAFETY: as the caller promises.
     unsafe {
-        let found = find::find(statement, table);
-        if found && statement.written && find::is_of_this_command(table) {
+        match find::find(statement, table) {
+            Found::Yes => {}
+            Found::No if !contended => {
+                let (table, key) = (table.plan.table.clone(), target::current_key());
+                return Err(ApplyError::RowMissing { table, command, key });
+            }
+            Found::No | Found::Taken => {
+                let (table, key) = (table.plan.table.clone(), target::current_key());
+                return Err(ApplyError::RowTaken { table, command, key });
+            }
+        }
+        if statement.written && find::is_of_this_command(table) {
             statement.next_command();
         }
         // A trigger may have begun a command of its own.
         (*statement.estate).es_output_cid = pg_sys::GetCurrentCommandId(true);
-        found
     }
+    Ok(())
 }
 
 /// Locks the row in `table.found` before triggers see it; false when somebody else was faster.
