@@ -151,13 +151,20 @@ pub fn apply(payload: &[u8]) -> Result<(), DdlError> {
     })
 }
 
-fn go_back(oid: pg_sys::Oid, position: &SequencePosition, target: &Sequence) -> Result<(), DdlError> {
+fn go_back(
+    oid: pg_sys::Oid,
+    position: &SequencePosition,
+    target: &Sequence,
+) -> Result<(), DdlError> {
     if target.is_called {
         store_position(oid, target);
         return Ok(());
     }
     let (schema, name) = (ddl::quoted(&position.schema), ddl::quoted(&position.name));
-    let restart = format!("ALTER SEQUENCE {schema}.{name} RESTART WITH {}", target.last_value);
+    let restart = format!(
+        "ALTER SEQUENCE {schema}.{name} RESTART WITH {}",
+        target.last_value
+    );
     as_superuser(|| execute_text(&restart))
 }
 

@@ -1,5 +1,6 @@
 //! Writing a statement to WAL for the other nodes, and settling what it touched here.
 
+use super::early::Findings;
 use super::route::{self, Route};
 use super::{
     DdlPlan, FollowUp, NOTHING, identity, local_rows, node, password, refuse, table_as, touched,
@@ -40,6 +41,7 @@ const SETTINGS: [&str; 19] = [
 pub unsafe extern "C-unwind" fn before(
     pstmt: *mut pg_sys::PlannedStmt,
     query_string: *const c_char,
+    findings: Findings,
 ) -> DdlPlan {
     // SAFETY: a valid utility statement and its text.
     unsafe {
@@ -52,7 +54,7 @@ pub unsafe extern "C-unwind" fn before(
             mark: touched::mark(),
             query_string,
         };
-        match route::of((*pstmt).utilityStmt) {
+        match route::of((*pstmt).utilityStmt, findings) {
             Route::Local => {
                 super::note_local();
                 NOTHING

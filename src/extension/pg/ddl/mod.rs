@@ -13,6 +13,7 @@
 
 mod apply;
 mod capture;
+mod early;
 mod identity;
 mod local_rows;
 mod node;
@@ -159,7 +160,8 @@ pub unsafe fn before_utility(
         if pg_sys::creating_extension || !is_origin() {
             return NOTHING;
         }
-        capture::before(pstmt, query_string)
+        let findings = early::examine(pstmt, query_string);
+        capture::before(pstmt, query_string, findings)
     }
 }
 

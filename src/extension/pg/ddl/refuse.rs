@@ -122,7 +122,10 @@ pub unsafe fn explained_table_as(explain: *mut pg_sys::ExplainStmt) {
         let runs = node::items::<pg_sys::DefElem>((*explain).options).any(|option| {
             node::text((*option).defname) == "analyze" && pg_sys::defGetBoolean(option)
         });
-        if creates && runs && super::scope::of((*query).utilityStmt) != super::scope::Scope::Local {
+        if creates
+            && runs
+            && super::scope::of((*query).utilityStmt, false) != super::scope::Scope::Local
+        {
             raise(
                 "EXPLAIN ANALYZE of a statement that creates a table is not supported in a multimaster cluster",
                 "Use EXPLAIN without ANALYZE, or create a temporary table.",

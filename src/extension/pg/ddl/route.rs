@@ -1,5 +1,6 @@
 //! What kind of statement goes which way.
 
+use super::early::Findings;
 use super::scope::{self, Scope};
 use super::{node, refuse};
 use pgrx::pg_sys;
@@ -61,8 +62,8 @@ pub fn is_never_ddl(tag: NodeTag) -> bool {
 /// The way of this statement. Raises what cannot be replicated.
 ///
 /// # Safety
-/// `statement` is a valid utility statement.
-pub unsafe fn of(statement: *mut pg_sys::Node) -> Route {
+/// `statement` is a valid utility statement, of which `findings` tells.
+pub unsafe fn of(statement: *mut pg_sys::Node, findings: Findings) -> Route {
     use NodeTag::*;
     // SAFETY: the tag says what the node is.
     unsafe {
@@ -72,16 +73,16 @@ pub unsafe fn of(statement: *mut pg_sys::Node) -> Route {
             T_ClusterStmt => refuse::catalog_cluster(statement.cast()),
             T_ReindexStmt => refuse::catalog_reindex(statement.cast()),
             T_ExplainStmt => refuse::explained_table_as(statement.cast()),
-            _ => return of_definition(statement),
+            _ => return of_definition(statement, findings),
         }
     }
     Route::Local
 }
 
-unsafe fn of_definition(statement: *mut pg_sys::Node) -> Route {
+unsafe fn of_definition(statement: *mut pg_sys::Node, findings: Findings) -> Route {
     // SAFETY: as of().
     unsafe {
-        match scope::of(statement) {
+        match scope::of(statement, findings.temporary_view) {
             Scope::Local => return Route::Local,
             Scope::Mixed => refuse::mixed(),
             Scope::Cluster => {}
@@ -98,7 +99,7 @@ unsafe fn of_definition(statement: *mut pg_sys::Node) -> Route {
                 }
             }
             NodeTag::T_AlterTableStmt => {
-                super::volatile::check(statement.cast());
+                super::volatile::check(statement.cast(), findings);
                 Route::Ship
             }
             NodeTag::T_CreateExtensionStmt | NodeTag::T_AlterExtensionStmt => Route::ShipWithRows,
