@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use libtest_mimic::{Arguments, Failed, Trial};
-use xtask::cluster::stop_servers_on_signal;
+use xtask::cluster::{Cluster, stop_servers_on_signal};
 use xtask::installation::{Installation, Source};
 use xtask::server::kill_all;
 use xtask::suite::Size;
@@ -133,6 +133,23 @@ fn conclude(prepare: impl FnOnce(Installation) -> (Vec<Trial>, Option<Arc<Stage>
 fn ready() -> Result<Installation> {
     stop_servers_on_signal()?;
     extension::build(&Source::chosen()?)
+}
+
+/// Makes a cluster, does `work` on it, and keeps its logs when that fails.
+///
+/// # Errors
+/// Those of the set-up and of `work`, with the ends of the logs.
+pub fn with_cluster(
+    installation: &Installation,
+    nodes: usize,
+    work: impl FnOnce(&Cluster) -> Result<()>,
+) -> Result<()> {
+    let cluster = Cluster::start(installation, nodes)?;
+    let outcome = cluster.init_cluster().and_then(|()| work(&cluster));
+    outcome.map_err(|error| {
+        cluster.keep_logs();
+        anyhow!("{error:#}\n{}", cluster.log_tails(15))
+    })
 }
 
 /// `module::function`, without the name of the test program.

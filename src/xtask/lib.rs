@@ -11,6 +11,7 @@ pub mod demo;
 pub mod extension;
 pub mod host;
 pub mod installation;
+pub mod pgbench;
 pub mod screen;
 pub mod server;
 pub mod setup;
