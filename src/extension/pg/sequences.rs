@@ -183,6 +183,18 @@ pub fn share(oid: pg_sys::Oid, node: u8) {
     }
 }
 
+/// Gives this node its shares of the sequences of serial and identity columns of a table.
+pub fn share_owned_by(table: pg_sys::Oid) {
+    // SAFETY: guarded; a list of oids.
+    unsafe {
+        let owned = pg_sys::getOwnedSequences(table);
+        let count = owned.as_ref().map_or(0, |list| list.length as usize);
+        for position in 0..count {
+            share((*(*owned).elements.add(position)).oid_value, ddl::node_number());
+        }
+    }
+}
+
 /// Shares every existing permanent sequence of the database, but for this extension's own. Locks each against use.
 ///
 /// To be run once on each node that joins, also on a copy of another node: shares depend on values alone.

@@ -59,6 +59,11 @@ pub unsafe extern "C-unwind" fn before(
                 super::note_local();
                 NOTHING
             }
+            Route::None => NOTHING,
+            Route::Rows => {
+                super::note_write();
+                NOTHING
+            }
             Route::Ship => {
                 ship(statement_text(pstmt, query_string));
                 plan

@@ -150,6 +150,10 @@ pub unsafe fn before_utility(
         {
             return NOTHING;
         }
+        if pg_sys::creating_extension {
+            // Part of a script, whose statement settles everything at its end: on the origin as where it is applied.
+            return NOTHING;
+        }
         if apply::is_applying() {
             return DdlPlan {
                 follow_up: FollowUp::Settle,
@@ -157,7 +161,7 @@ pub unsafe fn before_utility(
                 query_string,
             };
         }
-        if pg_sys::creating_extension || !is_origin() {
+        if !is_origin() {
             return NOTHING;
         }
         let findings = early::examine(pstmt, query_string);

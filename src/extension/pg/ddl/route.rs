@@ -10,6 +10,10 @@ use pgrx::pg_sys::NodeTag;
 pub enum Route {
     /// It concerns this server only.
     Local,
+    /// It changes nothing.
+    None,
+    /// It writes rows that the stream carries by itself.
+    Rows,
     /// Its text is run on every node.
     Ship,
     /// As `Ship`, but once it has run here: only then the password's verifier is known.
@@ -35,7 +39,6 @@ pub fn is_never_ddl(tag: NodeTag) -> bool {
             | T_ExecuteStmt
             | T_DeallocateStmt
             | T_DiscardStmt
-            | T_CopyStmt
             | T_CallStmt
             | T_DoStmt
             | T_NotifyStmt
@@ -69,7 +72,11 @@ pub unsafe fn of(statement: *mut pg_sys::Node, findings: Findings) -> Route {
     unsafe {
         match (*statement).type_ {
             T_LockStmt => refuse::catalog_lock(statement.cast()),
-            T_TruncateStmt => refuse::catalog_truncate(statement.cast()),
+            T_TruncateStmt => {
+                refuse::catalog_truncate(statement.cast());
+                return of_rows(scope::of_relations((*statement.cast::<pg_sys::TruncateStmt>()).relations));
+            }
+            T_CopyStmt => return of_copy(statement.cast()),
             T_ClusterStmt => refuse::catalog_cluster(statement.cast()),
             T_ReindexStmt => refuse::catalog_reindex(statement.cast()),
             T_ExplainStmt => refuse::explained_table_as(statement.cast()),
@@ -77,6 +84,21 @@ pub unsafe fn of(statement: *mut pg_sys::Node, findings: Findings) -> Route {
         }
     }
     Route::Local
+}
+
+/// Neither TRUNCATE nor COPY runs through the executor, which tells of every other statement that it writes.
+fn of_rows(scope: Scope) -> Route {
+    if scope == Scope::Local { Route::Local } else { Route::Rows }
+}
+
+unsafe fn of_copy(copy: *const pg_sys::CopyStmt) -> Route {
+    // SAFETY: a valid COPY; its relation is null when it copies a query.
+    unsafe {
+        match (*copy).relation.as_ref() {
+            Some(relation) if (*copy).is_from => of_rows(scope::of_relation(relation)),
+            _ => Route::None,
+        }
+    }
 }
 
 unsafe fn of_definition(statement: *mut pg_sys::Node, findings: Findings) -> Route {
@@ -97,6 +119,10 @@ unsafe fn of_definition(statement: *mut pg_sys::Node, findings: Findings) -> Rou
                 } else {
                     Route::Ship
                 }
+            }
+            NodeTag::T_CreateStmt => {
+                refuse::like_temporary(statement.cast());
+                Route::Ship
             }
             NodeTag::T_AlterTableStmt => {
                 super::volatile::check(statement.cast(), findings);

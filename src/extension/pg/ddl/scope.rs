@@ -52,6 +52,20 @@ pub unsafe fn of(statement: *mut pg_sys::Node, temporary_view: bool) -> Scope {
     }
 }
 
+/// # Safety
+/// `relations` is a list of valid RangeVars.
+pub unsafe fn of_relations(relations: *mut pg_sys::List) -> Scope {
+    // SAFETY: stated above.
+    unsafe { Scope::of_all(node::items::<pg_sys::RangeVar>(relations).map(|relation| is_temporary(relation))) }
+}
+
+/// # Safety
+/// `relation` is a valid RangeVar.
+pub unsafe fn of_relation(relation: *const pg_sys::RangeVar) -> Scope {
+    // SAFETY: stated above.
+    unsafe { Scope::local_if(is_temporary(relation)) }
+}
+
 /// Whether a CREATE makes a temporary object; `None` for other statements.
 unsafe fn creates_temporary(statement: *mut pg_sys::Node) -> Option<bool> {
     use NodeTag::*;
@@ -273,7 +287,8 @@ unsafe fn is_relation_name_temporary(names: *mut pg_sys::List, more: i32) -> boo
     unsafe {
         let copy = pg_sys::list_copy(names);
         let count = (*copy).length - more;
-        if count < 1 {
+        // More names than catalog, schema and relation are the statement's error.
+        if !(1..=3).contains(&count) {
             return false;
         }
         let relation = pg_sys::list_truncate(copy, count);
