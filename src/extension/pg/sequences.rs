@@ -190,7 +190,10 @@ pub fn share_owned_by(table: pg_sys::Oid) {
         let owned = pg_sys::getOwnedSequences(table);
         let count = owned.as_ref().map_or(0, |list| list.length as usize);
         for position in 0..count {
-            share((*(*owned).elements.add(position)).oid_value, ddl::node_number());
+            share(
+                (*(*owned).elements.add(position)).oid_value,
+                ddl::node_number(),
+            );
         }
     }
 }

@@ -74,12 +74,14 @@ pub unsafe fn of(statement: *mut pg_sys::Node, findings: Findings) -> Route {
             T_LockStmt => refuse::catalog_lock(statement.cast()),
             T_TruncateStmt => {
                 refuse::catalog_truncate(statement.cast());
-                return of_rows(scope::of_relations((*statement.cast::<pg_sys::TruncateStmt>()).relations));
+                return of_rows(scope::of_relations(
+                    (*statement.cast::<pg_sys::TruncateStmt>()).relations,
+                ));
             }
             T_CopyStmt => return of_copy(statement.cast()),
             T_ClusterStmt => refuse::catalog_cluster(statement.cast()),
             T_ReindexStmt => refuse::catalog_reindex(statement.cast()),
-            T_ExplainStmt => refuse::explained_table_as(statement.cast()),
+            T_ExplainStmt => return of_explain(statement.cast()),
             _ => return of_definition(statement, findings),
         }
     }
@@ -88,7 +90,34 @@ pub unsafe fn of(statement: *mut pg_sys::Node, findings: Findings) -> Route {
 
 /// Neither TRUNCATE nor COPY runs through the executor, which tells of every other statement that it writes.
 fn of_rows(scope: Scope) -> Route {
-    if scope == Scope::Local { Route::Local } else { Route::Rows }
+    if scope == Scope::Local {
+        Route::Local
+    } else {
+        Route::Rows
+    }
+}
+
+/// EXPLAIN ANALYZE of CREATE TABLE AS creates the table.
+unsafe fn of_explain(explain: *const pg_sys::ExplainStmt) -> Route {
+    // SAFETY: the query of an analyzed EXPLAIN is a Query, options are DefElems.
+    unsafe {
+        let query: *const pg_sys::Query = (*explain).query.cast();
+        let inner = (*query).utilityStmt;
+        let creates = !inner.is_null() && (*inner).type_ == NodeTag::T_CreateTableAsStmt;
+        let runs = || {
+            node::items::<pg_sys::DefElem>((*explain).options).any(|option| {
+                node::text((*option).defname) == "analyze" && pg_sys::defGetBoolean(option)
+            })
+        };
+        if !creates || !runs() {
+            return Route::None;
+        }
+        match of_definition(inner, Findings::default()) {
+            // The text around the statement cannot be shipped.
+            Route::Ship => refuse::explained_view(),
+            route => route,
+        }
+    }
 }
 
 unsafe fn of_copy(copy: *const pg_sys::CopyStmt) -> Route {

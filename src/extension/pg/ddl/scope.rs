@@ -56,7 +56,11 @@ pub unsafe fn of(statement: *mut pg_sys::Node, temporary_view: bool) -> Scope {
 /// `relations` is a list of valid RangeVars.
 pub unsafe fn of_relations(relations: *mut pg_sys::List) -> Scope {
     // SAFETY: stated above.
-    unsafe { Scope::of_all(node::items::<pg_sys::RangeVar>(relations).map(|relation| is_temporary(relation))) }
+    unsafe {
+        Scope::of_all(
+            node::items::<pg_sys::RangeVar>(relations).map(|relation| is_temporary(relation)),
+        )
+    }
 }
 
 /// # Safety

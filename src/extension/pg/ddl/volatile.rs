@@ -29,8 +29,9 @@ pub unsafe fn check(alter: *mut pg_sys::AlterTableStmt, findings: Findings) {
                 (*command).subtype == AlterTableType::AT_AddColumn
                     && adds_generated((*command).def.cast())
             });
-        let sets_logged =
-            commands().any(|command| (*command).subtype == AlterTableType::AT_SetLogged);
+        // A sequence has one row, and each node its own position in it.
+        let sets_logged = (*alter).objtype != pg_sys::ObjectType::OBJECT_SEQUENCE
+            && commands().any(|command| (*command).subtype == AlterTableType::AT_SetLogged);
         let (what, hint) = if adds {
             ("adding a column with a volatile default", ADD_COLUMN_HINT)
         } else if findings.volatile_conversion {
