@@ -17,9 +17,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use libtest_mimic::{Arguments, Failed, Trial};
-use xtask::cluster::stop_servers_on_signal;
+use xtask::cluster::{Cluster, stop_servers_on_signal};
 use xtask::installation::{Installation, Source};
 use xtask::server::kill_all;
+use xtask::suite::Size;
 use xtask::{checks, extension};
 
 pub use rig::Rig;
@@ -28,19 +29,17 @@ pub use session::Session;
 /// After this a case has hung.
 const CASE_LIMIT: Duration = Duration::from_secs(180);
 
-/// The same for cases of the long form.
+/// The same where cases have their full size.
 const LONG_CASE_LIMIT: Duration = Duration::from_secs(1800);
 
 /// How long the nodes may take to become equal after a case.
 const WHOLE_LIMIT: Duration = Duration::from_secs(20);
 
-/// Set by `cargo xtask cluster --long`.
-pub const LONG: &str = "MULTIMASTER_TEST_LONG";
-
 /// Set by hand: see [`plain`].
 pub const PLAIN: &str = "MULTIMASTER_TEST_PLAIN";
 
 /// One test.
+#[derive(Clone)]
 pub struct Case<F> {
     pub name: &'static str,
     pub run: F,
@@ -60,11 +59,6 @@ macro_rules! cases {
     };
 }
 
-/// Does this run have time for the real sizes?
-pub fn long() -> bool {
-    std::env::var_os(LONG).is_some()
-}
-
 /// Are the cases to run on one stock server instead? That proves the expectations themselves: what a single PostgreSQL
 /// does is what a cluster must look like.
 pub fn plain() -> bool {
@@ -72,7 +66,10 @@ pub fn plain() -> bool {
 }
 
 fn case_limit() -> Duration {
-    if long() { LONG_CASE_LIMIT } else { CASE_LIMIT }
+    match Size::chosen() {
+        Size::Ci => CASE_LIMIT,
+        Size::Full | Size::Long => LONG_CASE_LIMIT,
+    }
 }
 
 /// Runs `cases` on shared clusters of `nodes` nodes.
@@ -136,6 +133,23 @@ fn conclude(prepare: impl FnOnce(Installation) -> (Vec<Trial>, Option<Arc<Stage>
 fn ready() -> Result<Installation> {
     stop_servers_on_signal()?;
     extension::build(&Source::chosen()?)
+}
+
+/// Makes a cluster, does `work` on it, and keeps its logs when that fails.
+///
+/// # Errors
+/// Those of the set-up and of `work`, with the ends of the logs.
+pub fn with_cluster(
+    installation: &Installation,
+    nodes: usize,
+    work: impl FnOnce(&Cluster) -> Result<()>,
+) -> Result<()> {
+    let cluster = Cluster::start(installation, nodes)?;
+    let outcome = cluster.init_cluster().and_then(|()| work(&cluster));
+    outcome.map_err(|error| {
+        cluster.keep_logs();
+        anyhow!("{error:#}\n{}", cluster.log_tails(15))
+    })
 }
 
 /// `module::function`, without the name of the test program.

@@ -7,6 +7,8 @@ pub mod apply;
 pub mod arbiter;
 pub mod cluster;
 pub mod conflict;
+pub mod decode;
+mod fate;
 pub mod guc;
 pub mod pg;
 mod state;
@@ -23,5 +25,6 @@ pub extern "C-unwind" fn _PG_init() {
     cluster::preflight::check_server();
     pg::register(guc::max_workers());
     cluster::set_arbiter_waker(state::wake_arbiter);
+    decode::set_environment(state::decode_environment());
     views::set_source(&state::SOURCE);
 }

@@ -3,6 +3,11 @@
 //! What they show lives in shared memory; its owner hands it out as plain rows through [`Source`]. Columns that come from PostgreSQL's
 //! own catalogs are joined in `sql/`. Times are microseconds since 2000-01-01 UTC.
 
+#![expect(
+    clippy::type_complexity,
+    reason = "pgrx reads the columns of a result from the function's signature"
+)]
+
 use std::sync::OnceLock;
 
 use pgrx::datum::Uuid;

@@ -7,6 +7,8 @@ use anyhow::{Context, Result, bail};
 use postgres::Client;
 
 use crate::cluster::{Cluster, wait_for};
+use crate::command;
+use crate::server::Server;
 
 /// Ordinary, permanent, replicated tables of users.
 const USER_TABLES: &str = "
@@ -128,4 +130,18 @@ fn complaints(cluster: &Cluster, clients: &mut [Client]) -> Result<Vec<String>> 
         }
     }
     Ok(found)
+}
+
+/// All definitions of a node's database, as pg_dump writes them.
+///
+/// # Errors
+/// When pg_dump fails.
+pub fn schema(server: &Server) -> Result<String> {
+    let mut pg_dump = server.client_program("pg_dump");
+    let text = command::capture(pg_dump.args(["--schema-only", "--exclude-schema=mtm"]))?;
+    // Each dump has a random key of its own.
+    let lines = text
+        .lines()
+        .filter(|line| !line.starts_with("\\restrict") && !line.starts_with("\\unrestrict"));
+    Ok(lines.collect::<Vec<_>>().join("\n"))
 }

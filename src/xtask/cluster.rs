@@ -246,7 +246,11 @@ pub fn member_settings(nodes: usize) -> Vec<(String, String)> {
         ("shared_preload_libraries", "multimaster"),
         ("wal_level", "logical"),
         ("max_connections", "150"),
-        ("max_prepared_transactions", "500"),
+        // Every connection of every node may have one prepared here.
+        (
+            "max_prepared_transactions",
+            &(150 * nodes.max(2)).to_string(),
+        ),
         ("max_replication_slots", &(peers + 6).to_string()),
         ("max_wal_senders", &(peers + 6).to_string()),
         ("max_worker_processes", "64"),

@@ -12,7 +12,7 @@ use crate::installation::{Installation, MAJOR, Source};
 use crate::{command, host};
 
 /// The cargo profile of everything that tests and demonstrations run.
-const PROFILE: &str = "fast";
+pub const PROFILE: &str = "fast";
 
 /// Builds the extension for `source` and returns an installation that has it.
 ///

@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod assert_build;
 pub mod checks;
 pub mod cluster;
 pub mod command;
@@ -10,6 +11,9 @@ pub mod demo;
 pub mod extension;
 pub mod host;
 pub mod installation;
+pub mod pgbench;
 pub mod screen;
 pub mod server;
 pub mod setup;
+pub mod suite;
+pub mod tally;

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use xtask::suite::{self, Options, Size};
 use xtask::{demo, installation, setup};
 
 /// Set-up, demonstration, tests and benchmarks of multimaster.
@@ -23,12 +24,35 @@ enum Task {
     Setup,
     /// Show a cluster of three nodes at work
     Demo,
+    /// Run all tests
+    Test {
+        /// Smaller sizes, for continuous integration
+        #[arg(long)]
+        ci: bool,
+        /// Run the server tests on a PostgreSQL with assertions, built from Debian's source package
+        #[arg(long)]
+        assert: bool,
+    },
+    /// Run the cluster tests, or those with NAME in their name
+    Cluster {
+        name: Option<String>,
+        /// Run as long as it takes to find rare things
+        #[arg(long)]
+        long: bool,
+    },
 }
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Task::Setup => setup::run(installation::MAJOR),
         Task::Demo => demo::run(),
+        Task::Test { ci, assert } => suite::run(&Options {
+            size: if ci { Size::Ci } else { Size::Full },
+            with_assertions: assert,
+        }),
+        Task::Cluster { name, long } => {
+            suite::run_cluster_tests(name.as_deref(), if long { Size::Long } else { Size::Full })
+        }
     };
     exit_code(result)
 }

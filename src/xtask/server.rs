@@ -225,7 +225,7 @@ impl Server {
             bail!("{} does not run", self.name)
         };
         let postmaster = child.id();
-        let children = children_of(postmaster);
+        let children = descendants_of(postmaster);
         self.signal(Signal::SIGKILL)?;
         for pid in children {
             // It may have ended by itself in the meantime.
@@ -359,7 +359,7 @@ pub fn settings(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
 /// Stops every server at once; for a signal handler, when there is no time for destructors.
 pub fn kill_all() {
     for &pid in running().iter() {
-        for child in children_of(pid.cast_unsigned()) {
+        for child in descendants_of(pid.cast_unsigned()) {
             let _ = kill(child, Signal::SIGKILL);
         }
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
@@ -372,8 +372,8 @@ fn running() -> std::sync::MutexGuard<'static, BTreeSet<i32>> {
         .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Direct children of a process.
-pub fn children_of(parent: u32) -> Vec<Pid> {
+/// Children of a postmaster; they have none of their own.
+pub fn descendants_of(parent: u32) -> Vec<Pid> {
     let Ok(tasks) = fs::read_dir(format!("/proc/{parent}/task")) else {
         return Vec::new();
     };

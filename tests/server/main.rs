@@ -4,16 +4,30 @@
 
 use std::process::ExitCode;
 
+use multimaster_tests::{plain, run_shared};
+
 mod commit;
+mod conflicts;
+mod constraints;
+mod ddl;
 mod stream;
 mod traps;
+mod views;
+
+/// Nodes of the shared cluster: the smallest number with a majority that survives a failure.
+const NODES: usize = 3;
 
 fn main() -> ExitCode {
-    multimaster_tests::run_shared(
-        3,
-        [commit::cases(), traps::cases(), stream::cases()]
-            .into_iter()
-            .flatten()
-            .collect(),
-    )
+    let mut cases = [
+        commit::cases(),
+        traps::cases(),
+        stream::cases(),
+        constraints::cases(),
+        ddl::cases(),
+    ]
+    .concat();
+    if !plain() {
+        cases.extend([conflicts::cases(), views::cases()].into_iter().flatten());
+    }
+    run_shared(NODES, cases)
 }

@@ -101,8 +101,8 @@ impl Receiver {
             let ended = DurableTable::open(c"records", 0)
                 .read_all()
                 .iter()
-                .filter_map(Record::from_bytes)
-                .filter(|record| record.gid.coordinator == peer && record.bars_a_vote())
+                .filter_map(|body| Record::from_bytes(body).ok())
+                .filter(|record| record.gid.coordinator == peer && (record.decision.is_some() || !record.voted_yes))
                 .map(|record| record.gid)
                 .collect();
             (marks, stored, ended)

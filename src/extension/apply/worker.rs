@@ -8,7 +8,7 @@ use crate::pg::records::DurableTable;
 use crate::pg::shared::{self, WorkerSlot, shared, worker};
 use crate::pg::{ddl, rows, sequences, twophase};
 use protocol::{Csn, Gid, Lsn, NodeId, Refusal, Vote};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use wire::stream::{Message, StreamFrame};
 
@@ -19,6 +19,9 @@ const LOOK_AROUND: Duration = Duration::from_millis(500);
 static MY_SLOT: AtomicUsize = AtomicUsize::new(usize::MAX);
 /// The transaction in hand is durably prepared: its vote can only be yes.
 static PREPARED: AtomicBool = AtomicBool::new(false);
+
+/// Where the PREPARE of the transaction in hand lies in its origin's WAL.
+static PREPARE_AT: AtomicU64 = AtomicU64::new(0);
 
 /// The transaction in hand.
 struct Job {
@@ -73,7 +76,7 @@ fn leave() {
         } else {
             Vote::No(Refusal::retry("the process that applied the transaction was terminated", ""))
         };
-        submit(&LocalEvent::Voted { gid, vote, lsn: Lsn::ZERO });
+        submit(&LocalEvent::Voted { gid, vote, lsn: Lsn(PREPARE_AT.load(Ordering::Relaxed)) });
     }
     slot.gid.set(None);
     slot.process.clear();
@@ -135,6 +138,8 @@ fn refusal(slot: &WorkerSlot, failure: ApplyFailure) -> Refusal {
     if slot.cancel.load(Ordering::Acquire) == slot.applying.load(Ordering::Acquire)
         && let Some(reason) = slot.refusal.get()
     {
+        let target = failure.target.as_deref().unwrap_or_default();
+        crate::conflict::remember("committing", slot.gid.get(), slot.winner.get(), target);
         return Refusal::retry(reason.message(), place);
     }
     let detail = if failure.detail.is_empty() { place } else { format!("{place} {}", failure.detail) };
@@ -167,6 +172,9 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
                         name: begin.name.to_string(),
                         deps: begin.deps.iter().collect(),
                     };
+                    // Right behind the start of the PREPARE record: a mark beyond it is a mark beyond the record.
+                    *end = Lsn(begin.prepare_lsn.0 + 1);
+                    PREPARE_AT.store(end.0, Ordering::Relaxed);
                     inbox.slot.gid.set(Some(begun.gid));
                     wait_for_order(inbox.slot, &begun.deps);
                     *job = Some(begun);

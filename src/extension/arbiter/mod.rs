@@ -10,7 +10,7 @@ mod start;
 mod thread;
 mod user_votes;
 
-pub use start::{MARK_ROWS, body_of, number_in};
+pub use start::{MARK_ROWS, find, body_of, number_in};
 
 use crate::guc;
 use crate::pg::process::{self, Wait};
@@ -46,11 +46,8 @@ struct MainThread {
 pub fn main() {
     process::attach_signals();
     process::stay_local();
-    if shared().database.load(Ordering::Acquire) == 0 {
-        start::find_database();
-        // A process can attach to one database only, once: the next incarnation attaches to the one just found.
-        return;
-    }
+    shared().arbiter.set_self();
+    start::find_database();
     process::connect(pgrx::pg_sys::Oid::from(shared().database.load(Ordering::Acquire)));
     let Some(identity) = start::await_identity() else { return };
     let state = start::recover(&identity);
@@ -68,7 +65,7 @@ pub fn main() {
     shared().arbiter.set_self();
     shared().set_status(NodeStatus::Starting);
     let handle = os_thread::spawn_without_signals("multimaster-net", move || {
-        start::run_thread(identity, settings, state.core, state.tuples, thread::MainLink { queue: to_main }, from_main)
+        start::run_thread(identity, settings, state.decider, thread::MainLink { queue: to_main }, from_main)
     });
     main.run(handle);
 }

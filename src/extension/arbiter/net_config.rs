@@ -3,7 +3,7 @@
 use crate::cluster::Identity;
 use crate::guc;
 use mesh::{Mesh, MeshConfig, MeshEvent, MeshHandle, Peer};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use wire::handshake::ClusterSecret;
@@ -78,9 +78,10 @@ async fn listen_addresses(list: &str, port: u16) -> Result<Vec<SocketAddr>, Stri
     let mut addresses = Vec::new();
     for name in list.split(',').map(str::trim).filter(|name| !name.is_empty()) {
         if name == "*" {
-            // A dual-stack socket takes IPv4 too; where there is no IPv6, IPv4 alone.
-            let all: IpAddr = if has_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
-            addresses.push(SocketAddr::new(all, port));
+            addresses.push(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port));
+            if has_ipv6() {
+                addresses.push(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port));
+            }
             continue;
         }
         let found = tokio::net::lookup_host((name, port))

@@ -11,7 +11,7 @@ use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::shared;
 use crate::pg::{catalog_scan, locks};
-use protocol::{Config, Core, GenerationNum, Gid, NodeId, Record, Recovered};
+use protocol::{Config, Core, Effects, GenerationNum, Gid, NodeId, Record, Recovered};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -19,27 +19,63 @@ use tokio::sync::mpsc;
 
 /// Row of `mtm.marks` that holds this server's epoch; rows 1 to 16 are the marks of the nodes.
 const EPOCH_ROW: u32 = 0;
+/// A finder that has not answered by then is started again.
+const FINDER_PATIENCE: Duration = Duration::from_secs(5);
 /// Rows of `mtm.marks`.
 pub const MARK_ROWS: u32 = 17;
 /// Configured nodes form the one generation there is until membership can change.
 const FIRST_GENERATION: GenerationNum = GenerationNum(1);
 
-/// Waits until the shared catalogs name a database of a cluster, and publishes it.
+/// Waits until it is known which database is a cluster's.
+///
+/// A process can attach to one database only, once, and the marker can only be read by one that is attached to some database. So two helpers
+/// that live for a moment look: the first finds a database to attach to, the second reads the marker there.
 pub fn find_database() {
-    process::connect_shared_catalogs();
-    loop {
-        shared().identity_changed.store(false, Ordering::Release);
-        if let Some(database) = catalog_scan::cluster_database() {
-            shared().database.store(database.to_u32(), Ordering::Release);
-            return;
+    let shared = shared();
+    if !shared.identity_known.load(Ordering::Acquire) {
+        run_finder(0);
+        run_finder(shared.finder_database.load(Ordering::Acquire));
+        shared.identity_known.store(shared.database.load(Ordering::Acquire) == 0, Ordering::Release);
+    }
+    // From here on mtm.init_cluster says where the cluster is.
+    while shared.database.load(Ordering::Acquire) == 0 {
+        process::wait_latch(Duration::from_secs(10), Wait::Work);
+        process::check_interrupts();
+    }
+}
+
+/// Starts a finder and waits for its answer, for as long as it takes.
+fn run_finder(database: u32) {
+    let shared = shared();
+    shared.finder_done.store(false, Ordering::Release);
+    let mut asked = None::<Instant>;
+    while !shared.finder_done.load(Ordering::Acquire) {
+        if asked.is_none_or(|asked| asked.elapsed() > FINDER_PATIENCE) {
+            asked = Some(Instant::now());
+            process::start_worker("multimaster finder", "multimaster_finder_main", database as i32);
         }
-        shared().identity_known.store(true, Ordering::Release);
-        shared().arbiter.set_self();
-        while !shared().identity_changed.load(Ordering::Acquire) {
-            process::wait_latch(Duration::from_secs(10), Wait::Work);
-            process::check_interrupts();
+        process::wait_latch(Duration::from_millis(20), Wait::Work);
+        process::check_interrupts();
+    }
+}
+
+/// Body of the background worker `multimaster finder`: with database 0 it finds a database to attach to, else it reads the marker there.
+pub fn find(database: u32) {
+    process::attach_signals();
+    process::stay_local();
+    let shared = shared();
+    if database == 0 {
+        process::connect_shared_catalogs();
+        let found = process::in_transaction(catalog_scan::any_database);
+        shared.finder_database.store(found.map_or(0, pgrx::pg_sys::Oid::to_u32), Ordering::Release);
+    } else {
+        process::connect(pgrx::pg_sys::Oid::from(database));
+        if let Some(found) = process::in_transaction(catalog_scan::cluster_database) {
+            shared.database.store(found.to_u32(), Ordering::Release);
         }
     }
+    shared.finder_done.store(true, Ordering::Release);
+    shared.arbiter.wake();
 }
 
 /// Waits until the cluster is active; none when the process is to start again.
@@ -68,9 +104,16 @@ pub fn await_identity() -> Option<Identity> {
 
 /// What an earlier life left, as the core wants it.
 pub struct RecoveredState {
+    pub decider: Decider,
+    pub records: DurableTable,
+}
+
+/// The core with what belongs to it.
+pub struct Decider {
     pub core: Core,
     pub tuples: Tuples,
-    pub records: DurableTable,
+    /// What the core wants done first.
+    pub effects: Effects,
 }
 
 /// Reads the durable records and the prepared transactions, starts a new epoch and publishes the identity.
@@ -83,7 +126,7 @@ pub fn recover(identity: &Identity) -> RecoveredState {
     records.pin();
     let found: BTreeMap<Gid, (u32, Record)> = (0..)
         .zip(&bodies)
-        .filter_map(|(tuple, body)| Record::from_bytes(body).map(|record| (record.gid, (tuple, record))))
+        .filter_map(|(tuple, body)| Record::from_bytes(body).ok().map(|record| (record.gid, (tuple, record))))
         .collect();
     let prepared: Vec<Gid> =
         locks::prepared_names().values().filter_map(|name| Gid::parse(name)).map(|(_, gid)| gid).collect();
@@ -91,14 +134,15 @@ pub fn recover(identity: &Identity) -> RecoveredState {
     publish(identity);
     let config = config(identity, epoch);
     let tuples = Tuples::new(found.iter().map(|(gid, (tuple, _))| (*gid, *tuple)));
-    let core = Core::new(config, recovered(&found, &prepared));
-    RecoveredState { core, tuples, records }
+    let mut effects = Effects::new();
+    let core = Core::new(config, recovered(&found, &prepared), 0, &mut effects);
+    RecoveredState { decider: Decider { core, tuples, effects }, records }
 }
 
 fn recovered(found: &BTreeMap<Gid, (u32, Record)>, prepared: &[Gid]) -> Vec<Recovered> {
     let mut all: BTreeMap<Gid, Recovered> = found
         .iter()
-        .map(|(gid, (_, record))| (*gid, Recovered { gid: *gid, record: Some(record.clone()), prepared: false }))
+        .map(|(gid, (_, record))| (*gid, Recovered { gid: *gid, record: Some(*record), prepared: false }))
         .collect();
     for gid in prepared {
         all.entry(*gid).or_insert(Recovered { gid: *gid, record: None, prepared: true }).prepared = true;
@@ -118,6 +162,7 @@ fn config(identity: &Identity, epoch: u32) -> Config {
         resolve_step_ms: 200,
         resend_after_ms: 500,
         give_up_after_ms: 5000,
+        fault: None,
     }
 }
 
@@ -162,8 +207,7 @@ fn publish(identity: &Identity) {
 pub fn run_thread(
     identity: Identity,
     settings: NetSettings,
-    core: Core,
-    tuples: Tuples,
+    decider: Decider,
     main: MainLink,
     from_main: mpsc::UnboundedReceiver<FromMain>,
 ) -> Result<(), String> {
@@ -176,7 +220,7 @@ pub fn run_thread(
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async move {
         let (mesh, events) = start_mesh(&identity, &settings).await?;
-        Arbiter::new(node, configured, core, tuples, main, mesh)
+        Arbiter::new(node, configured, decider, main, mesh)
             .run(events, from_main)
             .await
             .map_err(|error| format!("network thread failed: {error}"))

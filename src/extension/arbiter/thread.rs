@@ -3,8 +3,10 @@
 //! It calls nothing of PostgreSQL but `SetLatch`. Facts come in from the other processes (events in shared memory), the peers (mesh) and the main
 //! thread (durable batches, look-ups); what the core wants done goes out the same ways. Nothing is decided here.
 
+use super::start::Decider;
 use super::durable::{Batch, DurableOrder, Tuples};
-use super::event::{self, FinishOrder, LocalEvent};
+use super::event::{self, Fate, FinishOrder, InFlight, LocalEvent, Question};
+use crate::pg::thread as os_thread;
 use crate::pg::shared::{self, EVENT_BYTES, NodeStatus, outcome, shared};
 use mesh::{MeshEvent, MeshHandle};
 use super::user_votes::{UserTally, UserVotes};
@@ -19,6 +21,8 @@ use wire::frame::Heartbeat;
 
 /// How often the core's timers run.
 const TICK: Duration = Duration::from_millis(20);
+/// Transactions in flight that a view shows at most; they fit the board.
+const IN_FLIGHT_SHOWN: usize = 2000;
 /// Local events handled before the sockets get their turn.
 const EVENTS_PER_TURN: usize = 256;
 
@@ -102,20 +106,19 @@ impl Arbiter {
     pub fn new(
         node: NodeId,
         configured: NodeSet,
-        core: Core,
-        tuples: Tuples,
+        decider: Decider,
         main: MainLink,
         mesh: MeshHandle,
     ) -> Arbiter {
         Arbiter {
             node,
             configured,
-            core,
-            tuples,
+            core: decider.core,
+            tuples: decider.tuples,
             main,
             mesh,
             started: Instant::now(),
-            effects: Effects::new(),
+            effects: decider.effects,
             user_votes: UserVotes::default(),
             order: DurableOrder::default(),
             waiting: BTreeMap::new(),
@@ -132,14 +135,17 @@ impl Arbiter {
         mut mesh_events: mpsc::Receiver<MeshEvent>,
         mut from_main: mpsc::UnboundedReceiver<FromMain>,
     ) -> std::io::Result<()> {
-        let wake = tokio::io::unix::AsyncFd::register(WakeFd)?;
+        let mut first = std::mem::take(&mut self.effects);
+        self.carry_out(first.drain());
+        self.adopt_waiting_backends();
+        let wake = os_thread::wake_readiness()?;
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 ready = wake.readable() => {
                     let mut ready = ready?;
-                    WakeFd.clear();
+                    os_thread::drain_wake_fd();
                     ready.clear_ready();
                     shared().wake_pending.store(false, Ordering::Release);
                 }
@@ -157,6 +163,17 @@ impl Arbiter {
             }
             self.take_events();
             self.settle();
+        }
+    }
+
+    /// Backends that announced themselves to an earlier life of this process and still wait.
+    fn adopt_waiting_backends(&mut self) {
+        for (index, slot) in shared::backends().iter().enumerate() {
+            if let Some(gid) = slot.gid.get()
+                && slot.outcome.load(Ordering::Acquire) == outcome::WAITING
+            {
+                self.on_local(LocalEvent::Committing { gid, backend: index as u32, wait_peers: true });
+            }
         }
     }
 
@@ -215,6 +232,7 @@ impl Arbiter {
                 self.waiting.remove(&gid);
                 self.input(Input::Abandoned { gid });
             }
+            LocalEvent::Ask { number, question } => self.answer(number, &question),
             LocalEvent::MarkStored { node, lsn } => self.input(Input::MarkPassed { origin: node, lsn }),
         }
     }
@@ -254,8 +272,9 @@ impl Arbiter {
                 self.peer_views.insert(from, view_of(&heartbeat));
                 self.refresh_status();
             }
-            // A peer that cannot be dialled is reported as lost; a stranger is worth a line.
-            MeshEvent::Refused { peer: Some(_), .. } => {}
+            MeshEvent::Refused { peer: Some(peer), reason, .. } => {
+                self.main.log(LogLevel::Info, format!("arbiter cannot connect to node {}: {reason}", peer.get()));
+            }
             MeshEvent::Refused { addr, reason, unreported, .. } => {
                 let who = addr.map_or_else(|| "an unknown address".to_owned(), |addr| addr.to_string());
                 let text = format!("arbiter refused a connection from {who}: {reason} ({unreported} more not reported)");
@@ -479,6 +498,36 @@ impl Arbiter {
         }
     }
 
+    /// Answers a view.
+    fn answer(&self, number: u64, question: &Question) {
+        match question {
+            Question::Transactions => {
+                let rows: Vec<InFlight> = self
+                    .core
+                    .transactions(self.now())
+                    .take(IN_FLIGHT_SHOWN)
+                    .map(|view| InFlight {
+                        gid: view.gid,
+                        state: view.state.as_str().to_owned(),
+                        ballot: view.ballot.to_string(),
+                        resolving: view.resolving,
+                        age_ms: view.age_ms,
+                        missing: view.missing,
+                    })
+                    .collect();
+                shared().board.answer(number, &rows);
+            }
+            Question::Fate { gid } => {
+                let fate = match self.core.decision(*gid) {
+                    Some(decision) => Fate::Decided(decision),
+                    None if self.core.promised(*gid).is_some() => Fate::InFlight,
+                    None => Fate::Unknown,
+                };
+                shared().board.answer(number, &fate);
+            }
+        }
+    }
+
     fn settled(&self, node: NodeId, csn: protocol::Csn) {
         shared().node(node).settled.store(csn.0, Ordering::Release);
         for slot in shared::workers() {
@@ -527,19 +576,4 @@ fn postgres_now_us() -> i64 {
         .duration_since(std::time::UNIX_EPOCH + Duration::from_secs(POSTGRES_EPOCH_S))
         .unwrap_or_default();
     since.as_micros() as i64
-}
-
-/// The eventfd as tokio wants it.
-struct WakeFd;
-
-impl WakeFd {
-    fn clear(&self) {
-        crate::pg::thread::drain_wake_fd();
-    }
-}
-
-impl std::os::fd::AsRawFd for WakeFd {
-    fn as_raw_fd(&self) -> i32 {
-        shared::wake_fd()
-    }
 }

@@ -221,7 +221,7 @@ enum Failure {
     Node(Problem),
     Unsuitable(Vec<Problem>),
     /// The statement was cancelled, or raised in another way.
-    Raised(CaughtError),
+    Raised(Box<CaughtError>),
 }
 
 impl From<Problem> for Failure {
@@ -238,7 +238,7 @@ fn form(
 ) -> Result<Vec<Member>, InitError> {
     let mut progress = Progress::default();
     let outcome = PgTryBuilder::new(AssertUnwindSafe(|| write(&members, facts, &mut progress)))
-        .catch_others(|cause| Err(Failure::Raised(cause)))
+        .catch_others(|cause| Err(Failure::Raised(Box::new(cause))))
         .execute();
     let Err(failure) = outcome else {
         return Ok(members);
@@ -250,10 +250,20 @@ fn form(
             problem,
             leftovers,
         }),
-        Failure::Unsuitable(problems) => Err(InitError::Unsuitable(problems)),
+        Failure::Unsuitable(problems) if leftovers.is_empty() => {
+            Err(InitError::Unsuitable(problems))
+        }
+        Failure::Unsuitable(mut problems) => Err(InitError::Step {
+            step: progress.step,
+            problem: problems.swap_remove(0),
+            leftovers,
+        }),
         Failure::Raised(cause) => cause.rethrow(),
     }
 }
+
+/// What is done on one node.
+type Action = fn(&Member, &Plan) -> Result<(), Problem>;
 
 fn write(members: &[Member], facts: &[Facts], progress: &mut Progress) -> Result<(), Failure> {
     progress.step = "creating the extension";
@@ -263,13 +273,14 @@ fn write(members: &[Member], facts: &[Facts], progress: &mut Progress) -> Result
             .extensions
             .extend(made.map(|made| (member.id, made)));
     }
+    progress.step = "reaching the other nodes";
     let problems = reach(members, facts);
     if !problems.is_empty() {
         return Err(Failure::Unsuitable(problems));
     }
     let plan = plan(members, facts)?;
     progress.written = true;
-    let steps: [(&'static str, fn(&Member, &Plan) -> Result<(), Problem>); 4] = [
+    let steps: [(&'static str, Action); 4] = [
         ("clearing an unfinished attempt", |member, _| {
             setup::clear(member)
         }),

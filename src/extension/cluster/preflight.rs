@@ -26,7 +26,7 @@ const OUTPUT_PLUGIN_LIBRARIES: &str = "output_plugin_libraries";
 pub const LIBRARY: &str = "multimaster";
 
 /// Settings that the rules look at.
-pub const RELEVANT: [&str; 15] = [
+pub const RELEVANT: [&str; 14] = [
     "wal_level",
     "max_connections",
     "max_prepared_transactions",
@@ -36,7 +36,6 @@ pub const RELEVANT: [&str; 15] = [
     OUTPUT_PLUGIN_LIBRARIES,
     "fsync",
     "full_page_writes",
-    "max_slot_wal_keep_size",
     "shared_preload_libraries",
     "multimaster.max_workers",
     "multimaster.arbiter_port",

@@ -3,14 +3,26 @@
 //! Replication origins are a shared catalog, which a worker can read before it attaches to a database, and which base backups, crash recovery
 //! and standbys carry.
 
-use super::process;
 use pgrx::pg_sys;
 
 const PREFIX: &str = "mtm_";
 
-/// The database the marker names, if it still exists.
+/// The database the marker names. Runs in a transaction.
 pub fn cluster_database() -> Option<pg_sys::Oid> {
-    process::in_transaction(|| origin_names().into_iter().find_map(|name| database_of(&name)))
+    origin_names().into_iter().find_map(|name| database_of(&name))
+}
+
+/// Some database that takes connections. Readable without being attached to one, because pg_database is nailed in the relation cache.
+pub fn any_database() -> Option<pg_sys::Oid> {
+    let mut found = None;
+    each_tuple(pg_sys::DatabaseRelationId, |tuple, _| {
+        // SAFETY: a tuple of pg_database; its fixed-width head is laid out as the struct.
+        let row = unsafe { &*pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_database>() };
+        if row.datallowconn && (found.is_none() || !row.datistemplate) {
+            found = Some(row.oid);
+        }
+    });
+    found
 }
 
 /// Whether the marker is still there. Runs in a transaction.
@@ -24,9 +36,23 @@ fn database_of(name: &str) -> Option<pg_sys::Oid> {
 
 fn origin_names() -> Vec<String> {
     let mut names = Vec::new();
-    // SAFETY: a sequential scan of a small shared catalog in a transaction; each name is copied before the scan goes on.
+    each_tuple(pg_sys::ReplicationOriginRelationId, |tuple, descriptor| {
+        let mut is_null = false;
+        // SAFETY: a tuple of this descriptor; the name is copied.
+        let name = unsafe {
+            let value = pg_sys::heap_getattr(tuple, NAME_COLUMN, descriptor, &mut is_null);
+            <String as pgrx::FromDatum>::from_datum(value, is_null)
+        };
+        names.extend(name);
+    });
+    names
+}
+
+/// Visits the visible tuples of a small shared catalog.
+fn each_tuple(catalog: pg_sys::Oid, mut visit: impl FnMut(pg_sys::HeapTuple, pg_sys::TupleDesc)) {
+    // SAFETY: a sequential scan in a transaction; tuples are used only until the scan goes on.
     unsafe {
-        let relation = pg_sys::table_open(pg_sys::ReplicationOriginRelationId, pg_sys::AccessShareLock as i32);
+        let relation = pg_sys::table_open(catalog, pg_sys::AccessShareLock as i32);
         let scan = pg_sys::systable_beginscan(
             relation,
             pg_sys::Oid::INVALID,
@@ -40,16 +66,11 @@ fn origin_names() -> Vec<String> {
             if tuple.is_null() {
                 break;
             }
-            let mut is_null = false;
-            let value = pg_sys::heap_getattr(tuple, NAME_COLUMN, (*relation).rd_att, &mut is_null);
-            if let Some(name) = <String as pgrx::FromDatum>::from_datum(value, is_null) {
-                names.push(name);
-            }
+            visit(tuple, (*relation).rd_att);
         }
         pg_sys::systable_endscan(scan);
         pg_sys::table_close(relation, pg_sys::AccessShareLock as i32);
     }
-    names
 }
 
 /// `Anum_pg_replication_origin_roname` of catalog/pg_replication_origin.h.

@@ -91,6 +91,12 @@ impl LockSnapshot {
     }
 }
 
+/// The database this process is attached to.
+pub fn my_database() -> Option<u32> {
+    // SAFETY: a plain variable of this process.
+    Some(unsafe { pg_sys::MyDatabaseId.to_u32() }).filter(|oid| *oid != 0)
+}
+
 /// Whether the process waits for a heavyweight lock at this moment.
 pub fn waits_for_lock(pid: i32) -> bool {
     // SAFETY: allProcs lives as long as shared memory; a stale answer is harmless.

@@ -2,13 +2,19 @@
 #![allow(unsafe_code)]
 
 pub mod apply_error;
+pub mod board;
 pub mod catalog_scan;
 pub mod clock;
 pub mod commit;
+pub mod ddl;
 pub mod ddl_bridge;
+pub mod decode;
 mod fixed_text;
 pub mod hooks;
+pub mod invalidation;
 pub mod locks;
+pub mod memory;
+pub mod names;
 pub mod outcome;
 pub mod process;
 mod queue;
@@ -16,6 +22,8 @@ mod raw;
 pub mod records;
 pub mod remote;
 pub mod report;
+pub mod rows;
+pub mod sequences;
 pub mod settings;
 pub mod shared;
 pub mod thread;
@@ -29,6 +37,7 @@ mod workers;
 pub fn register(workers_max: usize) {
     shared::register(workers_max);
     hooks::register();
+    ddl_bridge::register();
     victim::register();
     workers::register();
 }

@@ -171,8 +171,10 @@ fn fill(name: &CStr, first: u32, rows: u32) {
 /// Number of line pointers of a page.
 unsafe fn line_pointers(page: *const u8) -> u16 {
     // SAFETY: a valid page header.
-    let lower = unsafe { (*page.cast::<pg_sys::PageHeaderData>()).pd_lower } as usize;
-    (lower.saturating_sub(pg_sys::SizeOfPageHeaderData()) / size_of::<pg_sys::ItemIdData>()) as u16
+    let (lower, header) = unsafe {
+        ((*page.cast::<pg_sys::PageHeaderData>()).pd_lower as usize, pg_sys::SizeOfPageHeaderData())
+    };
+    (lower.saturating_sub(header) / size_of::<pg_sys::ItemIdData>()) as u16
 }
 
 unsafe fn line_pointer(page: *const u8, offset: u16) -> pg_sys::ItemIdData {

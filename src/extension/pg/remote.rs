@@ -130,7 +130,7 @@ pub fn check_conninfo(conninfo: &str) -> Result<(), RemoteError> {
         Ok(())
     }))
     .catch_when(PgSqlErrorCode::ERRCODE_SYNTAX_ERROR, |cause| {
-        Err(RemoteError(message_of(&cause)))
+        Err(RemoteError(message_of(&cause).trim_end().to_owned()))
     })
     .execute()
 }

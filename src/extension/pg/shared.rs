@@ -3,6 +3,7 @@
 //! Written by one party at a time by construction (each field says by whom), read by anybody. The tokio thread of the arbiter uses only
 //! what is here, `SetLatch` and the eventfd.
 
+use super::board::{Board, ConflictLog};
 use super::queue::{Queue, Ring};
 use super::raw;
 use pgrx::pg_sys;
@@ -239,6 +240,8 @@ pub struct WorkerSlot {
     /// `applying` of the transaction that must die by the conflict rule; the reason is in `refusal`.
     pub cancel: AtomicU64,
     pub refusal: RefusalCell,
+    /// The transaction that `cancel` is for the benefit of.
+    pub winner: GidCell,
     /// Table and key the worker is about to write, as the detail of a refusal; for a victim's DETAIL.
     pub target: RefusalCell,
     /// Waits until `settled` has reached what its transaction depends on.
@@ -304,6 +307,9 @@ pub struct Shared {
     pub epoch: AtomicU32,
     /// The arbiter has found out whether this server belongs to a cluster. Until then no write may commit.
     pub identity_known: AtomicBool,
+    /// A database that finders can attach to, and whether the finder has answered.
+    pub finder_database: AtomicU32,
+    pub finder_done: AtomicBool,
     /// Raised by `mtm.init_cluster`: tells the arbiter to look at the catalog again.
     pub identity_changed: AtomicBool,
     pub workers_wanted: AtomicI32,
@@ -317,6 +323,8 @@ pub struct Shared {
     pub finish_cursor: AtomicU32,
     pub nodes: [NodeShared; NODES],
     pub counters: Counters,
+    pub board: Board,
+    pub conflicts: ConflictLog,
     pub events: Queue<EVENT_BYTES, 2048>,
     pub finishes: Queue<FINISH_BYTES, 2048>,
 }
@@ -463,6 +471,18 @@ impl Shared {
         }
         true
     }
+}
+
+/// The nodes this one is connected with in both ways, for messages.
+pub fn connected_nodes() -> NodeSet {
+    shared()
+        .configured_nodes()
+        .iter()
+        .filter(|node| {
+            let state = shared().node(*node);
+            state.linked.load(Ordering::Acquire) && state.receiving.load(Ordering::Acquire)
+        })
+        .collect()
 }
 
 /// Whether a decision commits, as core's functions want it.

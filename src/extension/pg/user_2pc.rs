@@ -6,7 +6,6 @@
 use super::{commit, raw};
 use pgrx::pg_sys;
 use std::ffi::{CStr, c_char};
-use wire::stream::{Text, UserFinish};
 
 /// Prefix of the names that multimaster gives to prepared transactions.
 const RESERVED: &[u8] = b"mtm-";
@@ -32,13 +31,13 @@ pub unsafe fn check_name(gid: *const c_char) {
     }
 }
 
-/// The message's payload in a fixed array: the caller's frame must own nothing.
+/// The message's payload (see `wire::stream::UserFinish`) in a fixed array: the caller's frame must own nothing.
 fn finish_payload(name: &[u8], commit: bool) -> ([u8; 256], usize) {
-    let bytes = UserFinish::payload(Text(name), commit);
     let mut payload = [0u8; 256];
-    let length = bytes.len().min(payload.len());
-    payload[..length].copy_from_slice(&bytes[..length]);
-    (payload, length)
+    let length = name.len().min(payload.len() - 1);
+    payload[0] = u8::from(commit);
+    payload[1..=length].copy_from_slice(&name[..length]);
+    (payload, length + 1)
 }
 
 /// After COMMIT or ROLLBACK PREPARED of a user's transaction: tells the other nodes.

@@ -26,6 +26,12 @@ pub extern "C-unwind" fn multimaster_arbiter_main(_argument: pg_sys::Datum) {
 
 #[pg_guard]
 #[unsafe(no_mangle)]
+pub extern "C-unwind" fn multimaster_finder_main(argument: pg_sys::Datum) {
+    arbiter::find(argument.value() as u32);
+}
+
+#[pg_guard]
+#[unsafe(no_mangle)]
 pub extern "C-unwind" fn multimaster_monitor_main(_argument: pg_sys::Datum) {
     conflict::main();
 }
