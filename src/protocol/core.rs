@@ -380,7 +380,7 @@ impl Core {
             }
             .settle(from, csn);
         }
-        out.send(from, Message::Finished { gid, decision });
+        out.send(from, Message::Finished { gid, decision, csn });
     }
 
     /// About a transaction that this node has not heard of, or has forgotten long ago.
@@ -531,7 +531,9 @@ impl Txn {
                 self.on_promised(turn, from, ballot, accepted, voted_yes);
             }
             Message::Decided { decision, csn, .. } => self.on_decided(turn, from, decision, csn),
-            Message::Finished { decision, .. } => self.on_peer_finished(turn, from, decision),
+            Message::Finished { decision, csn, .. } => {
+                self.on_peer_finished(turn, from, decision, csn)
+            }
             Message::Forget { .. } => self.on_forget(turn, from),
             Message::Query { .. } => self.tell(turn, from),
             Message::AskHorizon | Message::Horizon { .. } => {}

@@ -132,8 +132,9 @@ impl Txn {
     }
 
     fn on_done(&mut self, turn: &mut Turn, decision: Decision) {
-        for (node, csn) in std::mem::take(&mut self.numbers) {
-            turn.settle(node, csn);
+        let numbers = std::mem::take(&mut self.numbers);
+        for (node, csn) in &numbers {
+            turn.settle(*node, *csn);
         }
         let mut tellers = std::mem::take(&mut self.tellers);
         if self.own.is_none() {
@@ -141,13 +142,9 @@ impl Txn {
             self.resend_at = turn.resend_at();
         }
         for peer in tellers.iter() {
-            turn.out.send(
-                peer,
-                Message::Finished {
-                    gid: self.gid(),
-                    decision,
-                },
-            );
+            let told = numbers.iter().filter(|(node, _)| *node == peer);
+            let csn = told.map(|(_, csn)| *csn).max();
+            self.say_finished(turn, peer, decision, csn);
         }
     }
 
@@ -176,26 +173,31 @@ impl Txn {
             self.decide(turn, decision, Source::Told, coordinators);
         } else if self.is_done() {
             self.tellers.remove(from);
-            turn.out.send(
-                from,
-                Message::Finished {
-                    gid: self.gid(),
-                    decision,
-                },
-            );
+            self.say_finished(turn, from, decision, csn);
         }
     }
 
-    /// A peer has finished, and thereby says the outcome too.
-    pub fn on_peer_finished(&mut self, turn: &mut Turn, from: NodeId, decision: Decision) {
+    /// A peer has finished, and thereby says the outcome too. It counts once the peer knows this node's number of the commit: without
+    /// it `settled` would stop there.
+    pub fn on_peer_finished(
+        &mut self,
+        turn: &mut Turn,
+        from: NodeId,
+        decision: Decision,
+        csn: Option<Csn>,
+    ) {
         if self.contradicts(decision) {
             return turn.reject(from, "it finished against the outcome known here");
         }
         if self.is_undecided() {
             self.decide(turn, decision, Source::Told, None);
         }
-        self.announced.unacked.remove(from);
-        self.report_peers(turn);
+        if csn == self.announced.csn {
+            self.announced.unacked.remove(from);
+            self.report_peers(turn);
+        } else if self.announced.unacked.contains(from) {
+            self.tell(turn, from);
+        }
     }
 
     /// Whether an outcome cannot be true by what this node knows. A peer said it, so it is refused and not asserted.
@@ -205,11 +207,10 @@ impl Txn {
 
     /// `Forget` from the coordinator.
     pub fn on_forget(&mut self, turn: &mut Turn, from: NodeId) {
-        if from != self.gid().coordinator || !self.is_done() {
-            return turn.reject(from, "it forgets what is not finished here");
+        if from != self.gid().coordinator || self.is_undecided() {
+            return turn.reject(from, "it forgets what is not decided here");
         }
         self.all_finished = true;
-        self.announced.unacked = NodeSet::EMPTY;
     }
 
     /// Releases the client that waits for its peers. A peer that cannot be reached is not waited for: it serves nobody either.
@@ -239,14 +240,14 @@ impl Txn {
             && !self.all_finished
             && to.contains(coordinator)
         {
-            turn.out.send(
-                coordinator,
-                Message::Finished {
-                    gid: self.gid(),
-                    decision,
-                },
-            );
+            let csn = Some(self.record.csn).filter(|csn| *csn > Csn::ZERO);
+            self.say_finished(turn, coordinator, decision, csn);
         }
+    }
+
+    fn say_finished(&self, turn: &mut Turn, to: NodeId, decision: Decision, csn: Option<Csn>) {
+        let gid = self.gid();
+        turn.out.send(to, Message::Finished { gid, decision, csn });
     }
 }
 
