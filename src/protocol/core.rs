@@ -70,7 +70,7 @@ impl Core {
                     gid.coordinator != self.site.node(),
                     "no node applies its own transaction"
                 );
-                self.txns.entry(gid).or_insert_with(|| Txn::new(gid, now));
+                self.foreign(gid, now);
                 self.entry(gid, now, out, |txn, turn| {
                     txn.on_voted(turn, vote, prepare_lsn)
                 });
@@ -139,6 +139,19 @@ impl Core {
             .entry(gid)
             .or_insert_with(|| Txn::new_own(gid, now, Backend::Unknown));
         self
+    }
+
+    /// Makes sure that a transaction of another node is known. Its PREPARE may come after its abort was forgotten.
+    fn foreign(&mut self, gid: Gid, now: Millis) {
+        let aborted = self.site.forgotten.get(gid) == Some(Decision::Abort);
+        self.txns.entry(gid).or_insert_with(|| {
+            let mut txn = Txn::new(gid, now);
+            if aborted {
+                txn.record.decision = Some(Decision::Abort);
+                txn.all_finished = true;
+            }
+            txn
+        });
     }
 
     /// Lets a known transaction act, and forgets it if that was its last act.

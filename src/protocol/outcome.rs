@@ -205,12 +205,14 @@ impl Txn {
         self.record.decision.is_some_and(|known| known != decision)
     }
 
-    /// `Forget` from the coordinator.
+    /// `Forget` from the coordinator. A node that has restarted since it acknowledged an abort may have taken up the late PREPARE anew:
+    /// its vote will be answered.
     pub fn on_forget(&mut self, turn: &mut Turn, from: NodeId) {
-        if from != self.gid().coordinator || self.is_undecided() {
-            return turn.reject(from, "it forgets what is not decided here");
+        if from != self.gid().coordinator {
+            turn.reject(from, "it forgets what it does not coordinate");
+        } else if !self.is_undecided() {
+            self.all_finished = true;
         }
-        self.all_finished = true;
     }
 
     /// Releases the client that waits for its peers. A peer that cannot be reached is not waited for: it serves nobody either.

@@ -103,6 +103,7 @@ pub(crate) enum Event {
         node: NodeId,
         life: u32,
         peer: NodeId,
+        link: u32,
     },
 }
 

@@ -178,10 +178,20 @@ impl World {
             let link = self.links.entry(pair(a, b)).or_default();
             let was_up = std::mem::take(&mut link.up);
             link.number += 1;
+            let link = link.number;
             for (node, peer) in [(a, b), (b, a)] {
                 if was_up {
                     let life = self.life(node);
-                    self.later(1, 19, Event::LinkDown { node, life, peer });
+                    self.later(
+                        1,
+                        19,
+                        Event::LinkDown {
+                            node,
+                            life,
+                            peer,
+                            link,
+                        },
+                    );
                 }
             }
             self.agenda.plan(self.now + outage, Event::Connect { a, b });
@@ -190,6 +200,17 @@ impl World {
             .plan(self.now + outage, Event::ConnectStream { origin: a, to: b });
         self.agenda
             .plan(self.now + outage, Event::ConnectStream { origin: b, to: a });
+    }
+
+    /// The node notices a loss, unless a new link has come first: that tells it as much.
+    pub fn lose_link(&mut self, node: NodeId, peer: NodeId, link: u32) {
+        if self
+            .links
+            .get(&pair(node, peer))
+            .is_some_and(|current| current.number == link)
+        {
+            self.input(node, Input::LinkDown { peer });
+        }
     }
 
     pub fn connect(&mut self, a: NodeId, b: NodeId) {

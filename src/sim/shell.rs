@@ -53,7 +53,7 @@ impl World {
         match event {
             Event::Loop { msg, .. } => self.input(node, Input::Message { from: node, msg }),
             Event::Input { input, .. } => self.input(node, input),
-            Event::LinkDown { peer, .. } => self.input(node, Input::LinkDown { peer }),
+            Event::LinkDown { peer, link, .. } => self.lose_link(node, peer, link),
             Event::Tick { .. } => {
                 self.input(node, Input::Tick);
                 self.agenda
