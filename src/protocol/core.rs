@@ -272,7 +272,7 @@ impl Core {
 
     fn on_link_down(&mut self, now: Millis, peer: NodeId, out: &mut Effects) {
         self.site.links.remove(peer);
-        self.site.horizon_askers.remove(peer);
+        self.site.horizon_askers.remove(&peer);
         let mut turn = Turn {
             site: &mut self.site,
             now,
@@ -472,7 +472,7 @@ impl Core {
     fn on_horizon_message(&mut self, from: NodeId, msg: &Message, out: &mut Effects) {
         match msg {
             Message::AskHorizon => {
-                self.site.horizon_askers.insert(from);
+                self.site.ask_horizon(from);
             }
             Message::Horizon { csn } => {
                 self.site.causal.horizon(from, *csn, out);
@@ -489,11 +489,11 @@ impl Core {
     }
 
     fn answer_horizons(&mut self, out: &mut Effects) {
-        for asker in self.site.horizon_askers.iter() {
-            let Some(csn) = self.horizon_of(asker) else {
+        for (asker, wanted) in self.site.horizon_askers.clone() {
+            let Some(csn) = self.horizon_of(asker).filter(|csn| *csn >= wanted) else {
                 continue;
             };
-            self.site.horizon_askers.remove(asker);
+            self.site.horizon_askers.remove(&asker);
             if asker == self.site.node() {
                 self.site.causal.horizon(asker, csn, out);
             } else {

@@ -135,7 +135,13 @@ impl Agenda {
         self.events.insert((at, self.planned), event);
     }
 
-    pub fn next(&mut self) -> Option<(Millis, Event)> {
-        self.events.pop_first().map(|((at, _), event)| (at, event))
+    /// The next event up to this time.
+    pub fn next(&mut self, end: Millis) -> Option<(Millis, Event)> {
+        let first = self
+            .events
+            .first_entry()
+            .filter(|entry| entry.key().0 <= end)?;
+        let ((at, _), event) = first.remove_entry();
+        Some((at, event))
     }
 }

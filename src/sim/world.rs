@@ -86,13 +86,9 @@ impl World {
     /// Lets things happen until this time, or until an invariant breaks.
     pub fn run_until(&mut self, end: Millis) {
         while self.checker.violation().is_none() {
-            let Some((at, event)) = self.agenda.next() else {
+            let Some((at, event)) = self.agenda.next(end) else {
                 break;
             };
-            if at > end {
-                self.agenda.plan(at, event);
-                break;
-            }
             self.now = at;
             event.hash(&mut self.digest);
             self.note(|| format!("{event:?}"));
