@@ -70,7 +70,7 @@ impl Core {
                     gid.coordinator != self.site.node(),
                     "no node applies its own transaction"
                 );
-                self.foreign(gid, now);
+                self.txns.entry(gid).or_insert_with(|| Txn::new(gid, now));
                 self.entry(gid, now, out, |txn, turn| {
                     txn.on_voted(turn, vote, prepare_lsn)
                 });
@@ -141,19 +141,6 @@ impl Core {
         self
     }
 
-    /// Makes sure that a transaction of another node is known. Its PREPARE may come after its abort was forgotten.
-    fn foreign(&mut self, gid: Gid, now: Millis) {
-        let aborted = self.site.forgotten.get(gid) == Some(Decision::Abort);
-        self.txns.entry(gid).or_insert_with(|| {
-            let mut txn = Txn::new(gid, now);
-            if aborted {
-                txn.record.decision = Some(Decision::Abort);
-                txn.all_finished = true;
-            }
-            txn
-        });
-    }
-
     /// Lets a known transaction act, and forgets it if that was its last act.
     fn entry(
         &mut self,
@@ -183,13 +170,14 @@ impl Core {
         let (true, Some(decision)) = (txn.is_forgettable(&self.site), txn.record.decision) else {
             return;
         };
-        if txn.own.is_some() {
+        let own = txn.own.is_some();
+        if txn.recorded {
+            out.push(Effect::Free { gid });
+        }
+        if own {
             for peer in self.site.config.peers().iter() {
                 out.send(peer, Message::Forget { gid });
             }
-        }
-        if txn.recorded {
-            out.push(Effect::Free { gid });
         }
         self.site.forgotten.insert(gid, decision);
         self.txns.remove(&gid);
@@ -418,6 +406,13 @@ impl Core {
             Message::Status { .. } | Message::Propose { .. } if member => {
                 self.create(gid, now, out, |txn, turn| txn.bar(turn, from));
             }
+            // Its PREPARE is still to come and must find a refusal, whatever happens to this node until then. Only the coordinator
+            // knows that it was not forgotten instead.
+            Message::Decided { .. } if member => {
+                if from == gid.coordinator {
+                    self.create(gid, now, out, |txn, turn| txn.bar(turn, from));
+                }
+            }
             Message::Decided { .. } | Message::Status { .. } | Message::Propose { .. } => {
                 self.create(gid, now, out, |txn, turn| txn.on_message(turn, from, msg));
             }
@@ -425,7 +420,8 @@ impl Core {
         }
     }
 
-    /// A node speaks of this node's transaction before its backend does, or this node has restarted since.
+    /// A node speaks of this node's transaction before its backend does, or this node has restarted since. The own log is asked
+    /// first; what is not kept until it answers will be said again.
     fn on_unknown_own(
         &mut self,
         now: Millis,

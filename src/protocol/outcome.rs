@@ -3,10 +3,11 @@
 //! - A commit gets its number here (see `causal`), and `visible` is raised before the finish can begin.
 //! - The coordinator tells every member until each has said *finished*; so does a node that decided as a resolver or that gave a
 //!   commit a number of its own.
-//! - A foreign transaction's record with its decision precedes its finish in WAL, so that a PREPARE which comes again is
-//!   recognised. The coordinator needs a record only of a commit, so that *finished without a record* means *forgotten by all*.
-//! - When all members have finished, the coordinator says `Forget`. A participant drops its record then, once its stored mark
-//!   is beyond the PREPARE; until it hears `Forget` it keeps repeating `Finished`.
+//! - The record with the decision precedes the finish in WAL, on every node. So a PREPARE that comes again is recognised, and on the
+//!   coordinator *finished without a record* means *finished by all*.
+//! - When all members have finished, the coordinator drops its record, durably, and only then says `Forget`: it will never again
+//!   announce what somebody may have forgotten. A participant drops its record once its stored mark is beyond the PREPARE, too;
+//!   until it hears `Forget` it keeps repeating `Finished`.
 
 use crate::coordinator::Backend;
 use crate::effect::{Effect, Outcome, Source};
@@ -37,7 +38,7 @@ impl Txn {
             self.resend_at = turn.resend_at();
             self.announce(turn);
         }
-        self.record_decision(turn, decision);
+        self.record_decision(turn);
         self.finish(turn);
     }
 
@@ -58,13 +59,10 @@ impl Txn {
         turn.raise_visible(node, csn);
     }
 
-    fn record_decision(&mut self, turn: &mut Turn, decision: Decision) {
-        let needed = if self.own.is_some() {
-            decision == Decision::Commit && !self.recorded
-        } else {
-            self.recorded || self.local == Local::Prepared
-        };
-        if needed {
+    fn record_decision(&mut self, turn: &mut Turn) {
+        // The coordinator's own log knows the decision; it is enough that there is a record.
+        let known_by_log = self.own.is_some() && self.recorded;
+        if !known_by_log && (self.recorded || self.local == Local::Prepared) {
             self.write(turn);
         }
     }
@@ -156,6 +154,9 @@ impl Txn {
         decision: Decision,
         csn: Option<Csn>,
     ) {
+        if self.is_unsure() {
+            return;
+        }
         if self.contradicts(decision) {
             return turn.reject(from, "its outcome differs from the one known here");
         }
@@ -186,6 +187,9 @@ impl Txn {
         decision: Decision,
         csn: Option<Csn>,
     ) {
+        if self.is_unsure() {
+            return;
+        }
         if self.contradicts(decision) {
             return turn.reject(from, "it finished against the outcome known here");
         }
@@ -205,13 +209,14 @@ impl Txn {
         self.record.decision.is_some_and(|known| known != decision)
     }
 
-    /// `Forget` from the coordinator. A node that has restarted since it acknowledged an abort may have taken up the late PREPARE anew:
-    /// its vote will be answered.
+    /// `Forget` from the coordinator. A number given to a commit must reach everybody all the same.
     pub fn on_forget(&mut self, turn: &mut Turn, from: NodeId) {
-        if from != self.gid().coordinator {
-            turn.reject(from, "it forgets what it does not coordinate");
-        } else if !self.is_undecided() {
-            self.all_finished = true;
+        if from != self.gid().coordinator || self.is_undecided() {
+            return turn.reject(from, "it forgets what is not decided here");
+        }
+        self.all_finished = true;
+        if self.record.decision == Some(Decision::Abort) {
+            self.announced.unacked = NodeSet::EMPTY;
         }
     }
 

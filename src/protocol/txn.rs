@@ -130,15 +130,13 @@ impl Txn {
         }
     }
 
-    /// Every member has finished, so nobody will ask about it; and no PREPARE of it will be taken for a new one, since the stored
-    /// mark of the coordinator's stream is beyond it. What was told as aborted before its PREPARE came has no record, needs none,
-    /// and is still recognised for a while (see `Forgotten`).
+    /// Every member has finished, so nobody will ask about it; and no PREPARE of it can come again, since the stored mark of the
+    /// coordinator's stream is beyond it.
     pub fn is_forgettable(&self, site: &Site) -> bool {
         if !self.is_done() || !self.announced.unacked.is_empty() {
             return false;
         }
-        let (gid, record) = (self.gid(), &self.record);
-        let passed = !self.recorded || site.mark_covers(gid.coordinator, record.prepare_lsn);
+        let passed = site.mark_covers(self.gid().coordinator, self.record.prepare_lsn);
         let no_vote_here = !site.config.members.contains(site.node());
         self.own.is_some() || (self.all_finished && (passed || no_vote_here))
     }

@@ -146,8 +146,8 @@ impl Server {
         self.write(WalItem::Record(record))
     }
 
-    pub fn write_free(&mut self, gid: Gid) {
-        self.write(WalItem::Free(gid));
+    pub fn write_free(&mut self, gid: Gid) -> u64 {
+        self.write(WalItem::Free(gid))
     }
 
     pub fn write_mark(&mut self, origin: NodeId, lsn: Lsn) -> u64 {

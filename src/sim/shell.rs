@@ -359,6 +359,13 @@ impl World {
             return;
         };
         memory.received.insert(origin, lsn);
+        if self
+            .servers
+            .get(&to)
+            .is_some_and(|server| server.disk.marks.get(&origin) >= Some(&lsn))
+        {
+            return;
+        }
         match item {
             StreamItem::Outcome(gid, decision) => {
                 self.input(to, Input::StreamOutcome { gid, decision })

@@ -179,6 +179,21 @@ impl World {
         }
     }
 
+    /// Holds back what follows for this transaction until WAL is flushed up to here.
+    fn close_gate(&mut self, node: NodeId, gid: Gid, upto: u64, slowest: Millis) {
+        let life = self.life(node);
+        if let Some(memory) = self.memory_mut(node) {
+            memory.gates.insert(
+                gid,
+                Gate {
+                    upto,
+                    ..Gate::default()
+                },
+            );
+        }
+        self.later(1, slowest, Event::Flushed { node, life, upto });
+    }
+
     /// Lets the effects go whose record has become durable.
     pub fn open_gates(&mut self, node: NodeId, flushed: u64) {
         let Some(memory) = self.memory_mut(node) else {
@@ -209,16 +224,7 @@ impl World {
                     return;
                 };
                 let upto = server.write_record(record);
-                if let Some(memory) = &mut server.memory {
-                    memory.gates.insert(
-                        gid,
-                        Gate {
-                            upto,
-                            ..Gate::default()
-                        },
-                    );
-                }
-                self.later(1, 8, Event::Flushed { node, life, upto });
+                self.close_gate(node, gid, upto, 8);
             }
             Effect::Write { record, .. } => {
                 if let Some(server) = self.servers.get_mut(&node) {
@@ -226,9 +232,11 @@ impl World {
                 }
             }
             Effect::Free { gid } => {
-                if let Some(server) = self.servers.get_mut(&node) {
-                    server.write_free(gid);
-                }
+                let Some(server) = self.servers.get_mut(&node) else {
+                    return;
+                };
+                let upto = server.write_free(gid);
+                self.close_gate(node, gid, upto, 60);
             }
             Effect::Visible { node: whose, csn } => {
                 if let Some(memory) = self.memory_mut(node) {
