@@ -121,6 +121,23 @@ impl Cluster {
         Ok(())
     }
 
+    /// Adds and starts a physical standby of the first server.
+    ///
+    /// # Errors
+    /// When the base backup fails or the standby does not start.
+    pub fn add_standby(&mut self, installation: &Installation, spec: &Spec) -> Result<()> {
+        let mut standby = Server::create_standby(
+            installation,
+            spec,
+            &self.nodes[0],
+            &self.dirs.data,
+            &self.dirs.logs,
+        )?;
+        standby.start()?;
+        self.nodes.push(standby);
+        Ok(())
+    }
+
     /// A new session on the node with this index (from 0).
     ///
     /// # Errors

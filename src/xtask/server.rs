@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::net::{IpAddr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -61,10 +62,7 @@ impl Server {
         data_root: &Path,
         log_dir: &Path,
     ) -> Result<Server> {
-        let [port, arbiter_port] = free_ports(spec.address)?;
-        let data = data_root.join(&spec.name);
-        fs::create_dir(&data).with_context(|| format!("cannot create {}", data.display()))?;
-        host::give_to_server(&data)?;
+        let server = Server::placed(installation, spec, data_root, log_dir)?;
         let mut initdb = host::server_command(installation.program("initdb"))?;
         initdb
             .args([
@@ -75,9 +73,60 @@ impl Server {
                 "--locale=C.UTF-8",
             ])
             .arg("--pgdata")
-            .arg(&data);
+            .arg(&server.data);
         command::capture(&mut initdb)?;
-        let server = Server {
+        server.configure(&server.base_settings())?;
+        server.configure(&spec.settings)?;
+        Ok(server)
+    }
+
+    /// Copies a running server, to follow it as a physical standby; does not start the copy.
+    ///
+    /// # Errors
+    /// When pg_basebackup fails or no port is free.
+    pub fn create_standby(
+        installation: &Installation,
+        spec: &Spec,
+        primary: &Server,
+        data_root: &Path,
+        log_dir: &Path,
+    ) -> Result<Server> {
+        let server = Server::placed(installation, spec, data_root, log_dir)?;
+        let mut backup = host::server_command(installation.program("pg_basebackup"))?;
+        backup
+            .args([
+                "--no-sync",
+                "--checkpoint=fast",
+                "--write-recovery-conf",
+                "--dbname",
+            ])
+            .arg(format!(
+                "{} application_name={}",
+                primary.conninfo(),
+                spec.name
+            ))
+            .arg("--pgdata")
+            .arg(&server.data);
+        command::capture(&mut backup)?;
+        server.configure(&server.base_settings())?;
+        server.configure(&spec.settings)?;
+        Ok(server)
+    }
+
+    /// A server with ports and an empty data directory.
+    fn placed(
+        installation: &Installation,
+        spec: &Spec,
+        data_root: &Path,
+        log_dir: &Path,
+    ) -> Result<Server> {
+        let [port, arbiter_port] = free_ports(spec.address)?;
+        let data = data_root.join(&spec.name);
+        fs::create_dir(&data).with_context(|| format!("cannot create {}", data.display()))?;
+        fs::set_permissions(&data, fs::Permissions::from_mode(0o700))
+            .with_context(|| format!("cannot protect {}", data.display()))?;
+        host::give_to_server(&data)?;
+        Ok(Server {
             name: spec.name.clone(),
             address: spec.address,
             port,
@@ -86,10 +135,7 @@ impl Server {
             data,
             installation: installation.clone(),
             process: None,
-        };
-        server.configure(&server.base_settings())?;
-        server.configure(&spec.settings)?;
-        Ok(server)
+        })
     }
 
     fn base_settings(&self) -> Vec<(String, String)> {
