@@ -8,6 +8,7 @@ pub mod arbiter;
 pub mod cluster;
 pub mod conflict;
 pub mod decode;
+mod fate;
 pub mod guc;
 pub mod pg;
 mod state;

@@ -1,7 +1,9 @@
 //! What the views show, out of shared memory.
 
 use crate::pg::shared::{NODES, NodeStatus, shared};
-use crate::pg::{commit, locks, process};
+use crate::arbiter::event::{Conflict, InFlight, LocalEvent, Question, submit};
+use crate::pg::{board, commit, locks};
+use crate::fate;
 use crate::views::{ConflictRow, CounterRow, NodeStateRow, Source, StatusRow, TransactionRow, TransactionStatus};
 use crate::decode::Environment;
 use protocol::{Csn, NodeId};
@@ -71,11 +73,13 @@ impl Source for SharedSource {
     }
 
     fn transactions(&self) -> Vec<TransactionRow> {
-        Vec::new()
+        let rows: Option<Vec<InFlight>> =
+            board::ask_arbiter(|number| submit(&LocalEvent::Ask { number, question: Question::Transactions }));
+        rows.unwrap_or_default().into_iter().map(transaction_row).collect()
     }
 
     fn conflicts(&self) -> Vec<ConflictRow> {
-        Vec::new()
+        shared().conflicts.all::<Conflict>().into_iter().map(conflict_row).collect()
     }
 
     fn counters(&self) -> Vec<CounterRow> {
@@ -99,12 +103,46 @@ impl Source for SharedSource {
     }
 
     fn transaction_status(&self, gid: &str) -> TransactionStatus {
-        let _ = (gid, locks::waits_for_lock as usize, process::pause_ms as usize);
-        TransactionStatus::Unknown
+        fate::of(gid)
     }
 
     fn current_gid(&self) -> Option<String> {
         commit::identifying_text()
+    }
+}
+
+fn transaction_row(row: InFlight) -> TransactionRow {
+    let me = shared().node_id();
+    let role = match () {
+        () if row.resolving => "resolver",
+        () if Some(row.gid.coordinator) == me => "coordinator",
+        () => "participant",
+    };
+    TransactionRow {
+        gid: row.gid.text(shared().cluster_tag()),
+        coordinator: i32::from(row.gid.coordinator.get()),
+        role: role.to_owned(),
+        state: row.state,
+        ballot: Some(row.ballot),
+        started_at: Some(row.gid.started_at),
+        missing: row.missing.iter().map(|node| i32::from(node.get())).collect(),
+    }
+}
+
+fn conflict_row(row: Conflict) -> ConflictRow {
+    let tag = shared().cluster_tag();
+    let (relation, key) = match row.target.split_once(", key ") {
+        Some((relation, key)) => (relation, Some(key.to_owned())),
+        None => (row.target.as_str(), None),
+    };
+    ConflictRow {
+        happened_at: row.happened_at,
+        kind: row.kind,
+        node_id: i32::from(row.node.get()),
+        relation: Some(relation.to_owned()).filter(|name| !name.is_empty()),
+        key,
+        loser: row.loser.map(|gid| gid.text(tag)),
+        winner: row.winner.map(|gid| gid.text(tag)),
     }
 }
 

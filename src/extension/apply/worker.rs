@@ -138,6 +138,8 @@ fn refusal(slot: &WorkerSlot, failure: ApplyFailure) -> Refusal {
     if slot.cancel.load(Ordering::Acquire) == slot.applying.load(Ordering::Acquire)
         && let Some(reason) = slot.refusal.get()
     {
+        let target = failure.target.as_deref().unwrap_or_default();
+        crate::conflict::remember("committing", slot.gid.get(), slot.winner.get(), target);
         return Refusal::retry(reason.message(), place);
     }
     let detail = if failure.detail.is_empty() { place } else { format!("{place} {}", failure.detail) };

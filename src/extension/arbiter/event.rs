@@ -2,7 +2,7 @@
 
 use crate::pg::process;
 use crate::pg::shared::{EVENT_BYTES, FINISH_BYTES, shared};
-use protocol::{Decision, Gid, Lsn, NodeId, Vote};
+use protocol::{Decision, Gid, Lsn, NodeId, NodeSet, Vote};
 use serde::{Deserialize, Serialize};
 
 /// A fact about this server, for the protocol core.
@@ -24,8 +24,51 @@ pub enum LocalEvent {
     Interrupted { gid: Gid },
     /// The backend went away and left its transaction prepared.
     Abandoned { gid: Gid },
+    /// A view asks; the answer goes to the board under this number.
+    Ask { number: u64, question: Question },
     /// The stored mark of a peer's stream has reached this position.
     MarkStored { node: NodeId, lsn: Lsn },
+}
+
+/// What a view wants to know from the protocol core.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Question {
+    /// The transactions in flight; answered by `Vec<InFlight>`.
+    Transactions,
+    /// How a transaction ended; answered by [`Fate`].
+    Fate { gid: Gid },
+}
+
+/// A line of `mtm.transactions`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct InFlight {
+    pub gid: Gid,
+    pub state: String,
+    pub ballot: String,
+    pub resolving: bool,
+    pub age_ms: u64,
+    pub missing: NodeSet,
+}
+
+/// What the core knows of a transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Fate {
+    Decided(Decision),
+    InFlight,
+    Unknown,
+}
+
+/// A settled conflict, as `mtm.conflicts` shows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Conflict {
+    /// Microseconds since 2000-01-01.
+    pub happened_at: i64,
+    pub kind: String,
+    pub node: NodeId,
+    /// Table and key, as `table "s.t", key (...)`.
+    pub target: String,
+    pub loser: Option<Gid>,
+    pub winner: Option<Gid>,
 }
 
 /// An order to finish a prepared transaction.

@@ -5,7 +5,7 @@
 
 use super::start::Decider;
 use super::durable::{Batch, DurableOrder, Tuples};
-use super::event::{self, FinishOrder, LocalEvent};
+use super::event::{self, Fate, FinishOrder, InFlight, LocalEvent, Question};
 use crate::pg::thread as os_thread;
 use crate::pg::shared::{self, EVENT_BYTES, NodeStatus, outcome, shared};
 use mesh::{MeshEvent, MeshHandle};
@@ -21,6 +21,8 @@ use wire::frame::Heartbeat;
 
 /// How often the core's timers run.
 const TICK: Duration = Duration::from_millis(20);
+/// Transactions in flight that a view shows at most; they fit the board.
+const IN_FLIGHT_SHOWN: usize = 2000;
 /// Local events handled before the sockets get their turn.
 const EVENTS_PER_TURN: usize = 256;
 
@@ -218,6 +220,7 @@ impl Arbiter {
                 self.waiting.remove(&gid);
                 self.input(Input::Abandoned { gid });
             }
+            LocalEvent::Ask { number, question } => self.answer(number, &question),
             LocalEvent::MarkStored { node, lsn } => self.input(Input::MarkPassed { origin: node, lsn }),
         }
     }
@@ -480,6 +483,36 @@ impl Arbiter {
             // Every transaction has one: not for the log.
             Event::Decided { source: Source::Central | Source::Told | Source::VotedNo, .. } => {}
             event => self.main.log(LogLevel::Info, format!("{event:?}")),
+        }
+    }
+
+    /// Answers a view.
+    fn answer(&self, number: u64, question: &Question) {
+        match question {
+            Question::Transactions => {
+                let rows: Vec<InFlight> = self
+                    .core
+                    .transactions(self.now())
+                    .take(IN_FLIGHT_SHOWN)
+                    .map(|view| InFlight {
+                        gid: view.gid,
+                        state: view.state.as_str().to_owned(),
+                        ballot: view.ballot.to_string(),
+                        resolving: view.resolving,
+                        age_ms: view.age_ms,
+                        missing: view.missing,
+                    })
+                    .collect();
+                shared().board.answer(number, &rows);
+            }
+            Question::Fate { gid } => {
+                let fate = match self.core.decision(*gid) {
+                    Some(decision) => Fate::Decided(decision),
+                    None if self.core.promised(*gid).is_some() => Fate::InFlight,
+                    None => Fate::Unknown,
+                };
+                shared().board.answer(number, &fate);
+            }
         }
     }
 

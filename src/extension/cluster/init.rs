@@ -250,7 +250,14 @@ fn form(
             problem,
             leftovers,
         }),
-        Failure::Unsuitable(problems) => Err(InitError::Unsuitable(problems)),
+        Failure::Unsuitable(problems) if leftovers.is_empty() => {
+            Err(InitError::Unsuitable(problems))
+        }
+        Failure::Unsuitable(mut problems) => Err(InitError::Step {
+            step: progress.step,
+            problem: problems.swap_remove(0),
+            leftovers,
+        }),
         Failure::Raised(cause) => cause.rethrow(),
     }
 }
@@ -266,6 +273,7 @@ fn write(members: &[Member], facts: &[Facts], progress: &mut Progress) -> Result
             .extensions
             .extend(made.map(|made| (member.id, made)));
     }
+    progress.step = "reaching the other nodes";
     let problems = reach(members, facts);
     if !problems.is_empty() {
         return Err(Failure::Unsuitable(problems));

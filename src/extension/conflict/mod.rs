@@ -9,7 +9,9 @@
 //!
 //! So waits among committing transactions only go from older to younger and never end in a running one: no cycle survives.
 
+use crate::arbiter::event::Conflict;
 use crate::guc;
+use crate::pg::clock;
 use crate::pg::locks::{self, Holder, LockSnapshot};
 use crate::pg::process::{self, Wait};
 use crate::pg::shared::{self, WorkerSlot, shared, stage, worker};
@@ -126,6 +128,7 @@ impl Monitor {
                         "could not serialize access due to concurrent update on node {}",
                         other.coordinator.get()
                     );
+                    slot.winner.set(Some(other));
                     cancel_worker(slot, transaction, &Refusal::retry(message, String::new()));
                 }
             }
@@ -135,7 +138,10 @@ impl Monitor {
                     "canceling transaction because it blocks a committing transaction of node {}",
                     gid.coordinator.get()
                 );
-                locks::cancel_running(pid, &Refusal::retry(message, target_detail(slot)));
+                let detail = target_detail(slot);
+                if locks::cancel_running(pid, &Refusal::retry(message, detail.as_str())) {
+                    remember("running", None, Some(gid), &detail);
+                }
             }
             Blocker::UserPrepared(name) if self.grace_is_over(index, transaction, holder) => {
                 let message = format!("could not lock what the prepared transaction \"{name}\" holds");
@@ -150,6 +156,19 @@ impl Monitor {
         let since = self.since.entry((index, transaction, holder)).or_insert_with(Instant::now);
         since.elapsed() >= grace
     }
+}
+
+/// Adds a line to `mtm.conflicts`. Main threads only.
+pub fn remember(kind: &str, loser: Option<Gid>, winner: Option<Gid>, target: &str) {
+    let Some(node) = shared().node_id() else { return };
+    shared().conflicts.add(&Conflict {
+        happened_at: clock::now_us(),
+        kind: kind.to_owned(),
+        node,
+        target: target.to_owned(),
+        loser,
+        winner,
+    });
 }
 
 /// What the worker was doing when it met the lock, for the victim's DETAIL.

@@ -1,29 +1,20 @@
 //! Where the hooks meet DDL replication.
 
-use pgrx::pg_sys;
-use std::ffi::c_char;
+use super::{ddl, hooks, shared};
+use protocol::NodeId;
 
-/// What is to be done after a utility command.
-#[derive(Clone, Copy)]
-pub struct Plan;
+pub use ddl::{after_utility, before_prepare, before_utility, end_of_transaction};
 
-/// # Safety
-/// Only from the utility hook.
-pub unsafe fn before_utility(
-    _active: bool,
-    _pstmt: *mut pg_sys::PlannedStmt,
-    _query_string: *const c_char,
-    _context: pg_sys::ProcessUtilityContext::Type,
-) -> Plan {
-    Plan
+/// Installs DDL replication in this server. Called once, from `_PG_init` in the postmaster.
+pub fn register() {
+    ddl::install(ddl::Environment {
+        replicating: hooks::in_cluster,
+        node: own_node,
+        note_write: hooks::note_write,
+        note_local: hooks::note_harmless,
+    });
 }
 
-/// # Safety
-/// Only from the utility hook.
-pub unsafe fn after_utility(_plan: Plan, _pstmt: *mut pg_sys::PlannedStmt) {}
-
-/// # Safety
-/// Only from the commit sequence.
-pub unsafe fn before_prepare() {}
-
-pub fn end_of_transaction() {}
+fn own_node() -> NodeId {
+    shared::shared().node_id().expect("a node that replicates has a number")
+}

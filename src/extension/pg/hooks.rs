@@ -232,7 +232,7 @@ unsafe extern "C-unwind" fn utility(
         if local {
             LOCAL_DEPTH.set(LOCAL_DEPTH.get() + 1);
         }
-        let plan = ddl_bridge::before_utility(in_cluster && !local && !is_transaction, pstmt, query_string, context);
+        let plan = ddl_bridge::before_utility(pstmt, query_string, context);
         match PREVIOUS_UTILITY {
             Some(previous) => previous(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc),
             None => {

@@ -2,9 +2,11 @@
 #![allow(unsafe_code)]
 
 pub mod apply_error;
+pub mod board;
 pub mod catalog_scan;
 pub mod clock;
 pub mod commit;
+pub mod ddl;
 pub mod ddl_bridge;
 pub mod decode;
 mod fixed_text;
@@ -20,6 +22,7 @@ mod raw;
 pub mod records;
 pub mod remote;
 pub mod report;
+pub mod sequences;
 pub mod settings;
 pub mod shared;
 pub mod thread;
@@ -33,6 +36,7 @@ mod workers;
 pub fn register(workers_max: usize) {
     shared::register(workers_max);
     hooks::register();
+    ddl_bridge::register();
     victim::register();
     workers::register();
 }

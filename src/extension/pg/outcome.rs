@@ -22,3 +22,12 @@ pub fn of_own_transaction(full_xid: u64) -> Option<Decision> {
         Some(if pg_sys::TransactionIdDidCommit(xid) { Decision::Commit } else { Decision::Abort })
     }
 }
+
+/// Whether a transaction of this node is running or prepared at this moment.
+pub fn is_running(full_xid: u64) -> bool {
+    // SAFETY: reads of the procarray.
+    unsafe {
+        full_xid < pg_sys::ReadNextFullTransactionId().value
+            && pg_sys::TransactionIdIsInProgress(pg_sys::TransactionId::from(full_xid as u32))
+    }
+}

@@ -3,6 +3,7 @@
 //! Written by one party at a time by construction (each field says by whom), read by anybody. The tokio thread of the arbiter uses only
 //! what is here, `SetLatch` and the eventfd.
 
+use super::board::{Board, ConflictLog};
 use super::queue::{Queue, Ring};
 use super::raw;
 use pgrx::pg_sys;
@@ -239,6 +240,8 @@ pub struct WorkerSlot {
     /// `applying` of the transaction that must die by the conflict rule; the reason is in `refusal`.
     pub cancel: AtomicU64,
     pub refusal: RefusalCell,
+    /// The transaction that `cancel` is for the benefit of.
+    pub winner: GidCell,
     /// Table and key the worker is about to write, as the detail of a refusal; for a victim's DETAIL.
     pub target: RefusalCell,
     /// Waits until `settled` has reached what its transaction depends on.
@@ -320,6 +323,8 @@ pub struct Shared {
     pub finish_cursor: AtomicU32,
     pub nodes: [NodeShared; NODES],
     pub counters: Counters,
+    pub board: Board,
+    pub conflicts: ConflictLog,
     pub events: Queue<EVENT_BYTES, 2048>,
     pub finishes: Queue<FINISH_BYTES, 2048>,
 }

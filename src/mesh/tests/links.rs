@@ -302,6 +302,67 @@ async fn peer_that_takes_nothing_loses_its_link() {
 }
 
 #[tokio::test]
+async fn peer_that_floods_this_node_still_hears_it() {
+    let mut one = Running::start(config(1, &[]));
+    one.handle.reconfigure(10, 3000).unwrap();
+    let addr = one.addr();
+    let flood = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        runtime
+            .unwrap()
+            .block_on(flood_and_listen(addr, Duration::from_secs(1)))
+    });
+    let reason = one.wait_down(3).await;
+    assert_eq!(reason, DownReason::Closed);
+    assert!(flood.join().unwrap() >= 20, "too few heartbeats");
+}
+
+/// Sends as fast as the node takes; returns how often it was heard.
+async fn flood_and_listen(addr: std::net::SocketAddr, time: Duration) -> usize {
+    let (mut stream, mut session, _) = dial_by_hand(addr, &identity(3), node(1))
+        .await
+        .ok()
+        .unwrap();
+    let (mut reader, mut writer) = stream.split();
+    let flood = async {
+        let message = Message::AskHorizon;
+        let mut batch = wire::frame::Batch::default();
+        (0..64).for_each(|_| batch.push(&message).unwrap());
+        let mut sealed = Vec::new();
+        loop {
+            sealed.clear();
+            for _ in 0..64 {
+                let frame = batch.frames().next().unwrap();
+                session.sealer.seal(frame, &mut sealed).unwrap();
+            }
+            tokio::io::AsyncWriteExt::write_all(&mut writer, &sealed)
+                .await
+                .unwrap();
+        }
+    };
+    let mut heard = 0;
+    let listen = async {
+        let mut buffer = [0; 4096];
+        while tokio::io::AsyncReadExt::read(&mut reader, &mut buffer)
+            .await
+            .unwrap()
+            > 0
+        {
+            heard += 1;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = tokio::time::sleep(time) => {}
+        () = listen => {}
+        () = flood => {}
+    }
+    heard
+}
+
+#[tokio::test]
 async fn messages_without_a_link_are_dropped() {
     let mut one = Running::start(config(1, &[]));
     one.handle.send(node(3), &numbered(1)).unwrap();

@@ -91,7 +91,13 @@ fn messages() -> Vec<(&'static str, Message)> {
                 csn: None,
             },
         ),
-        ("finished", Message::Finished { gid }),
+        (
+            "finished",
+            Message::Finished {
+                gid,
+                decision: Decision::Commit,
+            },
+        ),
         ("forget", Message::Forget { gid }),
         ("query", Message::Query { gid }),
         ("ask_horizon", Message::AskHorizon),

@@ -49,7 +49,7 @@ fn messages() -> impl Strategy<Value = Message> {
     let accepted = proptest::option::of(
         (ballots(), verdicts()).prop_map(|(ballot, verdict)| Accept { ballot, verdict }),
     );
-    let decisions = prop_oneof![Just(Decision::Commit), Just(Decision::Abort)];
+    let decisions = || prop_oneof![Just(Decision::Commit), Just(Decision::Abort)];
     prop_oneof![
         (gids(), votes()).prop_map(|(gid, vote)| Message::Vote { gid, vote }),
         (gids(), ballots(), verdicts()).prop_map(|(gid, ballot, verdict)| Message::Propose {
@@ -66,14 +66,16 @@ fn messages() -> impl Strategy<Value = Message> {
                 voted_yes
             }
         ),
-        (gids(), decisions, proptest::option::of(any::<u64>())).prop_map(|(gid, decision, csn)| {
-            Message::Decided {
-                gid,
-                decision,
-                csn: csn.map(Csn),
+        (gids(), decisions(), proptest::option::of(any::<u64>())).prop_map(
+            |(gid, decision, csn)| {
+                Message::Decided {
+                    gid,
+                    decision,
+                    csn: csn.map(Csn),
+                }
             }
-        }),
-        gids().prop_map(|gid| Message::Finished { gid }),
+        ),
+        (gids(), decisions()).prop_map(|(gid, decision)| Message::Finished { gid, decision }),
         Just(Message::AskHorizon),
         any::<u64>().prop_map(|csn| Message::Horizon { csn: Csn(csn) }),
     ]

@@ -1,0 +1,167 @@
+//! Statements that a cluster refuses, and what it says then.
+
+use super::node;
+use pgrx::pg_sys;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::pg_sys::{AlterTableType, NodeTag};
+use pgrx::{PgLogLevel, PgSqlErrorCode};
+
+/// Raises 0A000 with a hint.
+pub fn raise(message: impl Into<String>, hint: &str) -> ! {
+    ErrorReport::new(
+        PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
+        message.into(),
+        "multimaster ddl",
+    )
+    .set_hint(hint)
+    .report(PgLogLevel::ERROR);
+    unreachable!("an error report does not return")
+}
+
+pub fn mixed() -> ! {
+    raise(
+        "cannot handle temporary and permanent objects in one statement in a multimaster cluster",
+        "Use one statement for the temporary and one for the permanent objects.",
+    )
+}
+
+/// Commands that run several transactions cannot be part of one.
+///
+/// # Safety
+/// `statement` is a valid utility statement on permanent objects.
+pub unsafe fn not_transactional(statement: *mut pg_sys::Node) {
+    // SAFETY: the tag says what the node is.
+    let command = unsafe {
+        match (*statement).type_ {
+            NodeTag::T_IndexStmt if (*statement.cast::<pg_sys::IndexStmt>()).concurrent => {
+                "CREATE INDEX CONCURRENTLY"
+            }
+            NodeTag::T_DropStmt if (*statement.cast::<pg_sys::DropStmt>()).concurrent => {
+                "DROP INDEX CONCURRENTLY"
+            }
+            NodeTag::T_AlterTableStmt if detaches_concurrently(statement.cast()) => {
+                "DETACH PARTITION CONCURRENTLY"
+            }
+            _ => return,
+        }
+    };
+    raise(
+        format!("{command} is not supported in a multimaster cluster"),
+        "Use the command without CONCURRENTLY; it locks the table on every node while it runs.",
+    )
+}
+
+unsafe fn detaches_concurrently(alter: *mut pg_sys::AlterTableStmt) -> bool {
+    // SAFETY: commands of ALTER TABLE are AlterTableCmds; these carry a PartitionCmd.
+    unsafe {
+        node::items::<pg_sys::AlterTableCmd>((*alter).cmds).any(|command| {
+            match (*command).subtype {
+                AlterTableType::AT_DetachPartition => {
+                    (*(*command).def.cast::<pg_sys::PartitionCmd>()).concurrent
+                }
+                AlterTableType::AT_DetachPartitionFinalize => true,
+                _ => false,
+            }
+        })
+    }
+}
+
+const CATALOG_HINT: &str = "Other nodes cannot read this node's changes while a system catalog is locked, and a commit would wait for them without end.";
+
+/// # Safety
+/// `lock` is a valid LOCK TABLE statement.
+pub unsafe fn catalog_lock(lock: *mut pg_sys::LockStmt) {
+    // SAFETY: stated above. Weaker modes let decoding read.
+    unsafe {
+        if (*lock).mode == pg_sys::AccessExclusiveLock as i32 {
+            refuse_catalogs((*lock).relations, "LOCK TABLE ... IN ACCESS EXCLUSIVE MODE");
+        }
+    }
+}
+
+/// # Safety
+/// `truncate` is a valid TRUNCATE statement.
+pub unsafe fn catalog_truncate(truncate: *mut pg_sys::TruncateStmt) {
+    // SAFETY: stated above.
+    unsafe { refuse_catalogs((*truncate).relations, "TRUNCATE") }
+}
+
+/// # Safety
+/// `cluster` is a valid CLUSTER statement.
+pub unsafe fn catalog_cluster(cluster: *mut pg_sys::ClusterStmt) {
+    // SAFETY: stated above.
+    unsafe {
+        if !(*cluster).relation.is_null() && in_block() {
+            refuse_catalog((*cluster).relation, "CLUSTER in a transaction block");
+        }
+    }
+}
+
+/// # Safety
+/// `reindex` is a valid REINDEX statement.
+pub unsafe fn catalog_reindex(reindex: *mut pg_sys::ReindexStmt) {
+    // SAFETY: stated above.
+    unsafe {
+        if !(*reindex).relation.is_null() && in_block() {
+            refuse_catalog((*reindex).relation, "REINDEX in a transaction block");
+        }
+    }
+}
+
+/// EXPLAIN ANALYZE of CREATE TABLE AS creates the table.
+///
+/// # Safety
+/// `explain` is a valid EXPLAIN statement.
+pub unsafe fn explained_table_as(explain: *mut pg_sys::ExplainStmt) {
+    // SAFETY: stated above; the query was analyzed, options are DefElems.
+    unsafe {
+        let query: *mut pg_sys::Query = (*explain).query.cast();
+        let creates = (*query).type_ == NodeTag::T_Query
+            && !(*query).utilityStmt.is_null()
+            && (*(*query).utilityStmt).type_ == NodeTag::T_CreateTableAsStmt;
+        let runs = node::items::<pg_sys::DefElem>((*explain).options).any(|option| {
+            node::text((*option).defname) == "analyze" && pg_sys::defGetBoolean(option)
+        });
+        if creates && runs && super::scope::of((*query).utilityStmt) != super::scope::Scope::Local {
+            raise(
+                "EXPLAIN ANALYZE of a statement that creates a table is not supported in a multimaster cluster",
+                "Use EXPLAIN without ANALYZE, or create a temporary table.",
+            );
+        }
+    }
+}
+
+fn in_block() -> bool {
+    // SAFETY: reads the transaction state.
+    unsafe { pg_sys::IsTransactionBlock() }
+}
+
+unsafe fn refuse_catalogs(relations: *mut pg_sys::List, command: &str) {
+    // SAFETY: a list of RangeVars.
+    unsafe {
+        node::items::<pg_sys::RangeVar>(relations)
+            .for_each(|relation| refuse_catalog(relation, command))
+    }
+}
+
+unsafe fn refuse_catalog(relation: *mut pg_sys::RangeVar, command: &str) {
+    // SAFETY: a valid RangeVar; look-ups are guarded.
+    unsafe {
+        let Some(oid) = node::find_relation(relation) else {
+            return;
+        };
+        let table = match pg_sys::get_rel_relkind(oid) as u8 {
+            pg_sys::RELKIND_INDEX => pg_sys::IndexGetRelation(oid, true),
+            _ => oid,
+        };
+        if table != pg_sys::InvalidOid && pg_sys::IsCatalogRelationOid(table) {
+            let name = node::text((*relation).relname);
+            raise(
+                format!(
+                    "{command} of system catalog \"{name}\" is not supported in a multimaster cluster"
+                ),
+                CATALOG_HINT,
+            );
+        }
+    }
+}
