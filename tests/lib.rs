@@ -132,7 +132,12 @@ fn conclude(prepare: impl FnOnce(Installation) -> (Vec<Trial>, Option<Arc<Stage>
 /// Builds what the servers load; quick when `cargo xtask test` has just done so.
 fn ready() -> Result<Installation> {
     stop_servers_on_signal()?;
-    extension::build(&Source::chosen()?)
+    let source = Source::chosen()?;
+    if plain() {
+        Installation::prepare(&source)
+    } else {
+        extension::build(&source)
+    }
 }
 
 /// Makes a cluster, does `work` on it, and keeps its logs when that fails.

@@ -343,6 +343,11 @@ impl Server {
         self.installation.program(name)
     }
 
+    /// Where this server finds libraries.
+    pub fn library_dir(&self) -> &Path {
+        self.installation.library_dir()
+    }
+
     /// A program of PostgreSQL (psql, pgbench, pg_dump) that will talk to this server.
     pub fn client_program(&self, name: &str) -> Command {
         let mut program = Command::new(self.installation.program(name));
