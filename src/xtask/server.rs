@@ -417,6 +417,26 @@ pub fn kill_all() {
     }
 }
 
+/// Kills the server of a data directory that an earlier run of ours made and left. A process that merely has the same
+/// number as that server had is left alone: PostgreSQL's working directory is its data directory.
+pub fn end_abandoned(data: &Path) {
+    let pid = fs::read_to_string(data.join("postmaster.pid"))
+        .ok()
+        .and_then(|text| {
+            text.lines()
+                .next()
+                .and_then(|line| line.trim().parse::<u32>().ok())
+        });
+    let Some(pid) = pid else { return };
+    if fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|directory| directory == data) {
+        let children = descendants_of(pid);
+        let postmaster = Pid::from_raw(pid.cast_signed());
+        for process in std::iter::once(postmaster).chain(children) {
+            let _ = kill(process, Signal::SIGKILL);
+        }
+    }
+}
+
 fn running() -> std::sync::MutexGuard<'static, BTreeSet<i32>> {
     RUNNING
         .lock()
