@@ -145,6 +145,8 @@ impl Server {
             ("unix_socket_directories", ""),
             ("log_line_prefix", "%m [%p] %b: "),
             ("timezone", "UTC"),
+            // Segments of a killed server then go with its data directory.
+            ("dynamic_shared_memory_type", "mmap"),
         ])
     }
 
