@@ -156,11 +156,19 @@ CREATE FUNCTION mtm.counters(
     AS 'MODULE_PATHNAME', 'counters_wrapper';
 COMMENT ON FUNCTION mtm.counters() IS 'internal: see the view mtm.stat_commits';
 
+-- Reads how to reach the other nodes, hence SECURITY DEFINER.
 CREATE FUNCTION mtm.transaction_status(gid text) RETURNS text
-    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
+    LANGUAGE c VOLATILE STRICT SECURITY DEFINER PARALLEL UNSAFE
+    SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'transaction_status_wrapper';
 COMMENT ON FUNCTION mtm.transaction_status(text) IS
     'outcome of a transaction named by mtm.current_gid(): committed, aborted, in progress or unknown';
+
+CREATE FUNCTION mtm.local_transaction_status(gid text) RETURNS text
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'local_transaction_status_wrapper';
+COMMENT ON FUNCTION mtm.local_transaction_status(text) IS
+    'internal: what this node alone knows of a transaction; see mtm.transaction_status()';
 
 CREATE FUNCTION mtm.current_gid() RETURNS text
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE

@@ -91,7 +91,7 @@ fn elsewhere(text: &str, coordinator: NodeId) -> TransactionStatus {
 
 /// Asks one node what it knows itself.
 fn ask(conninfo: &str, text: &str) -> Option<TransactionStatus> {
-    let mut remote = Connection::open(conninfo, "multimaster transaction_status", PATIENCE).ok()?;
+    let remote = Connection::open(conninfo, "multimaster transaction_status", PATIENCE).ok()?;
     // Only digits, letters and dashes got through parse().
     let rows = remote.query(&format!("SELECT mtm.local_transaction_status('{text}')"), 1).ok()?;
     let word = rows.first()?.first()?.clone()?;

@@ -32,7 +32,7 @@ fn finish(order: &FinishOrder, records: &DurableTable) {
     loop {
         match twophase::finish(&name, commit) {
             Finished::Done | Finished::Unknown => break,
-            Finished::Busy => {
+            Finished::Busy | Finished::Failed => {
                 process::wait_latch(BUSY_PAUSE, Wait::Work);
             }
         }

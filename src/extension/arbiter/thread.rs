@@ -137,6 +137,7 @@ impl Arbiter {
     ) -> std::io::Result<()> {
         let mut first = std::mem::take(&mut self.effects);
         self.carry_out(first.drain());
+        self.adopt_waiting_backends();
         let wake = os_thread::wake_readiness()?;
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -162,6 +163,17 @@ impl Arbiter {
             }
             self.take_events();
             self.settle();
+        }
+    }
+
+    /// Backends that announced themselves to an earlier life of this process and still wait.
+    fn adopt_waiting_backends(&mut self) {
+        for (index, slot) in shared::backends().iter().enumerate() {
+            if let Some(gid) = slot.gid.get()
+                && slot.outcome.load(Ordering::Acquire) == outcome::WAITING
+            {
+                self.on_local(LocalEvent::Committing { gid, backend: index as u32, wait_peers: true });
+            }
         }
     }
 

@@ -126,7 +126,7 @@ impl ConflictEntry {
             return None;
         }
         // SAFETY: a copy of plain bytes; it is used only if nobody wrote meanwhile.
-        let copy = unsafe { (*self.bytes.get())[..length].to_vec() };
+        let copy = unsafe { (&*self.bytes.get())[..length].to_vec() };
         std::sync::atomic::fence(Ordering::Acquire);
         if self.version.load(Ordering::Relaxed) != version {
             return None;

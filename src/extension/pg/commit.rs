@@ -12,7 +12,7 @@
 
 use super::process::{self, Wait};
 use super::shared::{self, outcome, stage};
-use super::{fixed_text::FixedText, raw};
+use super::{fixed_text::FixedText, raw, twophase};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::guc;
 use pgrx::pg_sys;
@@ -26,12 +26,17 @@ use std::time::Duration;
 /// Longest name PostgreSQL allows for a prepared transaction, without the terminating zero (`GIDSIZE` - 1 of access/twophase.h).
 const GID_TEXT_MAX: usize = 199;
 
+/// Pause while another process has the prepared transaction in its hands.
+const BUSY_PAUSE: Duration = Duration::from_millis(2);
+
 /// How often a waiting backend looks around although nobody woke it.
 const LOOK_AROUND: Duration = Duration::from_millis(500);
 
 thread_local! {
     /// Inside the sequence: the commits it does itself must not enter it again.
     static IN_SEQUENCE: Cell<bool> = const { Cell::new(false) };
+    /// Announced to the arbiter and not finished by this backend yet.
+    static UNFINISHED: Cell<Option<Gid>> = const { Cell::new(None) };
 }
 
 /// True while this backend runs the sequence.
@@ -39,9 +44,13 @@ pub fn in_sequence() -> bool {
     IN_SEQUENCE.get()
 }
 
-/// Forgets a sequence that an error left. Called at abort.
+/// An error or the end of the process has left the sequence: what was announced becomes the arbiter's to finish. Called at abort.
 pub fn reset() {
     IN_SEQUENCE.set(false);
+    if let Some(gid) = UNFINISHED.take() {
+        shared::my_backend().gid.set(None);
+        submit(&LocalEvent::Abandoned { gid });
+    }
 }
 
 /// The gid of the running transaction of this backend, which must have an xid.
@@ -86,6 +95,7 @@ pub unsafe fn commit_globally() {
     let name = text_of(gid);
     // SAFETY: the sequence of the module's head, each call as its own code path in xact.c makes it.
     unsafe {
+        refuse_unless_online();
         IN_SEQUENCE.set(true);
         let notified = prepare_under(name.as_ptr(), || {});
         let wait_peers = guc::wait_peer_commits();
@@ -93,6 +103,7 @@ pub unsafe fn commit_globally() {
         match await_outcome(gid) {
             outcome::COMMIT => {
                 finish(name.as_ptr(), true);
+                UNFINISHED.set(None);
                 submit(&LocalEvent::Finished { gid });
                 if wait_peers {
                     await_peers();
@@ -101,12 +112,14 @@ pub unsafe fn commit_globally() {
             }
             outcome::ABORT => {
                 finish(name.as_ptr(), false);
+                UNFINISHED.set(None);
                 submit(&LocalEvent::Finished { gid });
                 shared::shared().counters.aborts.fetch_add(1, Ordering::Relaxed);
                 leave();
                 raise_refusal();
             }
             _ => {
+                UNFINISHED.set(None);
                 submit(&LocalEvent::Abandoned { gid });
                 shared::shared().counters.unknown.fetch_add(1, Ordering::Relaxed);
                 leave();
@@ -130,6 +143,7 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
     let Some(gid) = current_gid() else { return };
     // SAFETY: as commit_globally.
     unsafe {
+        refuse_unless_online();
         IN_SEQUENCE.set(true);
         // The votes are counted from the moment the PREPARE can be seen.
         prepare_under(name, || {
@@ -228,9 +242,10 @@ fn reset_outcome() {
     slot.peers_finished.store(false, Ordering::Relaxed);
 }
 
+/// Tells the arbiter that the PREPARE is durable and that this backend waits.
 fn announce(gid: Gid, wait_peers: bool) {
-    let slot = shared::my_backend();
-    slot.gid.set(Some(gid));
+    UNFINISHED.set(Some(gid));
+    shared::my_backend().gid.set(Some(gid));
     submit(&LocalEvent::Committing { gid, backend: shared::my_backend_index(), wait_peers });
 }
 
@@ -280,9 +295,39 @@ unsafe fn finish(name: *const c_char, commit: bool) {
             pg_sys::Oid::from(pg_sys::BOOTSTRAP_SUPERUSERID),
             context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32,
         );
-        raw::FinishPreparedTransaction(name, commit);
+        loop {
+            match twophase::finish_in_transaction(name, commit) {
+                twophase::Finished::Done | twophase::Finished::Unknown => break,
+                twophase::Finished::Busy => {
+                    process::wait_latch(BUSY_PAUSE, Wait::PeerCommits);
+                }
+                // The outcome stands; the arbiter has it finished by another process.
+                twophase::Finished::Failed => raise_unknown(name),
+            }
+        }
         pg_sys::SetUserIdAndSecContext(user, context);
     }
+}
+
+/// Refuses to begin a commit that cannot get its votes.
+unsafe fn refuse_unless_online() {
+    let status = shared::shared().status();
+    if status == shared::NodeStatus::Online {
+        return;
+    }
+    let mut message = FixedText::<256>::new();
+    let mut detail = FixedText::<256>::new();
+    let _ = write!(message, "this node is {} and cannot commit", status.name());
+    let _ = write!(detail, "Nodes it is connected with: {}.", shared::connected_nodes());
+    // SAFETY: as raise_refusal.
+    unsafe {
+        raise(
+            pgrx::PgSqlErrorCode::ERRCODE_CANNOT_CONNECT_NOW as i32,
+            message.as_c_str(),
+            detail.as_c_str(),
+            c"Nothing was committed. See mtm.status() for this node's state.",
+        )
+    };
 }
 
 /// Raises the refusal in this backend's slot.

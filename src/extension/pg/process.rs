@@ -210,10 +210,32 @@ pub fn forget_cancel() {
     unsafe { pg_sys::QueryCancelPending = 0 };
 }
 
-/// Attaches to the database of the cluster.
+/// Attaches to the database of the cluster, with the settings that applying needs whatever the database's or the server's defaults are.
 pub fn connect_to_cluster() {
     connect(pg_sys::Oid::from(super::shared::shared().database.load(Ordering::Acquire)));
+    for (name, value) in APPLY_SETTINGS {
+        // SAFETY: zero-terminated literals; at the start of a background worker, outside of any transaction.
+        unsafe {
+            pg_sys::SetConfigOption(
+                name.as_ptr(),
+                value.as_ptr(),
+                pg_sys::GucContext::PGC_SUSET,
+                pg_sys::GucSource::PGC_S_OVERRIDE,
+            );
+        }
+    }
 }
+
+/// A database made read-only by default, say, must not keep its peers' changes out.
+const APPLY_SETTINGS: [(&CStr, &CStr); 7] = [
+    (c"default_transaction_isolation", c"read committed"),
+    (c"default_transaction_read_only", c"off"),
+    (c"default_transaction_deferrable", c"off"),
+    (c"lock_timeout", c"0"),
+    (c"session_replication_role", c"origin"),
+    (c"row_security", c"off"),
+    (c"search_path", c"pg_catalog"),
+];
 
 /// Runs a closure when the process ends, however it ends short of a crash.
 pub fn at_exit(work: fn()) -> AtExit {

@@ -20,15 +20,11 @@ unsafe extern "C-unwind" {
     pub fn ReleaseCurrentSubTransaction();
     pub fn IsSubTransaction() -> bool;
     pub fn IsTransactionBlock() -> bool;
-    pub fn IsTransactionOrTransactionBlock() -> bool;
     pub fn IsAbortedTransactionBlockState() -> bool;
     pub fn GetTopTransactionIdIfAny() -> pg_sys::TransactionId;
     pub static mut XactIsoLevel: c_int;
     pub static mut XactReadOnly: bool;
     pub static mut XactDeferrable: bool;
-
-    // access/twophase.h
-    pub fn FinishPreparedTransaction(gid: *const c_char, is_commit: bool);
 
     // commands/trigger.h, utils/portal.h, commands/tablecmds.h, commands/async.h
     pub fn AfterTriggerFireDeferred();

@@ -473,6 +473,18 @@ impl Shared {
     }
 }
 
+/// The nodes this one is connected with in both ways, for messages.
+pub fn connected_nodes() -> NodeSet {
+    shared()
+        .configured_nodes()
+        .iter()
+        .filter(|node| {
+            let state = shared().node(*node);
+            state.linked.load(Ordering::Acquire) && state.receiving.load(Ordering::Acquire)
+        })
+        .collect()
+}
+
 /// Whether a decision commits, as core's functions want it.
 pub fn is_commit(decision: Decision) -> bool {
     decision == Decision::Commit

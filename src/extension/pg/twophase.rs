@@ -19,6 +19,8 @@ pub enum Finished {
     Unknown,
     /// Another process has it in its hands.
     Busy,
+    /// An error of another kind: it may or may not be finished.
+    Failed,
 }
 
 /// Commits or rolls back a prepared transaction, durably, in a transaction of its own.
@@ -40,6 +42,30 @@ pub fn finish(name: &str, commit: bool) -> Finished {
         process::abort_transaction();
     }
     result
+}
+
+/// Finishes a prepared transaction inside the calling backend's transaction.
+///
+/// Every error is an answer: nothing may unwind into the hook's callers. After `Failed` the transaction must be aborted.
+///
+/// # Safety
+/// In a transaction; the caller's frames own nothing with a destructor.
+pub unsafe fn finish_in_transaction(name: *const std::ffi::c_char, commit: bool) -> Finished {
+    let attempt = || {
+        // SAFETY: guarded: errors become unwinding, which the handlers below end.
+        unsafe { pg_sys::ffi::pg_guard_ffi_boundary(|| guarded::FinishPreparedTransaction(name, commit)) };
+        Finished::Done
+    };
+    PgTryBuilder::new(std::panic::AssertUnwindSafe(attempt))
+        .catch_when(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, |_| Finished::Unknown)
+        .catch_when(PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, |_| {
+            // "is busy" is raised with the lock on the table of prepared transactions held; the transaction goes on, so it is given back here.
+            // SAFETY: no lock of this kind is held by the commit sequence itself.
+            unsafe { pg_sys::LWLockReleaseAll() };
+            Finished::Busy
+        })
+        .catch_others(|_| Finished::Failed)
+        .execute()
 }
 
 /// Turns the current transaction into a prepared one, durably.
