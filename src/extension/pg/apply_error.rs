@@ -57,7 +57,7 @@ impl From<ApplyError> for ApplyFailure {
         ApplyFailure {
             sqlstate: error.sqlstate(),
             message: error.to_string(),
-            detail: error.detail().unwrap_or_default(),
+            detail: error.detail(),
             target: super::rows::current_target(),
         }
     }
