@@ -7,4 +7,5 @@ pub mod feed;
 pub mod finish;
 pub mod progress;
 pub mod receiver;
+pub mod rows;
 pub mod worker;

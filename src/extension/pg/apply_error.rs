@@ -1,6 +1,7 @@
 //! Errors of applying, caught so that they become a no vote.
 
 use super::report::CaughtError;
+use crate::apply::rows::ApplyError;
 use pgrx::PgTryBuilder;
 use wire::stream::Malformed;
 
@@ -49,4 +50,15 @@ pub fn attempt<T>(work: impl FnOnce() -> Result<T, ApplyFailure>) -> Result<T, A
 /// The five letters of a packed SQLSTATE (`PGUNSIXBIT` of utils/elog.h).
 fn sqlstate_text(code: i32) -> [u8; 5] {
     std::array::from_fn(|place| ((code >> (6 * place)) & 0x3f) as u8 + b'0')
+}
+
+impl From<ApplyError> for ApplyFailure {
+    fn from(error: ApplyError) -> Self {
+        ApplyFailure {
+            sqlstate: error.sqlstate(),
+            message: error.to_string(),
+            detail: error.detail(),
+            target: super::rows::current_target(),
+        }
+    }
 }

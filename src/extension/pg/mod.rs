@@ -22,6 +22,7 @@ mod raw;
 pub mod records;
 pub mod remote;
 pub mod report;
+pub mod rows;
 pub mod sequences;
 pub mod settings;
 pub mod shared;

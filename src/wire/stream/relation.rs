@@ -93,7 +93,16 @@ pub struct Relation<'a> {
 impl<'a> Relation<'a> {
     pub(super) fn decode(from: &mut Reader<'a>) -> Result<Self, Malformed> {
         let id = RelationId(from.u32()?);
-        let fingerprint = from.rest();
+        let fingerprint = from.take(from.rest().len())?;
+        Ok(Relation {
+            id,
+            ..Self::from_fingerprint(fingerprint)?
+        })
+    }
+
+    /// Reads what [`Relation::describe`] writes; the id is then 0.
+    pub fn from_fingerprint(fingerprint: &'a [u8]) -> Result<Self, Malformed> {
+        let from = &mut Reader::new(fingerprint);
         let kind = match from.u8()? {
             b'r' => RelationKind::Table,
             b'p' => RelationKind::Partitioned,
@@ -113,7 +122,7 @@ impl<'a> Relation<'a> {
             from: Reader::new(from.take(from.rest().len())?),
         };
         Ok(Relation {
-            id,
+            id: RelationId(0),
             kind,
             identity,
             schema,
