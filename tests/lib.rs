@@ -26,11 +26,15 @@ use xtask::{checks, extension};
 pub use rig::Rig;
 pub use session::Session;
 
-/// After this a case has hung.
-const CASE_LIMIT: Duration = Duration::from_secs(180);
+/// After this a case on the shared cluster has hung.
+const SHARED_CASE_LIMIT: Duration = Duration::from_secs(60);
 
-/// The same where cases have their full size.
-const LONG_CASE_LIMIT: Duration = Duration::from_secs(1800);
+/// The same for a case with servers of its own, by the size of the run.
+const OWN_CASE_LIMIT: [(Size, Duration); 3] = [
+    (Size::Ci, Duration::from_secs(240)),
+    (Size::Full, Duration::from_secs(600)),
+    (Size::Long, Duration::from_secs(3600)),
+];
 
 /// How long the nodes may take to become equal after a case.
 const WHOLE_LIMIT: Duration = Duration::from_secs(20);
@@ -65,11 +69,11 @@ pub fn plain() -> bool {
     std::env::var_os(PLAIN).is_some()
 }
 
-fn case_limit() -> Duration {
-    match Size::chosen() {
-        Size::Ci => CASE_LIMIT,
-        Size::Full | Size::Long => LONG_CASE_LIMIT,
-    }
+fn own_case_limit() -> Duration {
+    let limit = OWN_CASE_LIMIT
+        .iter()
+        .find(|(size, _)| *size == Size::chosen());
+    limit.map_or(SHARED_CASE_LIMIT, |(_, limit)| *limit)
 }
 
 /// Runs `cases` on shared clusters of `nodes` nodes.
@@ -102,7 +106,7 @@ pub fn run_own(cases: Vec<OwnCase>) -> ExitCode {
                 let installation = installation.clone();
                 Trial::test(display_name(case.name), move || {
                     let run = case.run;
-                    attend(move || run(&installation)).map_err(failed)
+                    attend(own_case_limit(), move || run(&installation)).map_err(failed)
                 })
             })
             .collect();
@@ -132,7 +136,12 @@ fn conclude(prepare: impl FnOnce(Installation) -> (Vec<Trial>, Option<Arc<Stage>
 /// Builds what the servers load; quick when `cargo xtask test` has just done so.
 fn ready() -> Result<Installation> {
     stop_servers_on_signal()?;
-    extension::build(&Source::chosen()?)
+    let source = Source::chosen()?;
+    if plain() {
+        Installation::prepare(&source)
+    } else {
+        extension::build(&source)
+    }
 }
 
 /// Makes a cluster, does `work` on it, and keeps its logs when that fails.
@@ -191,26 +200,26 @@ impl Stage {
     fn perform_on(rig: &Arc<Rig>, case: &SharedCase) -> Result<()> {
         rig.begin_case(display_name(case.name))?;
         let (run, theirs) = (case.run, Arc::clone(rig));
-        attend(move || run(&theirs))?;
+        attend(SHARED_CASE_LIMIT, move || run(&theirs))?;
         checks::whole(&rig.cluster, WHOLE_LIMIT)?;
         rig.end_case().context("cannot clean up after the case")
     }
 }
 
 /// Runs `case` on a thread of its own, since a hung server must not hang the whole run.
-fn attend(case: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+fn attend(limit: Duration, case: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
     let (done, outcome) = mpsc::channel();
     std::thread::spawn(move || {
         let result = catch_unwind(AssertUnwindSafe(case));
         // Nobody listens any more when the case took too long.
         let _ = done.send(result);
     });
-    match outcome.recv_timeout(case_limit()) {
+    match outcome.recv_timeout(limit) {
         Ok(Ok(result)) => result,
         Ok(Err(panic)) => bail!("{}", panic_text(&*panic)),
         Err(RecvTimeoutError::Timeout) => {
             kill_all();
-            bail!("took longer than {} s", case_limit().as_secs())
+            bail!("took longer than {} s", limit.as_secs())
         }
         Err(RecvTimeoutError::Disconnected) => bail!("the case vanished"),
     }

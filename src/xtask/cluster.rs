@@ -11,10 +11,13 @@ use postgres::Client;
 
 use crate::host;
 use crate::installation::Installation;
-use crate::server::{Server, Spec, kill_all, settings};
+use crate::server::{Server, Spec, end_abandoned, kill_all, settings};
 
 /// Room that the data of one server may take.
 const BYTES_PER_SERVER: u64 = 1536 * 1024 * 1024;
+
+/// Logs of failed runs are removed after this.
+const LOGS_KEPT: Duration = Duration::from_secs(24 * 3600);
 
 /// How long `mtm.init_cluster` may take until all nodes are online.
 const INIT_LIMIT: Duration = Duration::from_secs(60);
@@ -121,6 +124,23 @@ impl Cluster {
         Ok(())
     }
 
+    /// Adds and starts a physical standby of the first server.
+    ///
+    /// # Errors
+    /// When the base backup fails or the standby does not start.
+    pub fn add_standby(&mut self, installation: &Installation, spec: &Spec) -> Result<()> {
+        let mut standby = Server::create_standby(
+            installation,
+            spec,
+            &self.nodes[0],
+            &self.dirs.data,
+            &self.dirs.logs,
+        )?;
+        standby.start()?;
+        self.nodes.push(standby);
+        Ok(())
+    }
+
     /// A new session on the node with this index (from 0).
     ///
     /// # Errors
@@ -171,6 +191,7 @@ impl RunDirs {
         let (data_root, log_root) = (host::data_dir(room)?, host::work_dir()?.join("logs"));
         host::create_dir(&log_root)?;
         remove_leftovers(&data_root);
+        remove_old_logs(&log_root);
         for number in 1.. {
             let name = format!("{}-{number}", std::process::id());
             let dirs = RunDirs {
@@ -188,7 +209,7 @@ impl RunDirs {
     }
 }
 
-/// Data of runs whose program is gone and could not clean up (killed with SIGKILL, say) and whose servers are gone too.
+/// Ends and removes what a program left that was killed before it could clean up.
 fn remove_leftovers(data_root: &Path) {
     let Ok(entries) = fs::read_dir(data_root) else {
         return;
@@ -199,27 +220,29 @@ fn remove_leftovers(data_root: &Path) {
             .split('-')
             .next()
             .and_then(|pid| pid.parse::<u32>().ok());
-        let alive = owner.is_none_or(|pid| Path::new(&format!("/proc/{pid}")).exists());
-        if !alive && !has_running_server(&entry.path()) {
+        if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            let servers = fs::read_dir(entry.path()).into_iter().flatten().flatten();
+            servers.for_each(|server| end_abandoned(&server.path()));
             let _ = fs::remove_dir_all(entry.path());
         }
     }
 }
 
-fn has_running_server(run: &Path) -> bool {
-    let Ok(entries) = fs::read_dir(run) else {
-        return false;
+/// Logs of failed runs are worth keeping, but not for ever.
+fn remove_old_logs(log_root: &Path) {
+    let Ok(entries) = fs::read_dir(log_root) else {
+        return;
     };
-    entries.flatten().any(|server| {
-        fs::read_to_string(server.path().join("postmaster.pid"))
+    for entry in entries.flatten() {
+        let age = entry
+            .metadata()
+            .and_then(|meta| meta.modified())
             .ok()
-            .and_then(|text| {
-                text.lines()
-                    .next()
-                    .map(|pid| format!("/proc/{}", pid.trim()))
-            })
-            .is_some_and(|process| Path::new(&process).exists())
-    })
+            .and_then(|time| time.elapsed().ok());
+        if age.is_some_and(|age| age > LOGS_KEPT) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 fn preloads(spec: &Spec) -> bool {

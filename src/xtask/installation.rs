@@ -155,11 +155,6 @@ impl Installation {
         &self.library
     }
 
-    /// The directory of control files and scripts.
-    pub fn extension_dir(&self) -> PathBuf {
-        self.share.join("extension")
-    }
-
     /// A program of this installation.
     pub fn program(&self, name: &str) -> PathBuf {
         self.bin.join(name)

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod assert_build;
+pub mod bench;
 pub mod checks;
 pub mod cluster;
 pub mod command;

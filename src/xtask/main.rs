@@ -8,7 +8,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use xtask::suite::{self, Options, Size};
-use xtask::{demo, installation, setup};
+use xtask::{bench, demo, installation, setup};
 
 /// Set-up, demonstration, tests and benchmarks of multimaster.
 #[derive(Parser)]
@@ -40,6 +40,18 @@ enum Task {
         #[arg(long)]
         long: bool,
     },
+    /// Compare the speed with a plain PostgreSQL that has two synchronous standbys
+    Bench {
+        /// Length of one measurement
+        #[arg(long, default_value_t = 10)]
+        seconds: u32,
+        /// Measurements of each workload
+        #[arg(long, default_value_t = 3)]
+        repetitions: u32,
+        /// Scale factor of pgbench
+        #[arg(long, default_value_t = 20)]
+        scale: u32,
+    },
 }
 
 fn main() -> ExitCode {
@@ -53,6 +65,15 @@ fn main() -> ExitCode {
         Task::Cluster { name, long } => {
             suite::run_cluster_tests(name.as_deref(), if long { Size::Long } else { Size::Full })
         }
+        Task::Bench {
+            seconds,
+            repetitions,
+            scale,
+        } => bench::run(bench::Options {
+            seconds,
+            repetitions,
+            scale,
+        }),
     };
     exit_code(result)
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::net::{IpAddr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -61,10 +62,7 @@ impl Server {
         data_root: &Path,
         log_dir: &Path,
     ) -> Result<Server> {
-        let [port, arbiter_port] = free_ports(spec.address)?;
-        let data = data_root.join(&spec.name);
-        fs::create_dir(&data).with_context(|| format!("cannot create {}", data.display()))?;
-        host::give_to_server(&data)?;
+        let server = Server::placed(installation, spec, data_root, log_dir)?;
         let mut initdb = host::server_command(installation.program("initdb"))?;
         initdb
             .args([
@@ -75,9 +73,60 @@ impl Server {
                 "--locale=C.UTF-8",
             ])
             .arg("--pgdata")
-            .arg(&data);
+            .arg(&server.data);
         command::capture(&mut initdb)?;
-        let server = Server {
+        server.configure(&server.base_settings())?;
+        server.configure(&spec.settings)?;
+        Ok(server)
+    }
+
+    /// Copies a running server, to follow it as a physical standby; does not start the copy.
+    ///
+    /// # Errors
+    /// When pg_basebackup fails or no port is free.
+    pub fn create_standby(
+        installation: &Installation,
+        spec: &Spec,
+        primary: &Server,
+        data_root: &Path,
+        log_dir: &Path,
+    ) -> Result<Server> {
+        let server = Server::placed(installation, spec, data_root, log_dir)?;
+        let mut backup = host::server_command(installation.program("pg_basebackup"))?;
+        backup
+            .args([
+                "--no-sync",
+                "--checkpoint=fast",
+                "--write-recovery-conf",
+                "--dbname",
+            ])
+            .arg(format!(
+                "{} application_name={}",
+                primary.conninfo(),
+                spec.name
+            ))
+            .arg("--pgdata")
+            .arg(&server.data);
+        command::capture(&mut backup)?;
+        server.configure(&server.base_settings())?;
+        server.configure(&spec.settings)?;
+        Ok(server)
+    }
+
+    /// A server with ports and an empty data directory.
+    fn placed(
+        installation: &Installation,
+        spec: &Spec,
+        data_root: &Path,
+        log_dir: &Path,
+    ) -> Result<Server> {
+        let [port, arbiter_port] = free_ports(spec.address)?;
+        let data = data_root.join(&spec.name);
+        fs::create_dir(&data).with_context(|| format!("cannot create {}", data.display()))?;
+        fs::set_permissions(&data, fs::Permissions::from_mode(0o700))
+            .with_context(|| format!("cannot protect {}", data.display()))?;
+        host::give_to_server(&data)?;
+        Ok(Server {
             name: spec.name.clone(),
             address: spec.address,
             port,
@@ -86,10 +135,7 @@ impl Server {
             data,
             installation: installation.clone(),
             process: None,
-        };
-        server.configure(&server.base_settings())?;
-        server.configure(&spec.settings)?;
-        Ok(server)
+        })
     }
 
     fn base_settings(&self) -> Vec<(String, String)> {
@@ -99,6 +145,8 @@ impl Server {
             ("unix_socket_directories", ""),
             ("log_line_prefix", "%m [%p] %b: "),
             ("timezone", "UTC"),
+            // Segments of a killed server then go with its data directory.
+            ("dynamic_shared_memory_type", "mmap"),
         ])
     }
 
@@ -297,6 +345,11 @@ impl Server {
         self.installation.program(name)
     }
 
+    /// Where this server finds libraries.
+    pub fn library_dir(&self) -> &Path {
+        self.installation.library_dir()
+    }
+
     /// A program of PostgreSQL (psql, pgbench, pg_dump) that will talk to this server.
     pub fn client_program(&self, name: &str) -> Command {
         let mut program = Command::new(self.installation.program(name));
@@ -363,6 +416,26 @@ pub fn kill_all() {
             let _ = kill(child, Signal::SIGKILL);
         }
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+}
+
+/// Kills the server of a data directory that an earlier run of ours made and left. A process that merely has the same
+/// number as that server had is left alone: PostgreSQL's working directory is its data directory.
+pub fn end_abandoned(data: &Path) {
+    let pid = fs::read_to_string(data.join("postmaster.pid"))
+        .ok()
+        .and_then(|text| {
+            text.lines()
+                .next()
+                .and_then(|line| line.trim().parse::<u32>().ok())
+        });
+    let Some(pid) = pid else { return };
+    if fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|directory| directory == data) {
+        let children = descendants_of(pid);
+        let postmaster = Pid::from_raw(pid.cast_signed());
+        for process in std::iter::once(postmaster).chain(children) {
+            let _ = kill(process, Signal::SIGKILL);
+        }
     }
 }
 

@@ -43,7 +43,7 @@ BEGIN
         EXECUTE format(
             'INSERT INTO t%s (parent_id, name, state, contact, price, tags, extra)
             SELECT CASE WHEN %s > 1 THEN g END, ''row '' || g, (ARRAY[''new'', ''open'', ''done'']::state[])[g %% 3 + 1],
-                ''u'' || g || ''@example.org'', (g * 1.5, ''EUR''), ARRAY[''a'', ''b'' || g], jsonb_build_object(''n'', g, ''text'', repeat(''x'', g %% 50))
+                ''u'' || g || ''@example.org'', row(g * 1.5, ''EUR'')::money_pair, ARRAY[''a'', ''b'' || g], jsonb_build_object(''n'', g, ''text'', repeat(''x'', g %% 50))
             FROM generate_series(1, 100) g', n, n);
     END LOOP;
 END

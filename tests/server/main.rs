@@ -13,6 +13,7 @@ mod ddl;
 mod stream;
 mod traps;
 mod views;
+mod workers;
 
 /// Nodes of the shared cluster: the smallest number with a majority that survives a failure.
 const NODES: usize = 3;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
         stream::cases(),
         constraints::cases(),
         ddl::cases(),
+        workers::cases(),
     ]
     .concat();
     if !plain() {

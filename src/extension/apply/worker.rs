@@ -53,6 +53,8 @@ pub fn main(index: usize) {
     shared::ring(index).reset();
     slot.state.store(worker::IDLE, Ordering::Release);
     loop {
+        // What was to be cancelled has ended.
+        process::forget_cancel();
         process::check_interrupts();
         finish::finish_all(&records);
         if slot.state.load(Ordering::Acquire) == worker::BUSY {
@@ -68,9 +70,9 @@ pub fn main(index: usize) {
 /// Leaves the slot in a state in which nobody waits for this process.
 fn leave() {
     let Some(slot) = shared::workers().get(MY_SLOT.load(Ordering::Relaxed)) else { return };
-    if slot.state.load(Ordering::Acquire) == worker::BUSY
-        && let Some(gid) = slot.gid.get()
-    {
+    if slot.state.load(Ordering::Acquire) == worker::BUSY && slot.gid.get().is_none() {
+        slot.lost.store(true, Ordering::Release);
+    } else if let Some(gid) = slot.gid.get() {
         let vote = if PREPARED.load(Ordering::Relaxed) {
             Vote::Yes
         } else {
@@ -97,11 +99,11 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
     if result.is_err() {
         rows::forget_all();
         process::abort_transaction();
-        inbox.skip_rest();
     }
     if let Some(job) = job {
         report(slot, &job, end, result);
     }
+    inbox.skip_rest();
     shared::ring(index).reset();
     slot.gid.set(None);
     slot.jobs_done.store(slot.jobs_given.load(Ordering::Acquire), Ordering::Release);
@@ -164,6 +166,7 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
     let mut message_bytes = Vec::new();
     while inbox.next(&mut message_bytes) {
         let message = Message::parse(&message_bytes).map_err(ApplyFailure::malformed)?;
+        inbox.ended = message.ends();
         for frame in message.frames() {
             match frame.map_err(ApplyFailure::malformed)? {
                 StreamFrame::Begin(begin) => {
@@ -176,8 +179,9 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
                     *end = Lsn(begin.prepare_lsn.0 + 1);
                     PREPARE_AT.store(end.0, Ordering::Relaxed);
                     inbox.slot.gid.set(Some(begun.gid));
+                    // From here on there is somebody to answer, whatever happens.
+                    let begun = job.insert(begun);
                     wait_for_order(inbox.slot, &begun.deps);
-                    *job = Some(begun);
                 }
                 StreamFrame::Ddl(payload) => {
                     applier.before_ddl();
@@ -188,7 +192,6 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
                 }
                 StreamFrame::Prepare(prepare) => {
                     *end = prepare.end_lsn;
-                    inbox.ended = true;
                     if prepare.aborted {
                         applier.abandon();
                         process::abort_transaction();
@@ -255,7 +258,8 @@ impl Inbox {
                 return None;
             }
             process::wait_latch(LOOK_AROUND, Wait::Ring);
-            process::check_interrupts();
+            // A cancel has to wait: it must not lose the place between two messages.
+            process::exit_if_terminated();
         }
         let start = self.taken;
         self.taken += count;
