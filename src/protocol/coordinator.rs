@@ -91,7 +91,7 @@ impl Txn {
             self.finish(turn);
             return self.report_peers(turn);
         }
-        self.try_precommit(turn);
+        self.act_on_votes(turn);
         self.resolve_if_cut_off(turn);
     }
 
@@ -105,23 +105,27 @@ impl Txn {
         match vote {
             Vote::Yes => {
                 own.yes.insert(from);
-                if self.is_undecided() {
-                    self.try_precommit(turn);
-                } else {
-                    self.tell(turn, from);
-                }
             }
             Vote::No(refusal) => {
                 own.refusal.get_or_insert(refusal);
-                if self.is_undecided() {
-                    self.decide(turn, Decision::Abort, Source::VotedNo, None);
-                }
-                if self.record.decision == Some(Decision::Abort) {
-                    self.announced.unacked.remove(from);
-                } else {
-                    turn.reject(from, "it votes no on a committed transaction");
-                }
             }
+        }
+        if self.is_undecided() {
+            self.act_on_votes(turn);
+        } else {
+            self.tell(turn, from);
+        }
+    }
+
+    fn act_on_votes(&mut self, turn: &mut Turn) {
+        let refused = self.own.as_ref().is_some_and(|own| own.refusal.is_some());
+        if self.is_unsure() {
+            return;
+        }
+        if refused {
+            self.decide(turn, Decision::Abort, Source::VotedNo, None);
+        } else {
+            self.try_precommit(turn);
         }
     }
 
@@ -213,17 +217,24 @@ impl Txn {
         own.looking_up = false;
         let gone = own.backend == Backend::Gone;
         match outcome {
-            Some(decision) if self.is_undecided() => {
+            Some(_) if !self.is_undecided() => self.on_finished_here(turn),
+            Some(decision) => {
                 self.local = Local::Finished;
-                self.decide(turn, decision, Source::Log, None);
+                if self.recorded {
+                    self.decide(turn, decision, Source::Log, None);
+                } else {
+                    // Finished without a record: so has everybody, and whoever asked can be told to forget.
+                    self.record.decision = Some(decision);
+                }
             }
-            Some(_) => self.on_finished_here(turn),
-            None => {
+            None if self.is_undecided() => {
                 self.record.voted_yes = true;
-                if gone && self.is_undecided() {
+                self.act_on_votes(turn);
+                if gone {
                     self.resolve(turn);
                 }
             }
+            None => {}
         }
     }
 

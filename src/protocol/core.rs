@@ -170,13 +170,14 @@ impl Core {
         let (true, Some(decision)) = (txn.is_forgettable(&self.site), txn.record.decision) else {
             return;
         };
-        if txn.own.is_some() {
+        let own = txn.own.is_some();
+        if txn.recorded {
+            out.push(Effect::Free { gid });
+        }
+        if own {
             for peer in self.site.config.peers().iter() {
                 out.send(peer, Message::Forget { gid });
             }
-        }
-        if txn.recorded {
-            out.push(Effect::Free { gid });
         }
         self.site.forgotten.insert(gid, decision);
         self.txns.remove(&gid);
@@ -259,7 +260,7 @@ impl Core {
 
     fn on_link_down(&mut self, now: Millis, peer: NodeId, out: &mut Effects) {
         self.site.links.remove(peer);
-        self.site.horizon_askers.remove(peer);
+        self.site.horizon_askers.remove(&peer);
         let mut turn = Turn {
             site: &mut self.site,
             now,
@@ -380,7 +381,7 @@ impl Core {
             }
             .settle(from, csn);
         }
-        out.send(from, Message::Finished { gid, decision });
+        out.send(from, Message::Finished { gid, decision, csn });
     }
 
     /// About a transaction that this node has not heard of, or has forgotten long ago.
@@ -405,6 +406,13 @@ impl Core {
             Message::Status { .. } | Message::Propose { .. } if member => {
                 self.create(gid, now, out, |txn, turn| txn.bar(turn, from));
             }
+            // Its PREPARE is still to come and must find a refusal, whatever happens to this node until then. Only the coordinator
+            // knows that it was not forgotten instead.
+            Message::Decided { .. } if member => {
+                if from == gid.coordinator {
+                    self.create(gid, now, out, |txn, turn| txn.bar(turn, from));
+                }
+            }
             Message::Decided { .. } | Message::Status { .. } | Message::Propose { .. } => {
                 self.create(gid, now, out, |txn, turn| txn.on_message(turn, from, msg));
             }
@@ -412,7 +420,8 @@ impl Core {
         }
     }
 
-    /// A node speaks of this node's transaction before its backend does, or this node has restarted since.
+    /// A node speaks of this node's transaction before its backend does, or this node has restarted since. The own log is asked
+    /// first; what is not kept until it answers will be said again.
     fn on_unknown_own(
         &mut self,
         now: Millis,
@@ -459,7 +468,7 @@ impl Core {
     fn on_horizon_message(&mut self, from: NodeId, msg: &Message, out: &mut Effects) {
         match msg {
             Message::AskHorizon => {
-                self.site.horizon_askers.insert(from);
+                self.site.ask_horizon(from);
             }
             Message::Horizon { csn } => {
                 self.site.causal.horizon(from, *csn, out);
@@ -476,11 +485,11 @@ impl Core {
     }
 
     fn answer_horizons(&mut self, out: &mut Effects) {
-        for asker in self.site.horizon_askers.iter() {
-            let Some(csn) = self.horizon_of(asker) else {
+        for (asker, wanted) in self.site.horizon_askers.clone() {
+            let Some(csn) = self.horizon_of(asker).filter(|csn| *csn >= wanted) else {
                 continue;
             };
-            self.site.horizon_askers.remove(asker);
+            self.site.horizon_askers.remove(&asker);
             if asker == self.site.node() {
                 self.site.causal.horizon(asker, csn, out);
             } else {
@@ -531,7 +540,9 @@ impl Txn {
                 self.on_promised(turn, from, ballot, accepted, voted_yes);
             }
             Message::Decided { decision, csn, .. } => self.on_decided(turn, from, decision, csn),
-            Message::Finished { decision, .. } => self.on_peer_finished(turn, from, decision),
+            Message::Finished { decision, csn, .. } => {
+                self.on_peer_finished(turn, from, decision, csn)
+            }
             Message::Forget { .. } => self.on_forget(turn, from),
             Message::Query { .. } => self.tell(turn, from),
             Message::AskHorizon | Message::Horizon { .. } => {}

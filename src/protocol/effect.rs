@@ -41,7 +41,7 @@ pub enum Input {
 /// Something the shell has to do.
 ///
 /// Effects of one gid are carried out in order, and nothing of a gid leaves the node before the gid's earlier
-/// [`Effect::Persist`] is durable. Gids do not wait for each other.
+/// [`Effect::Persist`] or [`Effect::Free`] is durable. Gids do not wait for each other.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Effect {
     /// Send to a peer; dropped while there is no link. To the node itself: comes back as [`Input::Message`].
@@ -50,7 +50,8 @@ pub enum Effect {
     Persist { gid: Gid, record: Record },
     /// Write the record without waiting for the flush: it only has to precede the finish in WAL.
     Write { gid: Gid, record: Record },
-    /// The record is no longer needed.
+    /// The record is no longer needed. Like a `Persist` it has to be durable before anything that follows for this gid; that has no
+    /// hurry and can wait for the next flush.
     Free { gid: Gid },
     /// Raise `visible[node]`; at once, before a [`Effect::Finish`] or [`Effect::Reply`] that follows.
     Visible { node: NodeId, csn: Csn },

@@ -16,7 +16,9 @@
 //!   apply starts only when `settled[X]` has reached it for every X;
 //! - `LinkDown` for every link that is lost and `LinkUp` for every new one, with nothing of the old link after it;
 //! - `Abandoned` when a backend disappears between its PREPARE and its finish, whatever it had said before;
-//! - `Voted` whenever a PREPARE of another node has been dealt with, also when it came again.
+//! - `Voted` whenever a PREPARE of another node has been dealt with, also when it came again;
+//! - a stored mark per origin: the largest LSN up to which every PREPARE has been finished here or durably refused. `MarkPassed` for each
+//!   at the start and whenever it has grown, after every `Voted` up to there. What comes again at or below it is skipped.
 //!
 //! Where to read on: `coordinator` and `participant` (the two parts), `resolver` (when something went wrong), `outcome` (after the decision),
 //! `causal` (what may be applied when), `core` (dispatch), `record` (what is durable).

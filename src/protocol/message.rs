@@ -34,8 +34,13 @@ pub enum Message {
         decision: Decision,
         csn: Option<Csn>,
     },
-    /// The sender's database has finished the transaction this way, durably, or will never hold it.
-    Finished { gid: Gid, decision: Decision },
+    /// The sender's database has finished the transaction this way, durably, or will never hold it. `csn` repeats the receiver's own
+    /// number, if the sender has been told.
+    Finished {
+        gid: Gid,
+        decision: Decision,
+        csn: Option<Csn>,
+    },
     /// From the coordinator: every member has finished; nobody will ask about it again.
     Forget { gid: Gid },
     /// How did it end? From a node that has no vote to repeat.

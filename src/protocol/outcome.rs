@@ -3,10 +3,11 @@
 //! - A commit gets its number here (see `causal`), and `visible` is raised before the finish can begin.
 //! - The coordinator tells every member until each has said *finished*; so does a node that decided as a resolver or that gave a
 //!   commit a number of its own.
-//! - A foreign transaction's record with its decision precedes its finish in WAL, so that a PREPARE which comes again is
-//!   recognised. The coordinator needs a record only of a commit, so that *finished without a record* means *forgotten by all*.
-//! - When all members have finished, the coordinator says `Forget`. A participant drops its record then, once its stored mark
-//!   is beyond the PREPARE; until it hears `Forget` it keeps repeating `Finished`.
+//! - The record with the decision precedes the finish in WAL, on every node. So a PREPARE that comes again is recognised, and on the
+//!   coordinator *finished without a record* means *finished by all*.
+//! - When all members have finished, the coordinator drops its record, durably, and only then says `Forget`: it will never again
+//!   announce what somebody may have forgotten. A participant drops its record once its stored mark is beyond the PREPARE, too;
+//!   until it hears `Forget` it keeps repeating `Finished`.
 
 use crate::coordinator::Backend;
 use crate::effect::{Effect, Outcome, Source};
@@ -37,7 +38,7 @@ impl Txn {
             self.resend_at = turn.resend_at();
             self.announce(turn);
         }
-        self.record_decision(turn, decision);
+        self.record_decision(turn);
         self.finish(turn);
     }
 
@@ -58,13 +59,10 @@ impl Txn {
         turn.raise_visible(node, csn);
     }
 
-    fn record_decision(&mut self, turn: &mut Turn, decision: Decision) {
-        let needed = if self.own.is_some() {
-            decision == Decision::Commit && !self.recorded
-        } else {
-            self.recorded || self.local == Local::Prepared
-        };
-        if needed {
+    fn record_decision(&mut self, turn: &mut Turn) {
+        // The coordinator's own log knows the decision; it is enough that there is a record.
+        let known_by_log = self.own.is_some() && self.recorded;
+        if !known_by_log && (self.recorded || self.local == Local::Prepared) {
             self.write(turn);
         }
     }
@@ -132,8 +130,9 @@ impl Txn {
     }
 
     fn on_done(&mut self, turn: &mut Turn, decision: Decision) {
-        for (node, csn) in std::mem::take(&mut self.numbers) {
-            turn.settle(node, csn);
+        let numbers = std::mem::take(&mut self.numbers);
+        for (node, csn) in &numbers {
+            turn.settle(*node, *csn);
         }
         let mut tellers = std::mem::take(&mut self.tellers);
         if self.own.is_none() {
@@ -141,13 +140,9 @@ impl Txn {
             self.resend_at = turn.resend_at();
         }
         for peer in tellers.iter() {
-            turn.out.send(
-                peer,
-                Message::Finished {
-                    gid: self.gid(),
-                    decision,
-                },
-            );
+            let told = numbers.iter().filter(|(node, _)| *node == peer);
+            let csn = told.map(|(_, csn)| *csn).max();
+            self.say_finished(turn, peer, decision, csn);
         }
     }
 
@@ -159,6 +154,9 @@ impl Txn {
         decision: Decision,
         csn: Option<Csn>,
     ) {
+        if self.is_unsure() {
+            return;
+        }
         if self.contradicts(decision) {
             return turn.reject(from, "its outcome differs from the one known here");
         }
@@ -176,26 +174,34 @@ impl Txn {
             self.decide(turn, decision, Source::Told, coordinators);
         } else if self.is_done() {
             self.tellers.remove(from);
-            turn.out.send(
-                from,
-                Message::Finished {
-                    gid: self.gid(),
-                    decision,
-                },
-            );
+            self.say_finished(turn, from, decision, csn);
         }
     }
 
-    /// A peer has finished, and thereby says the outcome too.
-    pub fn on_peer_finished(&mut self, turn: &mut Turn, from: NodeId, decision: Decision) {
+    /// A peer has finished, and thereby says the outcome too. It counts once the peer knows this node's number of the commit: without
+    /// it `settled` would stop there.
+    pub fn on_peer_finished(
+        &mut self,
+        turn: &mut Turn,
+        from: NodeId,
+        decision: Decision,
+        csn: Option<Csn>,
+    ) {
+        if self.is_unsure() {
+            return;
+        }
         if self.contradicts(decision) {
             return turn.reject(from, "it finished against the outcome known here");
         }
         if self.is_undecided() {
             self.decide(turn, decision, Source::Told, None);
         }
-        self.announced.unacked.remove(from);
-        self.report_peers(turn);
+        if csn == self.announced.csn {
+            self.announced.unacked.remove(from);
+            self.report_peers(turn);
+        } else if self.announced.unacked.contains(from) {
+            self.tell(turn, from);
+        }
     }
 
     /// Whether an outcome cannot be true by what this node knows. A peer said it, so it is refused and not asserted.
@@ -203,13 +209,15 @@ impl Txn {
         self.record.decision.is_some_and(|known| known != decision)
     }
 
-    /// `Forget` from the coordinator.
+    /// `Forget` from the coordinator. A number given to a commit must reach everybody all the same.
     pub fn on_forget(&mut self, turn: &mut Turn, from: NodeId) {
-        if from != self.gid().coordinator || !self.is_done() {
-            return turn.reject(from, "it forgets what is not finished here");
+        if from != self.gid().coordinator || self.is_undecided() {
+            return turn.reject(from, "it forgets what is not decided here");
         }
         self.all_finished = true;
-        self.announced.unacked = NodeSet::EMPTY;
+        if self.record.decision == Some(Decision::Abort) {
+            self.announced.unacked = NodeSet::EMPTY;
+        }
     }
 
     /// Releases the client that waits for its peers. A peer that cannot be reached is not waited for: it serves nobody either.
@@ -239,14 +247,14 @@ impl Txn {
             && !self.all_finished
             && to.contains(coordinator)
         {
-            turn.out.send(
-                coordinator,
-                Message::Finished {
-                    gid: self.gid(),
-                    decision,
-                },
-            );
+            let csn = Some(self.record.csn).filter(|csn| *csn > Csn::ZERO);
+            self.say_finished(turn, coordinator, decision, csn);
         }
+    }
+
+    fn say_finished(&self, turn: &mut Turn, to: NodeId, decision: Decision, csn: Option<Csn>) {
+        let gid = self.gid();
+        turn.out.send(to, Message::Finished { gid, decision, csn });
     }
 }
 

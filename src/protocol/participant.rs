@@ -83,6 +83,7 @@ impl Txn {
         let finished = Message::Finished {
             gid,
             decision: Decision::Abort,
+            csn: None,
         };
         if by != gid.coordinator {
             turn.out.send(gid.coordinator, finished.clone());

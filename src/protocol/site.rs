@@ -20,8 +20,9 @@ pub(crate) struct Site {
     pub causal: Causal,
     /// Peers of whose current epoch no horizon is known yet.
     pub horizon_missing: NodeSet,
-    /// Nodes that have asked for this node's horizon and could not be answered yet.
-    pub horizon_askers: NodeSet,
+    /// Nodes that have asked for this node's horizon, with the last number given out then: they are answered once they have finished
+    /// all up to there. What they acknowledged before a restart would otherwise leave a gap that nobody fills.
+    pub horizon_askers: BTreeMap<NodeId, Csn>,
     pub horizon_ask_at: Millis,
     pub forgotten: Forgotten,
     pub counters: Counters,
@@ -37,7 +38,7 @@ pub(crate) struct Turn<'a> {
 impl Site {
     pub fn new(config: Config) -> Self {
         let last_csn = Csn::start_of(config.epoch);
-        let horizon_askers = NodeSet::EMPTY.with(config.node);
+        let horizon_askers = BTreeMap::from([(config.node, last_csn)]);
         Self {
             config,
             links: NodeSet::EMPTY,
@@ -81,6 +82,12 @@ impl Site {
         self.last_csn
     }
 
+    /// Notes that the node wants to know this node's horizon.
+    pub fn ask_horizon(&mut self, asker: NodeId) {
+        let last = self.last_csn;
+        self.horizon_askers.entry(asker).or_insert(last);
+    }
+
     pub fn raise_mark(&mut self, origin: NodeId, lsn: Lsn) {
         let mark = self.marks.entry(origin).or_default();
         *mark = (*mark).max(lsn);
@@ -114,7 +121,7 @@ impl Turn<'_> {
                 table: "finished commits",
             });
             if node == self.site.node() {
-                self.site.horizon_askers.insert(node);
+                self.site.ask_horizon(node);
             } else {
                 self.site.horizon_missing.insert(node);
             }

@@ -130,16 +130,14 @@ impl Txn {
         }
     }
 
-    /// Nobody will ask about it and no PREPARE of it will come: every member has finished, and the stored mark of the coordinator's
-    /// stream is beyond its PREPARE.
+    /// Every member has finished, so nobody will ask about it; and no PREPARE of it can come again, since the stored mark of the
+    /// coordinator's stream is beyond it.
     pub fn is_forgettable(&self, site: &Site) -> bool {
         if !self.is_done() || !self.announced.unacked.is_empty() {
             return false;
         }
-        let gid = self.gid();
+        let passed = site.mark_covers(self.gid().coordinator, self.record.prepare_lsn);
         let no_vote_here = !site.config.members.contains(site.node());
-        self.own.is_some()
-            || (self.all_finished
-                && (no_vote_here || site.mark_covers(gid.coordinator, self.record.prepare_lsn)))
+        self.own.is_some() || (self.all_finished && (passed || no_vote_here))
     }
 }

@@ -1,1 +1,22 @@
+//! A deterministic simulator of a cluster, and a model checker's view of it. Both drive the protocol core that ships.
+//!
+//! A seed decides everything: the weather (losses, doubles, delays), when nodes crash and come back, which links break, what clients
+//! do. A crash takes away memory and whatever of WAL was not flushed. After a storm all faults are healed, and the cluster must
+//! end every transaction everywhere, forget all of them, and commit new ones. [`run_seed`] gives the same report for the same seed.
+//!
+//! The invariants and their names are in `checker`; what a node does around its core is in `shell`; exhaustive
+//! search is in [`model`].
 #![forbid(unsafe_code)]
+
+mod checker;
+mod event;
+mod faults;
+pub mod model;
+mod rng;
+mod server;
+mod shell;
+mod storm;
+mod world;
+
+pub use checker::Violation;
+pub use storm::{Report, SeedFailure, Summary, run_seed, run_seed_with, run_seeds, trace_seed};

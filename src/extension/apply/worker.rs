@@ -97,11 +97,11 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
     if result.is_err() {
         rows::forget_all();
         process::abort_transaction();
-        inbox.skip_rest();
     }
     if let Some(job) = job {
         report(slot, &job, end, result);
     }
+    inbox.skip_rest();
     shared::ring(index).reset();
     slot.gid.set(None);
     slot.jobs_done.store(slot.jobs_given.load(Ordering::Acquire), Ordering::Release);
@@ -164,6 +164,7 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
     let mut message_bytes = Vec::new();
     while inbox.next(&mut message_bytes) {
         let message = Message::parse(&message_bytes).map_err(ApplyFailure::malformed)?;
+        inbox.ended = message.ends();
         for frame in message.frames() {
             match frame.map_err(ApplyFailure::malformed)? {
                 StreamFrame::Begin(begin) => {
@@ -176,8 +177,9 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
                     *end = Lsn(begin.prepare_lsn.0 + 1);
                     PREPARE_AT.store(end.0, Ordering::Relaxed);
                     inbox.slot.gid.set(Some(begun.gid));
+                    // From here on there is somebody to answer, whatever happens.
+                    let begun = job.insert(begun);
                     wait_for_order(inbox.slot, &begun.deps);
-                    *job = Some(begun);
                 }
                 StreamFrame::Ddl(payload) => {
                     applier.before_ddl();
@@ -188,7 +190,6 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
                 }
                 StreamFrame::Prepare(prepare) => {
                     *end = prepare.end_lsn;
-                    inbox.ended = true;
                     if prepare.aborted {
                         applier.abandon();
                         process::abort_transaction();

@@ -151,13 +151,20 @@ pub fn apply(payload: &[u8]) -> Result<(), DdlError> {
     })
 }
 
-fn go_back(oid: pg_sys::Oid, position: &SequencePosition, target: &Sequence) -> Result<(), DdlError> {
+fn go_back(
+    oid: pg_sys::Oid,
+    position: &SequencePosition,
+    target: &Sequence,
+) -> Result<(), DdlError> {
     if target.is_called {
         store_position(oid, target);
         return Ok(());
     }
     let (schema, name) = (ddl::quoted(&position.schema), ddl::quoted(&position.name));
-    let restart = format!("ALTER SEQUENCE {schema}.{name} RESTART WITH {}", target.last_value);
+    let restart = format!(
+        "ALTER SEQUENCE {schema}.{name} RESTART WITH {}",
+        target.last_value
+    );
     as_superuser(|| execute_text(&restart))
 }
 
@@ -173,6 +180,21 @@ pub fn share(oid: pg_sys::Oid, node: u8) {
     match sequence.plan(node) {
         Plan::Shared(shared) => store(oid, &sequence, &shared),
         Plan::TooSmall => warn_too_small(oid),
+    }
+}
+
+/// Gives this node its shares of the sequences of serial and identity columns of a table.
+pub fn share_owned_by(table: pg_sys::Oid) {
+    // SAFETY: guarded; a list of oids.
+    unsafe {
+        let owned = pg_sys::getOwnedSequences(table);
+        let count = owned.as_ref().map_or(0, |list| list.length as usize);
+        for position in 0..count {
+            share(
+                (*(*owned).elements.add(position)).oid_value,
+                ddl::node_number(),
+            );
+        }
     }
 }
 

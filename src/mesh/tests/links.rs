@@ -8,7 +8,7 @@ use common::{
     Running, config, dial_by_hand, identity, node, number_of, numbered, three, until, until_closed,
 };
 use mesh::{DownReason, Heartbeat, Mesh, MeshEvent, OUTBOX_BYTES_MAX, StartError};
-use protocol::{GenerationNum, Lsn, Message, NodeSet, Refusal, Vote};
+use protocol::{GenerationNum, Gid, Lsn, Message, NodeSet, Refusal, Vote};
 use tokio::net::TcpListener;
 use tokio::task::yield_now;
 
@@ -221,7 +221,6 @@ async fn node_that_may_not_speak_looks_dead() {
     assert_eq!(one.wait_down(3).await, DownReason::Silent(200));
     three.handle.speak_for(None);
     one.wait_up(&[3]).await;
-    assert!(one.handle.connected().contains(node(2)));
 }
 
 #[tokio::test]
@@ -250,12 +249,13 @@ async fn reconfigured_links_stay_up() {
 #[tokio::test]
 async fn caller_that_does_not_listen_for_long_loses_no_link() {
     let [mut one, _two, three] = three().await;
-    one.handle.reconfigure(20, 200).unwrap();
+    one.handle.reconfigure(20, 1000).unwrap();
     // More events than the queue holds, so that the readers of node 1 have to wait.
     for number in 0..600 {
         three.handle.send(node(1), &numbered(number)).unwrap();
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
+    tokio::time::sleep(Duration::from_millis(1500)).await;
     let mut numbers = Vec::new();
     while numbers.len() < 600 {
         one.wait(|event| {
@@ -271,23 +271,30 @@ async fn caller_that_does_not_listen_for_long_loses_no_link() {
     assert!(numbers.into_iter().eq(0..600));
 }
 
-#[tokio::test]
-async fn peer_that_takes_nothing_loses_its_link() {
-    let mut one = Running::start(config(1, &[]));
-    let (_stream, _session, _) = dial_by_hand(one.addr(), &identity(3), node(1))
-        .await
-        .ok()
-        .unwrap();
-    one.wait_up(&[3]).await;
+/// A message of about 800 bytes.
+fn long_message() -> Message {
     let text = "x".repeat(400);
-    let gid = protocol::Gid {
+    let gid = Gid {
         coordinator: node(1),
         xid: 1,
         generation: GenerationNum(1),
         started_at: 0,
     };
     let vote = Vote::No(Refusal::new(*b"40001", text.clone(), text));
-    let message = Message::Vote { gid, vote };
+    Message::Vote { gid, vote }
+}
+
+#[tokio::test]
+async fn peer_that_takes_nothing_loses_its_link() {
+    let mut one = Running::start(config(1, &[]));
+    // The stranger is silent, too, but that is not what this is about.
+    one.handle.reconfigure(50, 600_000).unwrap();
+    let (_stream, _session, _) = dial_by_hand(one.addr(), &identity(3), node(1))
+        .await
+        .ok()
+        .unwrap();
+    one.wait_up(&[3]).await;
+    let message = long_message();
     // The kernel's buffers take some; four times the bound is more than both hold.
     let mut sent = 0;
     while one.handle.connected().contains(node(3)) {
@@ -304,62 +311,63 @@ async fn peer_that_takes_nothing_loses_its_link() {
 #[tokio::test]
 async fn peer_that_floods_this_node_still_hears_it() {
     let mut one = Running::start(config(1, &[]));
-    one.handle.reconfigure(10, 3000).unwrap();
+    one.handle.reconfigure(1, 600_000).unwrap();
     let addr = one.addr();
     let flood = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build();
-        runtime
-            .unwrap()
-            .block_on(flood_and_listen(addr, Duration::from_secs(1)))
+        runtime.unwrap().block_on(flood_and_listen(addr, 10))
     });
     let reason = one.wait_down(3).await;
     assert_eq!(reason, DownReason::Closed);
-    assert!(flood.join().unwrap() >= 20, "too few heartbeats");
+    // Counted in bytes, since time depends on what else the machine does.
+    let flooded = flood.join().unwrap();
+    assert!(
+        flooded < 64 * 1024 * 1024,
+        "10 heartbeats in {flooded} bytes"
+    );
 }
 
-/// Sends as fast as the node takes; returns how often it was heard.
-async fn flood_and_listen(addr: std::net::SocketAddr, time: Duration) -> usize {
+/// Sends as fast as the node takes, until the node was heard so often; returns how many bytes it took meanwhile.
+async fn flood_and_listen(addr: std::net::SocketAddr, wanted: usize) -> usize {
     let (mut stream, mut session, _) = dial_by_hand(addr, &identity(3), node(1))
         .await
         .ok()
         .unwrap();
     let (mut reader, mut writer) = stream.split();
+    let mut flooded = 0;
     let flood = async {
-        let message = Message::AskHorizon;
+        let message = long_message();
         let mut batch = wire::frame::Batch::default();
-        (0..64).for_each(|_| batch.push(&message).unwrap());
+        (0..10).for_each(|_| batch.push(&message).unwrap());
         let mut sealed = Vec::new();
         loop {
             sealed.clear();
-            for _ in 0..64 {
+            for _ in 0..8 {
                 let frame = batch.frames().next().unwrap();
                 session.sealer.seal(frame, &mut sealed).unwrap();
             }
             tokio::io::AsyncWriteExt::write_all(&mut writer, &sealed)
                 .await
                 .unwrap();
+            flooded += sealed.len();
+            yield_now().await;
         }
     };
-    let mut heard = 0;
     let listen = async {
         let mut buffer = [0; 4096];
-        while tokio::io::AsyncReadExt::read(&mut reader, &mut buffer)
-            .await
-            .unwrap()
-            > 0
-        {
-            heard += 1;
+        for _ in 0..wanted {
+            let read = tokio::io::AsyncReadExt::read(&mut reader, &mut buffer);
+            assert!(read.await.unwrap() > 0);
         }
     };
     tokio::select! {
         biased;
-        () = tokio::time::sleep(time) => {}
         () = listen => {}
         () = flood => {}
     }
-    heard
+    flooded
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use std::fmt;
 pub struct Malformed(pub &'static str);
 
 /// A name in the encoding of the database; displayed lossily.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Text<'a>(pub &'a [u8]);
 
 impl<'a> Text<'a> {
@@ -27,6 +27,12 @@ impl<'a> From<&'a str> for Text<'a> {
 impl fmt::Display for Text<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&String::from_utf8_lossy(self.0))
+    }
+}
+
+impl fmt::Debug for Text<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", String::from_utf8_lossy(self.0))
     }
 }
 

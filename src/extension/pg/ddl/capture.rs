@@ -1,10 +1,13 @@
 //! Writing a statement to WAL for the other nodes, and settling what it touched here.
 
+use super::early::Findings;
 use super::route::{self, Route};
+use super::touched::Touched;
 use super::{
     DdlPlan, FollowUp, NOTHING, identity, local_rows, node, password, refuse, table_as, touched,
 };
 use crate::pg::raw;
+use pgrx::pg_sys::NodeTag;
 use pgrx::{pg_guard, pg_sys};
 use std::ffi::{CString, c_char};
 use wire::ddl::{DDL_PREFIX, Ddl};
@@ -40,6 +43,7 @@ const SETTINGS: [&str; 19] = [
 pub unsafe extern "C-unwind" fn before(
     pstmt: *mut pg_sys::PlannedStmt,
     query_string: *const c_char,
+    findings: Findings,
 ) -> DdlPlan {
     // SAFETY: a valid utility statement and its text.
     unsafe {
@@ -52,9 +56,14 @@ pub unsafe extern "C-unwind" fn before(
             mark: touched::mark(),
             query_string,
         };
-        match route::of((*pstmt).utilityStmt) {
+        match route::of((*pstmt).utilityStmt, findings) {
             Route::Local => {
                 super::note_local();
+                NOTHING
+            }
+            Route::None => NOTHING,
+            Route::Rows => {
+                super::note_write();
                 NOTHING
             }
             Route::Ship => {
@@ -94,7 +103,23 @@ pub unsafe extern "C-unwind" fn after(plan: DdlPlan, pstmt: *mut pg_sys::Planned
         // SAFETY: the plan was made for a role statement with a password.
         FollowUp::ShipRole => ship(unsafe { password::redacted(pstmt, plan.query_string) }),
     }
-    identity::settle(&touched::take_since(plan.mark));
+    let mut touched = touched::take_since(plan.mark);
+    // SAFETY: a valid utility statement.
+    touched.extend(unsafe { altered_table(pstmt) });
+    identity::settle(&touched);
+}
+
+/// The table of an ALTER TABLE: not every change of it (SET LOGGED, REPLICA IDENTITY) is announced.
+unsafe fn altered_table(pstmt: *const pg_sys::PlannedStmt) -> Option<Touched> {
+    // SAFETY: the tag says what the node is.
+    unsafe {
+        let statement = (*pstmt).utilityStmt;
+        if (*statement).type_ != NodeTag::T_AlterTableStmt {
+            return None;
+        }
+        let relation = (*statement.cast::<pg_sys::AlterTableStmt>()).relation;
+        node::find_relation(relation).map(Touched::Relation)
+    }
 }
 
 /// The part of the query string that is this statement.

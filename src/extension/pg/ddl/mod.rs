@@ -13,6 +13,7 @@
 
 mod apply;
 mod capture;
+mod early;
 mod identity;
 mod local_rows;
 mod node;
@@ -149,6 +150,10 @@ pub unsafe fn before_utility(
         {
             return NOTHING;
         }
+        if pg_sys::creating_extension {
+            // Part of a script, whose statement settles everything at its end: on the origin as where it is applied.
+            return NOTHING;
+        }
         if apply::is_applying() {
             return DdlPlan {
                 follow_up: FollowUp::Settle,
@@ -156,10 +161,11 @@ pub unsafe fn before_utility(
                 query_string,
             };
         }
-        if pg_sys::creating_extension || !is_origin() {
+        if !is_origin() {
             return NOTHING;
         }
-        capture::before(pstmt, query_string)
+        let findings = early::examine(pstmt, query_string);
+        capture::before(pstmt, query_string, findings)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Statements that a cluster refuses, and what it says then.
 
 use super::node;
+use super::scope::{self, Scope};
 use pgrx::pg_sys;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::pg_sys::{AlterTableType, NodeTag};
@@ -66,6 +67,27 @@ unsafe fn detaches_concurrently(alter: *mut pg_sys::AlterTableStmt) -> bool {
     }
 }
 
+/// CREATE TABLE (LIKE ...) of a temporary table, which the other nodes do not have.
+///
+/// # Safety
+/// `create` is a valid CREATE TABLE of a permanent table.
+pub unsafe fn like_temporary(create: *const pg_sys::CreateStmt) {
+    // SAFETY: elements are nodes whose tag says what they are.
+    unsafe {
+        for element in node::items::<pg_sys::Node>((*create).tableElts) {
+            if (*element).type_ == NodeTag::T_TableLikeClause
+                && scope::of_relation((*element.cast::<pg_sys::TableLikeClause>()).relation)
+                    == Scope::Local
+            {
+                raise(
+                    "a permanent table cannot be made LIKE a temporary one in a multimaster cluster",
+                    "Use CREATE TABLE ... AS SELECT ... WITH NO DATA, or write out the columns.",
+                );
+            }
+        }
+    }
+}
+
 const CATALOG_HINT: &str = "Other nodes cannot read this node's changes while a system catalog is locked, and a commit would wait for them without end.";
 
 /// # Safety
@@ -108,27 +130,11 @@ pub unsafe fn catalog_reindex(reindex: *mut pg_sys::ReindexStmt) {
     }
 }
 
-/// EXPLAIN ANALYZE of CREATE TABLE AS creates the table.
-///
-/// # Safety
-/// `explain` is a valid EXPLAIN statement.
-pub unsafe fn explained_table_as(explain: *mut pg_sys::ExplainStmt) {
-    // SAFETY: stated above; the query was analyzed, options are DefElems.
-    unsafe {
-        let query: *mut pg_sys::Query = (*explain).query.cast();
-        let creates = (*query).type_ == NodeTag::T_Query
-            && !(*query).utilityStmt.is_null()
-            && (*(*query).utilityStmt).type_ == NodeTag::T_CreateTableAsStmt;
-        let runs = node::items::<pg_sys::DefElem>((*explain).options).any(|option| {
-            node::text((*option).defname) == "analyze" && pg_sys::defGetBoolean(option)
-        });
-        if creates && runs && super::scope::of((*query).utilityStmt) != super::scope::Scope::Local {
-            raise(
-                "EXPLAIN ANALYZE of a statement that creates a table is not supported in a multimaster cluster",
-                "Use EXPLAIN without ANALYZE, or create a temporary table.",
-            );
-        }
-    }
+pub fn explained_view() -> ! {
+    raise(
+        "EXPLAIN ANALYZE of CREATE MATERIALIZED VIEW is not supported in a multimaster cluster",
+        "Use EXPLAIN ANALYZE of the view's query.",
+    )
 }
 
 fn in_block() -> bool {

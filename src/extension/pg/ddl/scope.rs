@@ -6,6 +6,7 @@
 use super::node;
 use pgrx::pg_sys;
 use pgrx::pg_sys::{NodeTag, ObjectType};
+use std::ffi::{CStr, c_char};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
@@ -31,11 +32,16 @@ impl Scope {
 
 const EXTENSION: &str = "multimaster";
 
+/// `temporary_view` is what [`is_temporary_view`] said of a CREATE VIEW.
+///
 /// # Safety
 /// `statement` is a valid utility statement.
-pub unsafe fn of(statement: *mut pg_sys::Node) -> Scope {
+pub unsafe fn of(statement: *mut pg_sys::Node, temporary_view: bool) -> Scope {
     // SAFETY: the tag says what the node is.
     unsafe {
+        if temporary_view {
+            return Scope::Local;
+        }
         if let Some(local) = creates_temporary(statement) {
             return Scope::local_if(local);
         }
@@ -44,6 +50,24 @@ pub unsafe fn of(statement: *mut pg_sys::Node) -> Scope {
         }
         of_objects(statement)
     }
+}
+
+/// # Safety
+/// `relations` is a list of valid RangeVars.
+pub unsafe fn of_relations(relations: *mut pg_sys::List) -> Scope {
+    // SAFETY: stated above.
+    unsafe {
+        Scope::of_all(
+            node::items::<pg_sys::RangeVar>(relations).map(|relation| is_temporary(relation)),
+        )
+    }
+}
+
+/// # Safety
+/// `relation` is a valid RangeVar.
+pub unsafe fn of_relation(relation: *const pg_sys::RangeVar) -> Scope {
+    // SAFETY: stated above.
+    unsafe { Scope::local_if(is_temporary(relation)) }
 }
 
 /// Whether a CREATE makes a temporary object; `None` for other statements.
@@ -64,7 +88,7 @@ unsafe fn creates_temporary(statement: *mut pg_sys::Node) -> Option<bool> {
             T_CompositeTypeStmt => {
                 is_new_temporary((*statement.cast::<pg_sys::CompositeTypeStmt>()).typevar)
             }
-            T_ViewStmt => is_temporary_view(statement.cast()),
+            T_ViewStmt => is_new_temporary((*statement.cast::<pg_sys::ViewStmt>()).view),
             T_CreateDomainStmt => {
                 is_name_temporary((*statement.cast::<pg_sys::CreateDomainStmt>()).domainname)
             }
@@ -267,7 +291,8 @@ unsafe fn is_relation_name_temporary(names: *mut pg_sys::List, more: i32) -> boo
     unsafe {
         let copy = pg_sys::list_copy(names);
         let count = (*copy).length - more;
-        if count < 1 {
+        // More names than catalog, schema and relation are the statement's error.
+        if !(1..=3).contains(&count) {
             return false;
         }
         let relation = pg_sys::list_truncate(copy, count);
@@ -276,41 +301,37 @@ unsafe fn is_relation_name_temporary(names: *mut pg_sys::List, more: i32) -> boo
 }
 
 unsafe fn is_new_temporary(relation: *const pg_sys::RangeVar) -> bool {
-    // SAFETY: a valid RangeVar; the namespace is the one the statement will use.
+    // SAFETY: a valid RangeVar.
     unsafe {
         (*relation).relpersistence as u8 == pg_sys::RELPERSISTENCE_TEMP
-            || pg_sys::isTempNamespace(pg_sys::RangeVarGetCreationNamespace(relation))
-    }
-}
-
-/// A view of temporary relations is temporary by itself.
-unsafe fn is_temporary_view(view: *mut pg_sys::ViewStmt) -> bool {
-    // SAFETY: the raw query is copied, because parse analysis scribbles on it.
-    unsafe {
-        if is_new_temporary((*view).view) {
-            return true;
-        }
-        let raw = pg_sys::palloc0(size_of::<pg_sys::RawStmt>()).cast::<pg_sys::RawStmt>();
-        (*raw).type_ = NodeTag::T_RawStmt;
-        (*raw).stmt = pg_sys::copyObjectImpl((*view).query.cast()).cast();
-        // Positions in errors would point into another text; the statement itself will raise them properly.
-        let query = pg_sys::parse_analyze_fixedparams(
-            raw,
-            c"".as_ptr(),
-            std::ptr::null(),
-            0,
-            std::ptr::null_mut(),
-        );
-        pg_sys::isQueryUsingTempRelation(query)
+            || is_temporary_schema((*relation).schemaname)
     }
 }
 
 /// Whether the new object of that name goes to the temporary schema.
 unsafe fn is_name_temporary(names: *mut pg_sys::List) -> bool {
-    // SAFETY: a valid list of String nodes.
+    // SAFETY: a valid list of String nodes; the schema is the last name but one.
     unsafe {
-        let mut name = std::ptr::null_mut();
-        pg_sys::isTempNamespace(pg_sys::QualifiedNameGetCreationNamespace(names, &mut name))
+        let count = node::items::<pg_sys::String>(names).count();
+        let schema = node::items::<pg_sys::String>(names).nth(count.wrapping_sub(2));
+        is_temporary_schema(schema.map_or(std::ptr::null(), |schema| (*schema).sval))
+    }
+}
+
+/// Whether what is created in that schema, or without one (null), is temporary.
+///
+/// Never complains about the name: the statement will, and knows where in its text it stands.
+unsafe fn is_temporary_schema(schema: *const c_char) -> bool {
+    // SAFETY: null or a valid C string; guarded look-ups.
+    unsafe {
+        if schema.is_null() {
+            let path = pg_sys::fetch_search_path(false);
+            return !path.is_null()
+                && (*path).length > 0
+                && pg_sys::isTempNamespace((*(*path).elements).oid_value);
+        }
+        CStr::from_ptr(schema) == c"pg_temp"
+            || pg_sys::isTempNamespace(pg_sys::get_namespace_oid(schema, true))
     }
 }
 

@@ -24,14 +24,9 @@ pub unsafe fn definition(create: *const pg_sys::CreateTableAsStmt) -> String {
         if (*create).if_not_exists {
             text.push_str("IF NOT EXISTS ");
         }
-        let schema = node::text(pg_sys::get_namespace_name(
-            pg_sys::RangeVarGetCreationNamespace(relation),
-        ));
-        let name = node::text((*relation).relname);
         text.push_str(&format!(
-            "{}.{} ({})",
-            node::quoted(&schema),
-            node::quoted(&name),
+            "{} ({})",
+            qualified_name(relation),
             columns(create)
         ));
         if !(*into).accessMethod.is_null() {
@@ -48,6 +43,24 @@ pub unsafe fn definition(create: *const pg_sys::CreateTableAsStmt) -> String {
             ));
         }
         text
+    }
+}
+
+/// The new table's name, in the schema where it will be made; without one when the statement is going to fail for that.
+unsafe fn qualified_name(relation: *const pg_sys::RangeVar) -> String {
+    // SAFETY: a valid RangeVar; the search path is a list of oids.
+    unsafe {
+        let name = node::quoted(&node::text((*relation).relname));
+        let schema = if (*relation).schemaname.is_null() {
+            let path = pg_sys::fetch_search_path(false);
+            if path.is_null() || (*path).length == 0 {
+                return name;
+            }
+            node::text(pg_sys::get_namespace_name((*(*path).elements).oid_value))
+        } else {
+            node::text((*relation).schemaname)
+        };
+        format!("{}.{name}", node::quoted(&schema))
     }
 }
 

@@ -4,6 +4,7 @@
 //! transaction's clock and role travel with the statement. Volatile ones (random(), nextval() of serial and identity) do not and are
 //! refused, unless there are no rows.
 
+use super::early::Findings;
 use super::{node, refuse};
 use crate::pg::sequences::as_superuser;
 use pgrx::pg_sys;
@@ -18,39 +19,42 @@ const SET_LOGGED_HINT: &str =
 /// Raises what this ALTER TABLE may not do in a cluster.
 ///
 /// # Safety
-/// `alter` is a valid ALTER TABLE on a permanent relation.
-pub unsafe fn check(alter: *mut pg_sys::AlterTableStmt) {
+/// `alter` is a valid ALTER TABLE on a permanent relation, of which `findings` tells.
+pub unsafe fn check(alter: *mut pg_sys::AlterTableStmt, findings: Findings) {
     // SAFETY: stated above; commands are AlterTableCmds.
     unsafe {
-        for command in node::items::<pg_sys::AlterTableCmd>((*alter).cmds) {
-            let (computes, what, hint) = match (*command).subtype {
-                AlterTableType::AT_AddColumn => (
-                    adds_volatile((*command).def.cast()),
-                    "adding a column with a volatile default",
-                    ADD_COLUMN_HINT,
-                ),
-                AlterTableType::AT_AlterColumnType => (
-                    converts_volatile((*alter).relation, (*command).def.cast()),
-                    "changing a column's type with a volatile expression",
-                    ALTER_TYPE_HINT,
-                ),
-                AlterTableType::AT_SetLogged => (true, "SET LOGGED", SET_LOGGED_HINT),
-                _ => continue,
-            };
-            if computes && has_rows((*alter).relation) {
-                refuse::raise(
-                    format!(
-                        "{what} is not supported on a table with rows in a multimaster cluster"
-                    ),
-                    hint,
-                );
-            }
+        let commands = || node::items::<pg_sys::AlterTableCmd>((*alter).cmds);
+        let adds = findings.volatile_default
+            || commands().any(|command| {
+                (*command).subtype == AlterTableType::AT_AddColumn
+                    && adds_generated((*command).def.cast())
+            });
+        // A sequence has one row, and each node its own position in it.
+        let sets_logged = (*alter).objtype != pg_sys::ObjectType::OBJECT_SEQUENCE
+            && commands().any(|command| (*command).subtype == AlterTableType::AT_SetLogged);
+        let (what, hint) = if adds {
+            ("adding a column with a volatile default", ADD_COLUMN_HINT)
+        } else if findings.volatile_conversion {
+            (
+                "changing a column's type with a volatile expression",
+                ALTER_TYPE_HINT,
+            )
+        } else if sets_logged {
+            ("SET LOGGED", SET_LOGGED_HINT)
+        } else {
+            return;
+        };
+        if has_rows((*alter).relation) {
+            refuse::raise(
+                format!("{what} is not supported on a table with rows in a multimaster cluster"),
+                hint,
+            );
         }
     }
 }
 
-/// Whether the values of a new column are computed by something volatile.
-unsafe fn adds_volatile(column: *const pg_sys::ColumnDef) -> bool {
+/// Whether the values of a new column come from a sequence or from a volatile default of its domain.
+unsafe fn adds_generated(column: *const pg_sys::ColumnDef) -> bool {
     // SAFETY: a valid column as the grammar makes it; constraints are Constraints.
     unsafe {
         if is_serial((*column).typeName) {
@@ -60,14 +64,7 @@ unsafe fn adds_volatile(column: *const pg_sys::ColumnDef) -> bool {
         for constraint in node::items::<pg_sys::Constraint>((*column).constraints) {
             match (*constraint).contype {
                 ConstrType::CONSTR_IDENTITY => return true,
-                ConstrType::CONSTR_DEFAULT => {
-                    has_default = true;
-                    let parse = pg_sys::make_parsestate(std::ptr::null_mut());
-                    let kind = pg_sys::ParseExprKind::EXPR_KIND_COLUMN_DEFAULT;
-                    if is_volatile(parse, (*constraint).raw_expr, kind) {
-                        return true;
-                    }
-                }
+                ConstrType::CONSTR_DEFAULT => has_default = true,
                 _ => {}
             }
         }
@@ -105,55 +102,6 @@ unsafe fn has_volatile_domain(name: *const pg_sys::TypeName) -> bool {
         }
         let default = pg_sys::get_typdefault(oid);
         !default.is_null() && pg_sys::contain_volatile_functions(default)
-    }
-}
-
-/// Whether ALTER COLUMN TYPE has a volatile USING expression.
-unsafe fn converts_volatile(
-    relation: *const pg_sys::RangeVar,
-    column: *const pg_sys::ColumnDef,
-) -> bool {
-    // SAFETY: a valid column; the relation stays open while its columns are looked up.
-    unsafe {
-        if (*column).raw_default.is_null() {
-            return false;
-        }
-        let Some(oid) = node::find_relation(relation) else {
-            return false;
-        };
-        let table = pg_sys::try_relation_open(oid, pg_sys::AccessShareLock as i32);
-        if table.is_null() {
-            return false;
-        }
-        let parse = pg_sys::make_parsestate(std::ptr::null_mut());
-        let lock = pg_sys::AccessShareLock as i32;
-        let item = pg_sys::addRangeTableEntryForRelation(
-            parse,
-            table,
-            lock,
-            std::ptr::null_mut(),
-            false,
-            true,
-        );
-        pg_sys::addNSItemToQuery(parse, item, false, true, true);
-        let kind = pg_sys::ParseExprKind::EXPR_KIND_ALTER_COL_TRANSFORM;
-        let answer = is_volatile(parse, (*column).raw_default, kind);
-        // Given back at once: the statement takes a stronger lock, and two sessions that upgraded would deadlock.
-        pg_sys::relation_close(table, lock);
-        answer
-    }
-}
-
-unsafe fn is_volatile(
-    parse: *mut pg_sys::ParseState,
-    expression: *mut pg_sys::Node,
-    kind: pg_sys::ParseExprKind::Type,
-) -> bool {
-    // SAFETY: the raw expression is copied, because parse analysis scribbles on it.
-    unsafe {
-        let copy = pg_sys::copyObjectImpl(expression.cast()).cast();
-        let cooked = pg_sys::transformExpr(parse, copy, kind);
-        pg_sys::contain_volatile_functions(pg_sys::expression_planner(cooked.cast()).cast())
     }
 }
 

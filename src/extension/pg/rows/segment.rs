@@ -32,6 +32,8 @@ pub struct OpenTable {
     pub scan: Option<IndexScan>,
     /// Triggers ask which columns changed.
     pub columns_watched: bool,
+    /// Triggers run before a row is updated or deleted.
+    pub triggers_before: bool,
     /// Has columns that are computed.
     pub generated: bool,
 }
@@ -94,16 +96,15 @@ impl Statement {
         self.written = false;
     }
 
-    /// State for triggers that may have to look at a row again.
+    /// What triggers that run before a change must be given, to look at a row again that others have changed. They never do: the row is
+    /// locked before they run.
     pub fn recheck(&mut self) -> *mut pg_sys::EPQState {
         if self.recheck.is_null() {
-            // SAFETY: fresh memory of the segment; the executor state outlives it.
+            // SAFETY: fresh zeroed memory of the segment.
             unsafe {
                 let size = size_of::<pg_sys::EPQState>();
                 let state = pg_sys::MemoryContextAllocZero((*self.estate).es_query_cxt, size);
                 self.recheck = state.cast();
-                let (plan, marks) = (std::ptr::null_mut(), std::ptr::null_mut());
-                pg_sys::EvalPlanQualInit(self.recheck, self.estate, plan, marks, -1);
             }
         }
         self.recheck
@@ -141,6 +142,7 @@ impl Statement {
                     nulls: pg_sys::palloc0(natts).cast(),
                 },
                 columns_watched: triggers::watch_columns((*info).ri_TrigDesc),
+                triggers_before: triggers::run_before((*info).ri_TrigDesc),
                 generated: constraints.is_some_and(|constraints| constraints.has_generated_stored),
                 dirty,
                 scan: None,
@@ -201,9 +203,6 @@ impl Segment {
             for scan in self.tables.values().filter_map(|table| table.scan) {
                 pg_sys::index_endscan(scan.scan);
                 pg_sys::index_close(scan.index, pg_sys::NoLock as i32);
-            }
-            if !self.statement.recheck.is_null() {
-                pg_sys::EvalPlanQualEnd(self.statement.recheck);
             }
             pg_sys::ExecCloseResultRelations(estate);
             pg_sys::ExecResetTupleTable((*estate).es_tupleTable, false);

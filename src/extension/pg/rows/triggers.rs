@@ -95,7 +95,7 @@ fn set_events(description: &mut pg_sys::TriggerDesc, kept: &[pg_sys::Trigger]) {
     description.trig_delete_after_row = any(after, pg_sys::TRIGGER_TYPE_DELETE);
 }
 
-/// Whether a kept trigger fires only when certain columns are updated.
+/// Whether a kept trigger may ask which columns an update changed.
 ///
 /// # Safety
 /// `triggers` is null or valid.
@@ -103,11 +103,20 @@ pub unsafe fn watch_columns(triggers: *const pg_sys::TriggerDesc) -> bool {
     // SAFETY: as the caller promises.
     unsafe {
         triggers.as_ref().is_some_and(|description| {
-            std::slice::from_raw_parts(description.triggers, description.numtriggers as usize)
-                .iter()
-                .any(|trigger| trigger.tgnattr > 0)
+            let all = std::slice::from_raw_parts(description.triggers, description.numtriggers as usize);
+            description.trig_update_before_row || all.iter().any(|trigger| trigger.tgnattr > 0)
         })
     }
+}
+
+/// Whether a kept trigger runs before rows are updated or deleted.
+///
+/// # Safety
+/// `triggers` is null or valid.
+pub unsafe fn run_before(triggers: *const pg_sys::TriggerDesc) -> bool {
+    // SAFETY: as the caller promises.
+    unsafe { triggers.as_ref() }
+        .is_some_and(|description| description.trig_update_before_row || description.trig_delete_before_row)
 }
 
 #[cfg(test)]

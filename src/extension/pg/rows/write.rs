@@ -44,6 +44,9 @@ pub unsafe fn update(
             if !find_changeable(statement, table) {
                 return Err(missing(table, "update"));
             }
+            if table.triggers_before && !lock_found(statement, table) {
+                continue;
+            }
             let arrays = empty_slot(table);
             copy_found(table, arrays);
             values::load(&table.plan, new, Which::All, arrays)?;
@@ -69,6 +72,9 @@ pub unsafe fn delete(
         for _ in 0..ATTEMPTS {
             if !find_changeable(statement, table) {
                 return Err(missing(table, "delete"));
+            }
+            if table.triggers_before && !lock_found(statement, table) {
+                continue;
             }
             if delete_found(statement, table) {
                 return Ok(());
@@ -115,7 +121,33 @@ unsafe fn find_changeable(statement: &mut Statement, table: &mut OpenTable) -> b
         if found && statement.written && find::is_of_this_command(table) {
             statement.next_command();
         }
+        // A trigger may have begun a command of its own.
+        (*statement.estate).es_output_cid = pg_sys::GetCurrentCommandId(true);
         found
+    }
+}
+
+/// Locks the row in `table.found` before triggers see it; false when somebody else was faster.
+///
+/// # Safety
+/// As [`insert`]; the slot is filled.
+unsafe fn lock_found(statement: &mut Statement, table: &OpenTable) -> bool {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let mut place = (*table.found).tts_tid;
+        let mut failure = pg_sys::TM_FailureData::default();
+        let result = pg_sys::table_tuple_lock(
+            table.relation,
+            &mut place,
+            (*statement.estate).es_snapshot,
+            table.found,
+            pg_sys::GetCurrentCommandId(false),
+            pg_sys::LockTupleMode::LockTupleExclusive,
+            pg_sys::LockWaitPolicy::LockWaitBlock,
+            0,
+            &mut failure,
+        );
+        succeeded(statement, result)
     }
 }
 

@@ -1,0 +1,147 @@
+//! What can happen in the simulated world, ordered by time.
+
+use std::collections::BTreeMap;
+
+use protocol::{Gid, Input, Lsn, Message, Millis, NodeId};
+
+/// Everything that happens to a node carries the node's life, and ends with it.
+#[derive(Clone, Debug, Hash)]
+pub(crate) enum Event {
+    Deliver {
+        link: u32,
+        from: NodeId,
+        to: NodeId,
+        msg: Message,
+    },
+    /// A message of a node to itself.
+    Loop {
+        node: NodeId,
+        life: u32,
+        msg: Message,
+    },
+    Input {
+        node: NodeId,
+        life: u32,
+        input: Input,
+    },
+    Tick {
+        node: NodeId,
+        life: u32,
+    },
+    /// WAL up to here has reached the disk.
+    Flushed {
+        node: NodeId,
+        life: u32,
+        upto: u64,
+    },
+    Session {
+        node: NodeId,
+        life: u32,
+        gid: Gid,
+        step: SessionStep,
+    },
+    /// The local database executes COMMIT or ROLLBACK PREPARED on the core's order.
+    Finish {
+        node: NodeId,
+        life: u32,
+        gid: Gid,
+    },
+    LookUp {
+        node: NodeId,
+        life: u32,
+        gid: Gid,
+    },
+    /// An item of the origin's stream arrives.
+    Stream {
+        connection: u32,
+        origin: NodeId,
+        to: NodeId,
+        lsn: Lsn,
+        deps: Vec<(NodeId, protocol::Csn)>,
+    },
+    Apply {
+        node: NodeId,
+        life: u32,
+        gid: Gid,
+        step: ApplyStep,
+    },
+    StoreMarks {
+        node: NodeId,
+        life: u32,
+    },
+    MarkStored {
+        node: NodeId,
+        life: u32,
+        origin: NodeId,
+        lsn: Lsn,
+        upto: u64,
+    },
+    Client {
+        node: NodeId,
+    },
+    Crash {
+        node: NodeId,
+    },
+    Restart {
+        node: NodeId,
+    },
+    /// The link between the two breaks, or the stream alone.
+    Cut {
+        a: NodeId,
+        b: NodeId,
+        stream_only: bool,
+    },
+    Connect {
+        a: NodeId,
+        b: NodeId,
+    },
+    ConnectStream {
+        origin: NodeId,
+        to: NodeId,
+    },
+    LinkDown {
+        node: NodeId,
+        life: u32,
+        peer: NodeId,
+        link: u32,
+    },
+}
+
+#[derive(Clone, Copy, Debug, Hash)]
+pub(crate) enum SessionStep {
+    Prepare,
+    Announce,
+    Interrupt,
+    Vanish,
+    Finish,
+}
+
+#[derive(Clone, Copy, Debug, Hash)]
+pub(crate) enum ApplyStep {
+    Start,
+    Prepare,
+}
+
+/// Events in the order in which they happen: by time, then by the order in which they were planned.
+#[derive(Debug, Default)]
+pub(crate) struct Agenda {
+    events: BTreeMap<(Millis, u64), Event>,
+    planned: u64,
+}
+
+impl Agenda {
+    pub fn plan(&mut self, at: Millis, event: Event) {
+        self.planned += 1;
+        self.events.insert((at, self.planned), event);
+    }
+
+    /// The next event up to this time.
+    pub fn next(&mut self, end: Millis) -> Option<(Millis, Event)> {
+        let first = self
+            .events
+            .first_entry()
+            .filter(|entry| entry.key().0 <= end)?;
+        let ((at, _), event) = first.remove_entry();
+        Some((at, event))
+    }
+}

@@ -1,0 +1,230 @@
+//! One simulated server: its disk, its WAL, and what a crash takes away.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use crate::checker::Checker;
+use protocol::{
+    Config, Core, Csn, Decision, Effect, Effects, Gid, Lsn, Millis, NodeId, Record, Recovered,
+};
+
+/// What a node's stream carries, in WAL order; its place, counted from one, is its LSN.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum StreamItem {
+    Prepare(Gid),
+    Outcome(Gid, Decision),
+}
+
+/// Written to WAL, in order. Reaches the disk at the next flush, or not at all.
+#[derive(Clone, Debug)]
+enum WalItem {
+    Record(Record),
+    Free(Gid),
+    Mark(NodeId, Lsn),
+}
+
+/// What survives a crash.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Disk {
+    pub epoch: u32,
+    pub records: BTreeMap<Gid, Record>,
+    pub prepared: BTreeSet<Gid>,
+    pub finished: BTreeMap<Gid, Decision>,
+    pub marks: BTreeMap<NodeId, Lsn>,
+    /// Own transactions only: what the output plugin lets through.
+    pub stream: Vec<StreamItem>,
+}
+
+/// A client's transaction on its own node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Session {
+    Running,
+    /// Prepared; waits for the outcome.
+    Waiting,
+    /// Has its outcome and is about to finish.
+    Finishing,
+}
+
+/// Effects that wait until an earlier record of the same transaction is durable.
+#[derive(Debug, Default)]
+pub(crate) struct Gate {
+    pub upto: u64,
+    pub queue: VecDeque<Effect>,
+}
+
+/// What a crash takes away.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    pub core: Core,
+    pub gates: BTreeMap<Gid, Gate>,
+    pub sessions: BTreeMap<Gid, Session>,
+    pub visible: BTreeMap<NodeId, Csn>,
+    /// Foreign transactions being applied, or waiting to be.
+    pub applying: BTreeMap<Gid, Applying>,
+    /// Who holds each key: running, being applied or prepared.
+    pub locks: BTreeMap<u32, Gid>,
+    /// Up to where each origin's stream has been received, and which PREPAREs in it have been dealt with.
+    pub received: BTreeMap<NodeId, Lsn>,
+    pub dealt: BTreeSet<(NodeId, Lsn)>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Applying {
+    pub lsn: Lsn,
+    pub deps: Vec<(NodeId, Csn)>,
+    pub holds_lock: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct Server {
+    pub node: NodeId,
+    pub disk: Disk,
+    wal: VecDeque<WalItem>,
+    wal_written: u64,
+    /// `None` while it is down.
+    pub memory: Option<Memory>,
+}
+
+impl Server {
+    pub fn new(node: NodeId) -> Self {
+        Self {
+            node,
+            disk: Disk::default(),
+            wal: VecDeque::new(),
+            wal_written: 0,
+            memory: None,
+        }
+    }
+
+    /// Starts the server with what is on its disk.
+    pub fn start(
+        &mut self,
+        config: Config,
+        locks: BTreeMap<u32, Gid>,
+        now: Millis,
+        out: &mut Effects,
+    ) {
+        let gids: BTreeSet<Gid> = self
+            .disk
+            .records
+            .keys()
+            .chain(&self.disk.prepared)
+            .copied()
+            .collect();
+        let recovered = gids
+            .into_iter()
+            .map(|gid| Recovered {
+                gid,
+                record: self.disk.records.get(&gid).copied(),
+                prepared: self.disk.prepared.contains(&gid),
+            })
+            .collect();
+        self.memory = Some(Memory {
+            core: Core::new(config, recovered, now, out),
+            gates: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            visible: BTreeMap::new(),
+            applying: BTreeMap::new(),
+            locks,
+            received: BTreeMap::new(),
+            dealt: BTreeSet::new(),
+        });
+    }
+
+    /// Loses memory, and WAL behind the first `kept` unflushed items.
+    pub fn crash(&mut self, kept: usize, checker: &mut Checker) {
+        let kept = kept.min(self.wal.len());
+        self.sync(kept, checker);
+        self.wal.clear();
+        self.memory = None;
+    }
+
+    pub fn unflushed(&self) -> usize {
+        self.wal.len()
+    }
+
+    pub fn write_record(&mut self, record: Record) -> u64 {
+        self.write(WalItem::Record(record))
+    }
+
+    pub fn write_free(&mut self, gid: Gid) -> u64 {
+        self.write(WalItem::Free(gid))
+    }
+
+    pub fn write_mark(&mut self, origin: NodeId, lsn: Lsn) -> u64 {
+        self.write(WalItem::Mark(origin, lsn))
+    }
+
+    fn write(&mut self, item: WalItem) -> u64 {
+        self.wal.push_back(item);
+        self.wal_written += 1;
+        self.wal_written
+    }
+
+    /// The record as the next start would find it if all of WAL got to the disk.
+    pub fn written_record(&self, gid: Gid) -> Option<Record> {
+        let last = self.wal.iter().rev().find_map(|item| match item {
+            WalItem::Record(record) if record.gid == gid => Some(Some(*record)),
+            WalItem::Free(freed) if *freed == gid => Some(None),
+            _ => None,
+        });
+        last.unwrap_or_else(|| self.disk.records.get(&gid).copied())
+    }
+
+    /// Brings WAL up to this item to the disk.
+    pub fn flush(&mut self, upto: u64, checker: &mut Checker) {
+        let unflushed_from = self.wal_written - self.wal.len() as u64;
+        self.sync(upto.saturating_sub(unflushed_from) as usize, checker);
+    }
+
+    /// Brings all of WAL to the disk, as PREPARE and COMMIT PREPARED do.
+    pub fn flush_all(&mut self, checker: &mut Checker) {
+        self.sync(self.wal.len(), checker);
+    }
+
+    fn sync(&mut self, items: usize, checker: &mut Checker) {
+        for item in self.wal.drain(..items) {
+            match item {
+                WalItem::Record(record) => {
+                    self.disk.records.insert(record.gid, record);
+                    checker.on_durable(self.node, record);
+                }
+                WalItem::Free(gid) => {
+                    self.disk.records.remove(&gid);
+                    checker.on_freed(self.node, gid);
+                }
+                WalItem::Mark(origin, lsn) => {
+                    self.disk.marks.insert(origin, lsn);
+                }
+            }
+        }
+    }
+
+    /// The largest LSN of the origin's stream up to which nothing has to be sent again.
+    pub fn mark(&self, origin: NodeId, stream: &[StreamItem]) -> Lsn {
+        let stored = self.disk.marks.get(&origin).copied().unwrap_or_default();
+        let Some(memory) = &self.memory else {
+            return stored;
+        };
+        let received = memory.received.get(&origin).copied().unwrap_or_default();
+        let mut mark = stored;
+        while mark < received
+            && self.is_safe(origin, Lsn(mark.0 + 1), stream[mark.0 as usize], memory)
+        {
+            mark = Lsn(mark.0 + 1);
+        }
+        mark
+    }
+
+    /// A PREPARE is safe when its transaction has ended here. While it is prepared it counts as open, so that after a restart it comes
+    /// again and tells its LSN. Outcomes need no rule: their PREPARE goes before them.
+    fn is_safe(&self, origin: NodeId, lsn: Lsn, item: StreamItem, memory: &Memory) -> bool {
+        let StreamItem::Prepare(gid) = item else {
+            return true;
+        };
+        let refused = self
+            .written_record(gid)
+            .is_some_and(|record| record.decision == Some(Decision::Abort));
+        let ended = refused || self.disk.finished.contains_key(&gid);
+        memory.dealt.contains(&(origin, lsn)) && ended && !self.disk.prepared.contains(&gid)
+    }
+}

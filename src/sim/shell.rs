@@ -1,0 +1,584 @@
+//! What the shell around a core does: sessions, streams, applies, finishes.
+
+use protocol::{Decision, GenerationNum, Gid, Input, Lsn, NodeId, Outcome, Refusal, Vote};
+
+use crate::event::{ApplyStep, Event, SessionStep};
+use crate::server::{Applying, Session, StreamItem};
+use crate::world::{Plan, TICK_MS, World};
+
+impl World {
+    pub fn happen(&mut self, event: Event) {
+        match event {
+            Event::Deliver {
+                link,
+                from,
+                to,
+                msg,
+            } => self.deliver(link, from, to, msg),
+            Event::Client { node } => self.begin(node),
+            Event::Crash { node } => self.crash(node),
+            Event::Restart { node } => self.restart(node),
+            Event::Cut { a, b, stream_only } => self.cut(a, b, stream_only),
+            Event::Connect { a, b } => self.connect(a, b),
+            Event::ConnectStream { origin, to } => self.connect_stream(origin, to),
+            Event::Stream {
+                connection,
+                origin,
+                to,
+                lsn,
+                deps,
+            } => {
+                self.on_stream(connection, origin, to, lsn, deps);
+            }
+            Event::Loop { node, life, .. }
+            | Event::Input { node, life, .. }
+            | Event::Tick { node, life }
+            | Event::Flushed { node, life, .. }
+            | Event::Session { node, life, .. }
+            | Event::Finish { node, life, .. }
+            | Event::LookUp { node, life, .. }
+            | Event::Apply { node, life, .. }
+            | Event::StoreMarks { node, life }
+            | Event::MarkStored { node, life, .. }
+            | Event::LinkDown { node, life, .. } => {
+                if self.is_alive(node, life) {
+                    self.happen_on(node, event);
+                }
+            }
+        }
+    }
+
+    fn happen_on(&mut self, node: NodeId, event: Event) {
+        let life = self.life(node);
+        match event {
+            Event::Loop { msg, .. } => self.input(node, Input::Message { from: node, msg }),
+            Event::Input { input, .. } => self.input(node, input),
+            Event::LinkDown { peer, link, .. } => self.lose_link(node, peer, link),
+            Event::Tick { .. } => {
+                self.input(node, Input::Tick);
+                self.agenda
+                    .plan(self.now + TICK_MS, Event::Tick { node, life });
+            }
+            Event::Flushed { upto, .. } => {
+                if let Some((server, checker)) = self.disk(node) {
+                    server.flush(upto, checker);
+                }
+                self.open_gates(node, upto);
+            }
+            Event::Session { gid, step, .. } => self.on_session(node, gid, step),
+            Event::Finish { gid, .. } => self.finish(node, gid),
+            Event::LookUp { gid, .. } => self.look_up(node, gid),
+            Event::Apply {
+                gid,
+                step: ApplyStep::Start,
+                ..
+            } => self.start_apply(node, gid),
+            Event::Apply {
+                gid,
+                step: ApplyStep::Prepare,
+                ..
+            } => self.end_apply(node, gid),
+            Event::StoreMarks { .. } => self.store_marks(node),
+            Event::MarkStored {
+                origin, lsn, upto, ..
+            } => {
+                if let Some((server, checker)) = self.disk(node) {
+                    server.flush(upto, checker);
+                }
+                self.input(node, Input::MarkPassed { origin, lsn });
+            }
+            _ => {}
+        }
+    }
+
+    /// A client begins a transaction that writes one row, unless another one holds it.
+    fn begin(&mut self, node: NodeId) {
+        let key = self.rng.between(1, self.climate.keys) as u32;
+        let life = self.life(node);
+        self.xids += 1;
+        let started_at = (self.now * 1_000 + self.xids) as i64;
+        let gid = Gid {
+            coordinator: node,
+            xid: self.xids,
+            generation: GenerationNum(1),
+            started_at,
+        };
+        let Some(memory) = self.memory_mut(node) else {
+            return;
+        };
+        if memory.locks.contains_key(&key) {
+            return;
+        }
+        memory.locks.insert(key, gid);
+        memory.sessions.insert(gid, Session::Running);
+        self.plans.insert(gid, Plan { key });
+        self.later(
+            1,
+            10,
+            Event::Session {
+                node,
+                life,
+                gid,
+                step: SessionStep::Prepare,
+            },
+        );
+    }
+
+    fn on_session(&mut self, node: NodeId, gid: Gid, step: SessionStep) {
+        let state = self
+            .memory(node)
+            .and_then(|memory| memory.sessions.get(&gid).copied());
+        match (step, state) {
+            (SessionStep::Prepare, Some(Session::Running)) => self.prepare_own(node, gid),
+            (SessionStep::Announce, Some(Session::Waiting)) => {
+                self.input(
+                    node,
+                    Input::Committing {
+                        gid,
+                        wait_peers: true,
+                    },
+                );
+            }
+            (SessionStep::Interrupt, Some(Session::Waiting)) => {
+                self.input(node, Input::Interrupted { gid })
+            }
+            (SessionStep::Vanish, Some(Session::Waiting | Session::Finishing)) => {
+                if let Some(memory) = self.memory_mut(node) {
+                    memory.sessions.remove(&gid);
+                }
+                self.input(node, Input::Abandoned { gid });
+            }
+            (SessionStep::Finish, Some(Session::Finishing)) => self.finish(node, gid),
+            _ => {}
+        }
+    }
+
+    fn prepare_own(&mut self, node: NodeId, gid: Gid) {
+        let life = self.life(node);
+        let Some((server, checker)) = self.disk(node) else {
+            return;
+        };
+        let Some(memory) = &mut server.memory else {
+            return;
+        };
+        memory.sessions.insert(gid, Session::Waiting);
+        server.flush_all(checker);
+        let committed = server
+            .disk
+            .finished
+            .iter()
+            .filter(|(_, decision)| **decision == Decision::Commit);
+        let seen = committed.map(|(gid, _)| *gid).collect();
+        server.disk.prepared.insert(gid);
+        server.disk.stream.push(StreamItem::Prepare(gid));
+        checker.on_prepared(node, gid, Some(seen));
+        self.pump_all(node);
+        self.disturb(node, gid);
+        self.later(
+            0,
+            15,
+            Event::Session {
+                node,
+                life,
+                gid,
+                step: SessionStep::Announce,
+            },
+        );
+    }
+
+    pub fn on_reply(&mut self, node: NodeId, gid: Gid, outcome: Outcome) {
+        let life = self.life(node);
+        let Some(memory) = self.memory_mut(node) else {
+            return;
+        };
+        if !memory.sessions.contains_key(&gid) {
+            return;
+        }
+        if outcome == Outcome::Unknown {
+            memory.sessions.remove(&gid);
+        } else {
+            memory.sessions.insert(gid, Session::Finishing);
+            self.later(
+                1,
+                10,
+                Event::Session {
+                    node,
+                    life,
+                    gid,
+                    step: SessionStep::Finish,
+                },
+            );
+        }
+        let committed = matches!(outcome, Outcome::Commit { .. });
+        self.checker.on_told(gid, outcome);
+        if committed {
+            self.demand_commits_survive(&[gid]);
+        }
+    }
+
+    /// COMMIT or ROLLBACK PREPARED, by whoever was told to.
+    fn finish(&mut self, node: NodeId, gid: Gid) {
+        let key = self.plans.get(&gid).map(|plan| plan.key);
+        let Some((server, checker)) = self.disk(node) else {
+            return;
+        };
+        let Some(memory) = &mut server.memory else {
+            return;
+        };
+        let Some(decision) = memory.core.decision(gid) else {
+            return checker.demand(false, "I8", || {
+                format!("{gid} is finished at {node} without an outcome")
+            });
+        };
+        memory.sessions.remove(&gid);
+        if server.disk.prepared.remove(&gid) {
+            if memory.locks.get(&key.unwrap_or(0)) == Some(&gid) {
+                memory.locks.remove(&key.unwrap_or(0));
+            }
+            server.flush_all(checker);
+            let before = server.disk.finished.insert(gid, decision);
+            checker.demand(before.is_none_or(|before| before == decision), "I6", || {
+                format!("{gid} changes at {node}")
+            });
+            checker.on_finished(node, gid, decision);
+            if gid.coordinator == node {
+                server.disk.stream.push(StreamItem::Outcome(gid, decision));
+                self.pump_all(node);
+            }
+        } else {
+            let finished = server.disk.finished.contains_key(&gid);
+            checker.demand(finished, "I8", || {
+                format!("{gid} is finished at {node}, where it never was prepared")
+            });
+        }
+        self.input(node, Input::Finished { gid });
+    }
+
+    fn look_up(&mut self, node: NodeId, gid: Gid) {
+        let Some(server) = self.servers.get(&node) else {
+            return;
+        };
+        let running = server
+            .memory
+            .as_ref()
+            .is_some_and(|memory| memory.sessions.contains_key(&gid));
+        let outcome = match server.disk.finished.get(&gid) {
+            Some(decision) => Some(*decision),
+            None if running || server.disk.prepared.contains(&gid) => None,
+            None => Some(Decision::Abort),
+        };
+        self.input(node, Input::CoordinatorOutcome { gid, outcome });
+    }
+
+    pub fn connect_stream(&mut self, origin: NodeId, to: NodeId) {
+        if self.memory(origin).is_none() || self.memory(to).is_none() {
+            return;
+        }
+        let confirmed = self
+            .servers
+            .get(&to)
+            .and_then(|server| server.disk.marks.get(&origin))
+            .copied()
+            .unwrap_or_default();
+        let stream = self.streams.entry((origin, to)).or_default();
+        if stream.up {
+            return;
+        }
+        stream.up = true;
+        stream.number += 1;
+        stream.sent = confirmed.0 as usize;
+        stream.last_arrival = 0;
+        if let Some(memory) = self.memory_mut(to) {
+            memory.received.insert(origin, confirmed);
+        }
+        self.pump(origin, to);
+    }
+
+    fn pump_all(&mut self, origin: NodeId) {
+        for to in self.configured.without(origin).iter() {
+            self.pump(origin, to);
+        }
+    }
+
+    /// Sends what the stream has not sent yet. What is visible now is what the output plugin writes down.
+    fn pump(&mut self, origin: NodeId, to: NodeId) {
+        let Some(memory) = self.memory(origin) else {
+            return;
+        };
+        let deps: Vec<_> = memory
+            .visible
+            .iter()
+            .map(|(node, csn)| (*node, *csn))
+            .collect();
+        let written = self
+            .servers
+            .get(&origin)
+            .map_or(0, |server| server.disk.stream.len());
+        let slowest = self.climate.delay_max_ms;
+        loop {
+            let delay = self.rng.between(1, slowest);
+            let now = self.now;
+            let Some(stream) = self.streams.get_mut(&(origin, to)) else {
+                return;
+            };
+            if !stream.up || stream.sent >= written {
+                return;
+            }
+            stream.sent += 1;
+            stream.last_arrival = stream.last_arrival.max(now + delay);
+            let lsn = Lsn(stream.sent as u64);
+            let event = Event::Stream {
+                connection: stream.number,
+                origin,
+                to,
+                lsn,
+                deps: deps.clone(),
+            };
+            self.agenda.plan(stream.last_arrival, event);
+        }
+    }
+
+    fn on_stream(
+        &mut self,
+        connection: u32,
+        origin: NodeId,
+        to: NodeId,
+        lsn: Lsn,
+        deps: Vec<(NodeId, protocol::Csn)>,
+    ) {
+        let current = self
+            .streams
+            .get(&(origin, to))
+            .is_some_and(|stream| stream.up && stream.number == connection);
+        let item = self
+            .servers
+            .get(&origin)
+            .and_then(|server| server.disk.stream.get(lsn.0 as usize - 1))
+            .copied();
+        let (true, Some(item), Some(memory)) = (current, item, self.memory_mut(to)) else {
+            return;
+        };
+        memory.received.insert(origin, lsn);
+        if self
+            .servers
+            .get(&to)
+            .is_some_and(|server| server.disk.marks.get(&origin) >= Some(&lsn))
+        {
+            return;
+        }
+        match item {
+            StreamItem::Outcome(gid, decision) => {
+                self.input(to, Input::StreamOutcome { gid, decision })
+            }
+            StreamItem::Prepare(gid) => self.on_prepare(to, gid, lsn, deps),
+        }
+    }
+
+    fn on_prepare(&mut self, node: NodeId, gid: Gid, lsn: Lsn, deps: Vec<(NodeId, protocol::Csn)>) {
+        let Some(server) = self.servers.get_mut(&node) else {
+            return;
+        };
+        let refused = server
+            .written_record(gid)
+            .is_some_and(|record| record.decision == Some(Decision::Abort));
+        let known = server.disk.prepared.contains(&gid) || server.disk.finished.contains_key(&gid);
+        let Some(memory) = &mut server.memory else {
+            return;
+        };
+        if memory.applying.contains_key(&gid) {
+            return;
+        }
+        if known {
+            return self.vote(node, gid, lsn, Vote::Yes);
+        }
+        if refused {
+            return self.vote(node, gid, lsn, Vote::No(refusal("it was refused before")));
+        }
+        memory.applying.insert(
+            gid,
+            Applying {
+                lsn,
+                deps,
+                holds_lock: false,
+            },
+        );
+        self.start_apply(node, gid);
+    }
+
+    fn vote(&mut self, node: NodeId, gid: Gid, lsn: Lsn, vote: Vote) {
+        if let Some(memory) = self.memory_mut(node) {
+            memory.applying.remove(&gid);
+            memory.dealt.insert((gid.coordinator, lsn));
+        }
+        self.input(
+            node,
+            Input::Voted {
+                gid,
+                vote,
+                prepare_lsn: lsn,
+            },
+        );
+    }
+
+    /// Tries again the applies that waited for an earlier commit.
+    pub fn start_applies(&mut self, node: NodeId) {
+        let life = self.life(node);
+        let Some(memory) = self.memory(node) else {
+            return;
+        };
+        let waiting: Vec<Gid> = memory
+            .applying
+            .iter()
+            .filter(|(_, applying)| !applying.holds_lock)
+            .map(|(gid, _)| *gid)
+            .collect();
+        for gid in waiting {
+            self.agenda.plan(
+                self.now,
+                Event::Apply {
+                    node,
+                    life,
+                    gid,
+                    step: ApplyStep::Start,
+                },
+            );
+        }
+    }
+
+    /// Applies the conflict rule: who meets an older prepared or applied transaction dies, who meets a younger one waits.
+    fn start_apply(&mut self, node: NodeId, gid: Gid) {
+        let life = self.life(node);
+        let Some(key) = self.plans.get(&gid).map(|plan| plan.key) else {
+            return;
+        };
+        let Some((server, checker)) = self.disk(node) else {
+            return;
+        };
+        let Some(memory) = &mut server.memory else {
+            return;
+        };
+        let Some(applying) = memory.applying.get(&gid) else {
+            return;
+        };
+        let behind = applying
+            .deps
+            .iter()
+            .any(|(node, csn)| memory.core.settled(*node) < *csn);
+        if behind || applying.holds_lock {
+            return;
+        }
+        let lsn = applying.lsn;
+        let holder = memory.locks.get(&key).copied();
+        let running =
+            holder.is_some_and(|holder| memory.sessions.get(&holder) == Some(&Session::Running));
+        match holder {
+            Some(holder) if !running && holder.age() < gid.age() => {
+                self.vote(
+                    node,
+                    gid,
+                    lsn,
+                    Vote::No(refusal("it meets an older transaction")),
+                );
+            }
+            Some(_) => self.later(
+                2,
+                10,
+                Event::Apply {
+                    node,
+                    life,
+                    gid,
+                    step: ApplyStep::Start,
+                },
+            ),
+            None => {
+                checker.on_apply_start(node, gid, &server.disk.finished);
+                memory.locks.insert(key, gid);
+                if let Some(applying) = memory.applying.get_mut(&gid) {
+                    applying.holds_lock = true;
+                }
+                self.later(
+                    1,
+                    10,
+                    Event::Apply {
+                        node,
+                        life,
+                        gid,
+                        step: ApplyStep::Prepare,
+                    },
+                );
+            }
+        }
+    }
+
+    fn end_apply(&mut self, node: NodeId, gid: Gid) {
+        let life = self.life(node);
+        let fails = self.rng.permille(self.climate.refusal_permille);
+        let key = self.plans.get(&gid).map_or(0, |plan| plan.key);
+        let Some((server, checker)) = self.disk(node) else {
+            return;
+        };
+        let Some(memory) = &mut server.memory else {
+            return;
+        };
+        let Some(applying) = memory.applying.get(&gid) else {
+            return;
+        };
+        let lsn = applying.lsn;
+        if fails {
+            memory.locks.remove(&key);
+            return self.vote(node, gid, lsn, Vote::No(refusal("its apply failed")));
+        }
+        server.flush_all(checker);
+        server.disk.prepared.insert(gid);
+        checker.on_prepared(node, gid, None);
+        let memory = self.memory_mut(node).map(|memory| {
+            memory.applying.remove(&gid);
+            memory.dealt.insert((gid.coordinator, lsn));
+        });
+        if memory.is_some() {
+            // The worker's word takes a moment to reach the core; a resolver may ask in between.
+            let input = Input::Voted {
+                gid,
+                vote: Vote::Yes,
+                prepare_lsn: lsn,
+            };
+            self.later(0, 10, Event::Input { node, life, input });
+        }
+    }
+
+    fn store_marks(&mut self, node: NodeId) {
+        let life = self.life(node);
+        for origin in self.configured.without(node).iter() {
+            let Some(stream) = self
+                .servers
+                .get(&origin)
+                .map(|server| server.disk.stream.clone())
+            else {
+                continue;
+            };
+            let Some(server) = self.servers.get_mut(&node) else {
+                continue;
+            };
+            let mark = server.mark(origin, &stream);
+            if mark > server.disk.marks.get(&origin).copied().unwrap_or_default() {
+                let upto = server.write_mark(origin, mark);
+                self.later(
+                    1,
+                    8,
+                    Event::MarkStored {
+                        node,
+                        life,
+                        origin,
+                        lsn: mark,
+                        upto,
+                    },
+                );
+            }
+        }
+        self.later(50, 150, Event::StoreMarks { node, life });
+    }
+}
+
+fn refusal(reason: &str) -> Refusal {
+    Refusal::retry("could not serialize access", reason)
+}
