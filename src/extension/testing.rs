@@ -33,7 +33,10 @@ fn mtm_test_apply_file(path: &str) -> String {
     if let Err(error) = applier.finish() {
         pgrx::error!("{error}");
     }
-    format!("{} begun, {} rows, {} other", counts[0], counts[1], counts[2])
+    format!(
+        "{} begun, {} rows, {} other",
+        counts[0], counts[1], counts[2]
+    )
 }
 
 fn apply_frame(applier: &mut RowApplier, frame: &StreamFrame<'_>, counts: &mut [u64; 3]) {
@@ -102,8 +105,16 @@ fn mtm_test_show_file(path: &str) -> SetOfIterator<'static, String> {
     let mut shown = Vec::new();
     for message in copied_messages(&bytes) {
         let message = Message::parse(message).unwrap_or_else(|error| pgrx::error!("{error}"));
-        shown.push(format!("message begins={} ends={}", message.begins(), message.ends()));
-        shown.extend(message.frames().map(|frame| format!("{frame:?}").chars().take(300).collect()));
+        shown.push(format!(
+            "message begins={} ends={}",
+            message.begins(),
+            message.ends()
+        ));
+        shown.extend(
+            message
+                .frames()
+                .map(|frame| format!("{frame:?}").chars().take(300).collect()),
+        );
     }
     SetOfIterator::new(shown)
 }
@@ -115,7 +126,9 @@ fn copied_messages(bytes: &[u8]) -> Vec<&[u8]> {
     let mut messages = Vec::new();
     while let Some((head, tail)) = rest.split_at_checked(6) {
         let length = u32::from_be_bytes([head[2], head[3], head[4], head[5]]) as usize;
-        let Some((message, tail)) = tail.split_at_checked(length) else { break };
+        let Some((message, tail)) = tail.split_at_checked(length) else {
+            break;
+        };
         messages.push(message);
         rest = tail;
     }

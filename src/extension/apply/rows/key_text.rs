@@ -18,8 +18,11 @@ pub struct KeyColumn {
 /// Writes the key of which `values` are the columns' values.
 pub fn describe<'v>(columns: &[KeyColumn], values: impl Iterator<Item = Field<'v>>) -> String {
     let names: Vec<_> = columns.iter().map(|column| column.name.as_str()).collect();
-    let values: Vec<_> =
-        columns.iter().zip(values).map(|(column, value)| value_text(column.format, value)).collect();
+    let values: Vec<_> = columns
+        .iter()
+        .zip(values)
+        .map(|(column, value)| value_text(column.format, value))
+        .collect();
     let mut text = format!("({})=({})", names.join(", "), values.join(", "));
     if text.len() > KEY_BYTES_MAX {
         text.truncate(text.floor_char_boundary(KEY_BYTES_MAX));
@@ -72,7 +75,11 @@ fn known_text(base_type: u32, bytes: &[u8]) -> Option<String> {
 }
 
 fn hex_text(bytes: &[u8]) -> String {
-    let digits: String = bytes.iter().take(32).map(|byte| format!("{byte:02x}")).collect();
+    let digits: String = bytes
+        .iter()
+        .take(32)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     format!("\\x{digits}")
 }
 
@@ -91,13 +98,20 @@ fn date_text(days: i64) -> Option<String> {
     let shifted = days.checked_add(DAYS_FROM_0000_03_01)?;
     let era = shifted.div_euclid(DAYS_OF_400_YEARS);
     let day_of_era = shifted.rem_euclid(DAYS_OF_400_YEARS);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_from_march = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let month = if month_from_march < 10 {
+        month_from_march + 3
+    } else {
+        month_from_march - 9
+    };
     let year = year_of_era + 400 * era + i64::from(month <= 2);
-    (0..10_000).contains(&year).then(|| format!("{year:04}-{month:02}-{day:02}"))
+    (0..10_000)
+        .contains(&year)
+        .then(|| format!("{year:04}-{month:02}-{day:02}"))
 }
 
 /// `micros` since 2000-01-01.
@@ -106,7 +120,12 @@ fn timestamp_text(micros: i64) -> Option<String> {
     let date = date_text(micros.div_euclid(MICROS_OF_DAY))?;
     let time = micros.rem_euclid(MICROS_OF_DAY);
     let (seconds, fraction) = (time / 1_000_000, time % 1_000_000);
-    let mut text = format!("{date} {:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60);
+    let mut text = format!(
+        "{date} {:02}:{:02}:{:02}",
+        seconds / 3600,
+        seconds / 60 % 60,
+        seconds % 60
+    );
     if fraction != 0 {
         text += format!(".{fraction:06}").trim_end_matches('0');
     }
@@ -130,7 +149,10 @@ mod tests {
         assert_eq!(raw(19, b"name\0\0"), "name");
         assert_eq!(raw(1082, &(-1i32).to_le_bytes()), "1999-12-31");
         assert_eq!(raw(1082, &8825i32.to_le_bytes()), "2024-02-29");
-        assert_eq!(raw(1114, &(86_400_000_000i64 + 3_661_500_000).to_le_bytes()), "2000-01-02 01:01:01.5");
+        assert_eq!(
+            raw(1114, &(86_400_000_000i64 + 3_661_500_000).to_le_bytes()),
+            "2000-01-02 01:01:01.5"
+        );
         let uuid: Vec<u8> = (0..16).collect();
         assert_eq!(raw(2950, &uuid), "00010203-0405-0607-0809-0a0b0c0d0e0f");
     }
@@ -144,9 +166,15 @@ mod tests {
 
     #[test]
     fn keys_show_names_and_values_and_are_cut() {
-        let column = |name: &str| KeyColumn { name: name.into(), format: ValueFormat::Text };
+        let column = |name: &str| KeyColumn {
+            name: name.into(),
+            format: ValueFormat::Text,
+        };
         let values = [Field::Value(b"1"), Field::Null].into_iter();
-        assert_eq!(describe(&[column("a"), column("b")], values), "(a, b)=(1, null)");
+        assert_eq!(
+            describe(&[column("a"), column("b")], values),
+            "(a, b)=(1, null)"
+        );
         let long = "ä".repeat(300);
         let cut = describe(&[column("a")], [Field::Value(long.as_bytes())].into_iter());
         assert!(cut.len() <= KEY_BYTES_MAX + 3 && cut.ends_with("..."));

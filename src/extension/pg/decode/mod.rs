@@ -7,49 +7,19 @@
 //! matters for a transaction that is rolled back while it is being decoded: core stops it with an error raised inside a callback, catches the
 //! error itself, and goes on to the prepare callback.
 
+mod decoder;
 mod plan;
 mod values;
 
-use crate::decode::{self, Environment};
+use crate::decode;
+use decoder::Decoder;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
-use plan::{Plans, SentRelation};
-use protocol::{Csn, Gid, Lsn, NodeId};
+use protocol::Lsn;
 use std::ffi::{CStr, c_char};
-use values::{Deformed, Scratch};
-use wire::stream::{
-    Begin, Deps, MessageWriter, OldRowWriter, Prepare, Prepared, RelationId, ReplicaIdentity,
-    RowWriter, StreamFrame, Text, UserFinish,
-};
-
-/// A message leaves when it is longer than this.
-const MESSAGE_BYTES: usize = 32 * 1024;
-/// A buffer swollen beyond this by a huge row is given back.
-const BUFFER_BYTES_MAX: usize = 1024 * 1024;
-/// So many changes that are not sent, and the receiver is told that we are alive.
-const SKIPPED_CHANGES_MAX: u32 = 256;
 
 type Context = *mut pg_sys::LogicalDecodingContext;
 type Transaction = *mut pg_sys::ReorderBufferTXN;
-
-/// State of one walsender's decoding.
-struct Decoder {
-    environment: Environment,
-    /// Stored bytes may be sent: the receiver runs this major version.
-    raw: bool,
-    plans: Plans,
-    out: MessageWriter,
-    old: Deformed,
-    new: Deformed,
-    scratch: Scratch,
-    /// Counts transactions, so that each is told of its relations anew.
-    transaction: u64,
-    /// The changes that come now belong to a transaction that is sent.
-    sending: bool,
-    skipped: u32,
-    deps: Vec<(NodeId, Csn)>,
-    dep_bytes: Vec<u8>,
-}
 
 /// Called by core when it loads the library as an output plugin.
 ///
@@ -94,20 +64,7 @@ unsafe extern "C-unwind" fn startup(
         }
         return;
     };
-    let decoder = Box::new(Decoder {
-        environment,
-        raw: decode::same_major(&named, pg_sys::PG_VERSION_NUM / 10_000),
-        plans: Plans::default(),
-        out: MessageWriter::new(),
-        old: Deformed::default(),
-        new: Deformed::default(),
-        scratch: Scratch::new(),
-        transaction: 0,
-        sending: false,
-        skipped: 0,
-        deps: Vec::new(),
-        dep_bytes: Vec::new(),
-    });
+    let decoder = Box::new(Decoder::new(environment, &named));
     // SAFETY: the context keeps the pointer for us until `shutdown`.
     unsafe { (*context).output_plugin_private = Box::into_raw(decoder).cast() };
 }
@@ -171,7 +128,7 @@ unsafe extern "C-unwind" fn filter_prepare(
 #[pg_guard]
 unsafe extern "C-unwind" fn begin(context: Context, _transaction: Transaction) {
     // SAFETY: core calls with the context given to `startup`.
-    unsafe { decoder(context) }.sending = false;
+    unsafe { decoder(context) }.ignore();
 }
 
 #[pg_guard]
@@ -185,22 +142,7 @@ unsafe extern "C-unwind" fn commit(
 #[pg_guard]
 unsafe extern "C-unwind" fn begin_prepare(context: Context, transaction: Transaction) {
     // SAFETY: core's context and transaction, valid for this call.
-    let (decoder, transaction) = unsafe { (decoder(context), &*transaction) };
-    decoder.out.reset(BUFFER_BYTES_MAX);
-    decoder.transaction += 1;
-    decoder.sending = true;
-    decoder.deps.clear();
-    decoder.dep_bytes.clear();
-    (decoder.environment.visible)(&mut decoder.deps);
-    Deps::describe(&decoder.deps, &mut decoder.dep_bytes);
-    // SAFETY: a prepared transaction has a name.
-    let name = unsafe { Text(CStr::from_ptr(transaction.gid).to_bytes()) };
-    decoder.out.frame(&StreamFrame::Begin(Begin {
-        gid: gid_of(&decoder.environment, transaction, name),
-        name,
-        prepare_lsn: Lsn(transaction.final_lsn),
-        deps: Deps::from_bytes(&decoder.dep_bytes).unwrap_or(Deps::NONE),
-    }));
+    unsafe { decoder(context).begin(&*transaction) }
 }
 
 #[pg_guard]
@@ -211,14 +153,7 @@ unsafe extern "C-unwind" fn prepare(
 ) {
     // SAFETY: core's context and transaction, valid for this call.
     unsafe {
-        let (decoder, transaction) = (decoder(context), &*transaction);
-        decoder.sending = false;
-        let name = Text(CStr::from_ptr(transaction.gid).to_bytes());
-        decoder.out.frame(&StreamFrame::Prepare(Prepare {
-            gid: gid_of(&decoder.environment, transaction, name),
-            end_lsn: Lsn(transaction.end_lsn),
-            aborted: transaction.concurrent_abort,
-        }));
+        decoder(context).prepare(&*transaction);
         flush(context);
     }
 }
@@ -230,7 +165,10 @@ unsafe extern "C-unwind" fn commit_prepared(
     _lsn: pg_sys::XLogRecPtr,
 ) {
     // SAFETY: core's context and transaction, valid for this call.
-    unsafe { finished(context, transaction, true) }
+    unsafe {
+        decoder(context).finish(&*transaction, true);
+        flush(context);
+    }
 }
 
 #[pg_guard]
@@ -241,28 +179,8 @@ unsafe extern "C-unwind" fn rollback_prepared(
     _prepared_at: pg_sys::TimestampTz,
 ) {
     // SAFETY: core's context and transaction, valid for this call.
-    unsafe { finished(context, transaction, false) }
-}
-
-/// # Safety
-/// Core's context and a transaction that was prepared.
-unsafe fn finished(context: Context, transaction: Transaction, committed: bool) {
-    // SAFETY: as the caller promises.
     unsafe {
-        let (decoder, transaction) = (decoder(context), &*transaction);
-        let name = Text(CStr::from_ptr(transaction.gid).to_bytes());
-        let gid = gid_of(&decoder.environment, transaction, name);
-        decoder.out.reset(BUFFER_BYTES_MAX);
-        let end = Prepared {
-            gid,
-            name,
-            end_lsn: Lsn(transaction.end_lsn),
-        };
-        decoder.out.frame(&if committed {
-            StreamFrame::CommitPrepared(end)
-        } else {
-            StreamFrame::RollbackPrepared(end)
-        });
+        decoder(context).finish(&*transaction, false);
         flush(context);
     }
 }
@@ -277,11 +195,13 @@ unsafe extern "C-unwind" fn change(
     // SAFETY: core's context, an open relation and a change of one of its rows, valid for this call.
     unsafe {
         let decoder = decoder(context);
-        if !(decoder.sending && decoder.change(relation, &*change)) {
-            return decoder.skip(context);
-        }
-        if decoder.out.len() > MESSAGE_BYTES {
-            flush(context);
+        if decoder.is_sending() && decoder.change(relation, &*change) {
+            if decoder.is_full() {
+                flush(context);
+            }
+        } else if decoder.skip() {
+            // Many changes that are not sent must not look like a dead walsender.
+            pg_sys::OutputPluginUpdateProgress(context, false);
         }
     }
 }
@@ -296,19 +216,8 @@ unsafe extern "C-unwind" fn truncate(
 ) {
     // SAFETY: core's context, `count` open relations and a change of kind TRUNCATE, valid for this call.
     unsafe {
-        let decoder = decoder(context);
-        if !decoder.sending {
-            return;
-        }
-        let mut ids = Vec::new();
-        for relation in std::slice::from_raw_parts(relations, usize::try_from(count).unwrap_or(0)) {
-            ids.extend(decoder.introduce(*relation));
-        }
-        if !ids.is_empty() {
-            decoder
-                .out
-                .truncate((*change).data.truncate.restart_seqs, &ids);
-        }
+        let relations = std::slice::from_raw_parts(relations, usize::try_from(count).unwrap_or(0));
+        decoder(context).truncate(relations, (*change).data.truncate.restart_seqs);
     }
 }
 
@@ -326,25 +235,14 @@ unsafe extern "C-unwind" fn message(
     unsafe {
         let decoder = decoder(context);
         let prefix = CStr::from_ptr(prefix);
-        let payload = if length == 0 {
-            &[][..]
-        } else {
-            std::slice::from_raw_parts(payload.cast::<u8>(), length)
+        let payload = match length {
+            0 => &[],
+            length => std::slice::from_raw_parts(payload.cast::<u8>(), length),
         };
-        if !transactional {
-            if prefix == decode::FINISH_PREFIX {
-                decoder.finish_user(payload, Lsn(lsn));
-                flush(context);
-            }
-            return;
-        }
-        if !decoder.sending {
-            return;
-        }
-        if prefix == decode::DDL_PREFIX {
-            decoder.out.frame(&StreamFrame::Ddl(payload));
-        } else if prefix == decode::SEQUENCE_PREFIX {
-            decoder.out.frame(&StreamFrame::Sequence(payload));
+        if transactional {
+            decoder.transactional_message(prefix, payload);
+        } else if decoder.lone_message(prefix, payload, Lsn(lsn)) {
+            flush(context);
         }
     }
 }
@@ -365,166 +263,10 @@ unsafe fn flush(context: Context) {
     // SAFETY: as the caller promises; PrepareWrite leaves an output buffer, to which the message is appended.
     unsafe {
         let decoder = decoder(context);
-        let bytes = decoder.out.bytes();
+        let bytes = decoder.message();
         pg_sys::OutputPluginPrepareWrite(context, true);
         pg_sys::appendBinaryStringInfo((*context).out, bytes.as_ptr().cast(), bytes.len() as i32);
         pg_sys::OutputPluginWrite(context, true);
-        decoder.out.reset(BUFFER_BYTES_MAX);
-        decoder.skipped = 0;
-    }
-}
-
-/// The transaction as the cluster knows it; a user's own prepared transaction gets a number here.
-fn gid_of(
-    environment: &Environment,
-    transaction: &pg_sys::ReorderBufferTXN,
-    name: Text<'_>,
-) -> Gid {
-    if let Some((_, gid)) = std::str::from_utf8(name.as_bytes())
-        .ok()
-        .and_then(Gid::parse)
-    {
-        return gid;
-    }
-    let Some(node) = (environment.node)() else {
-        pgrx::error!("this node does not belong to a multimaster cluster");
-    };
-    Gid {
-        coordinator: node,
-        xid: full_xid(transaction.xid),
-        generation: (environment.generation)(),
-        // SAFETY: both members of the union are timestamps.
-        started_at: unsafe { transaction.xact_time.prepare_time },
-    }
-}
-
-/// The 64-bit form of a transaction id that is younger than the oldest one in use.
-fn full_xid(xid: pg_sys::TransactionId) -> u64 {
-    // SAFETY: reads shared memory under a lock.
-    let next = unsafe { pg_sys::ReadNextFullTransactionId() }.value;
-    let epoch = next >> 32;
-    let xid = u64::from(xid.into_inner());
-    // An id above the next one to be given belongs to the epoch before.
-    if xid > (next & 0xFFFF_FFFF) {
-        (epoch.saturating_sub(1) << 32) | xid
-    } else {
-        (epoch << 32) | xid
-    }
-}
-
-impl Decoder {
-    /// A change that is not sent. Many in a row must not look like a dead walsender.
-    ///
-    /// # Safety
-    /// Core's context, within a callback that may write.
-    unsafe fn skip(&mut self, context: Context) {
-        self.skipped += 1;
-        if self.skipped >= SKIPPED_CHANGES_MAX {
-            self.skipped = 0;
-            // SAFETY: as the caller promises.
-            unsafe { pg_sys::OutputPluginUpdateProgress(context, false) };
-        }
-    }
-
-    /// Tells the receiver of a relation, once per transaction and again when it has changed; `None` when it is not replicated.
-    ///
-    /// # Safety
-    /// `relation` is an open relation.
-    unsafe fn introduce(&mut self, relation: pg_sys::Relation) -> Option<RelationId> {
-        // SAFETY: as the caller promises.
-        let (plan, id) = unsafe {
-            let id = RelationId((*relation).rd_id.to_u32());
-            (self.plans.of(relation, &self.environment, self.raw), id)
-        };
-        let sent = plan.sent.as_mut()?;
-        tell(&mut self.out, sent, id, self.transaction);
-        Some(id)
-    }
-
-    /// Sends a change of a row; false when its relation is not replicated.
-    ///
-    /// # Safety
-    /// `relation` is open and `change` concerns it.
-    unsafe fn change(
-        &mut self,
-        relation: pg_sys::Relation,
-        change: &pg_sys::ReorderBufferChange,
-    ) -> bool {
-        // SAFETY: as the caller promises. The tuples stay where they are during this call, and belong to the relation.
-        unsafe {
-            let id = RelationId((*relation).rd_id.to_u32());
-            let Some(sent) = self
-                .plans
-                .of(relation, &self.environment, self.raw)
-                .sent
-                .as_mut()
-            else {
-                return false;
-            };
-            tell(&mut self.out, sent, id, self.transaction);
-            let tuples = change.data.tp;
-            if !tuples.oldtuple.is_null() {
-                self.old.load(relation, tuples.oldtuple);
-            }
-            if !tuples.newtuple.is_null() {
-                self.new.load(relation, tuples.newtuple);
-            }
-            let has_old = !tuples.oldtuple.is_null();
-            let (out, old, new) = (&mut self.out, &self.old, &self.new);
-            self.scratch
-                .run(|| write_change(out, sent, id, change.action, has_old.then_some(old), new));
-        }
-        true
-    }
-
-    fn finish_user(&mut self, payload: &[u8], lsn: Lsn) {
-        self.out.reset(BUFFER_BYTES_MAX);
-        match UserFinish::from_payload(payload, lsn) {
-            Ok(finish) => self.out.frame(&StreamFrame::FinishUser(finish)),
-            Err(error) => pgrx::error!("cannot decode a logical message: {error}"),
-        }
-    }
-}
-
-fn tell(out: &mut MessageWriter, relation: &mut SentRelation, id: RelationId, transaction: u64) {
-    if relation.told_in != transaction {
-        out.relation(id, &relation.fingerprint);
-        relation.told_in = transaction;
-    }
-}
-
-/// # Safety
-/// The rows are loaded from tuples of the relation that are still there: the new one for an insert or update, the old one
-/// if given.
-unsafe fn write_change(
-    out: &mut MessageWriter,
-    relation: &SentRelation,
-    id: RelationId,
-    action: pg_sys::ReorderBufferChangeType::Type,
-    old: Option<&Deformed>,
-    new: &Deformed,
-) {
-    use pg_sys::ReorderBufferChangeType::*;
-    let full = relation.identity == ReplicaIdentity::Full;
-    let columns = &relation.columns;
-    let mut write_old = |row: &mut RowWriter<'_>| {
-        if let Some(old) = old {
-            let sent = columns.iter().filter(|column| full || column.key);
-            // SAFETY: as the caller promises.
-            unsafe { old.write(sent, row) }
-        }
-    };
-    // SAFETY: as the caller promises.
-    let write_new = |row: &mut RowWriter<'_>| unsafe { new.write(columns.iter(), row) };
-    let old_row = match old {
-        None => OldRowWriter::Absent,
-        Some(_) if full => OldRowWriter::Full(&mut write_old),
-        Some(_) => OldRowWriter::Key(&mut write_old),
-    };
-    match action {
-        REORDER_BUFFER_CHANGE_INSERT => out.insert(id, write_new),
-        REORDER_BUFFER_CHANGE_UPDATE => out.update(id, old_row, write_new),
-        REORDER_BUFFER_CHANGE_DELETE => out.delete(id, old_row),
-        other => pgrx::error!("unexpected kind of change in the WAL: {other}"),
+        decoder.sent();
     }
 }

@@ -85,8 +85,18 @@ unsafe fn by_index(statement: &Statement, table: &mut OpenTable) -> bool {
         }
         // The index keeps what it allocates while it is read (killed items, say) for the life of the scan, which is longer than this row's.
         let row_context = pg_sys::MemoryContextSwitchTo((*statement.estate).es_query_cxt);
-        pg_sys::index_rescan(scan.scan, scan.keys, attributes.len() as i32, std::ptr::null_mut(), 0);
-        let found = pg_sys::index_getnext_slot(scan.scan, pg_sys::ScanDirection::ForwardScanDirection, slot);
+        pg_sys::index_rescan(
+            scan.scan,
+            scan.keys,
+            attributes.len() as i32,
+            std::ptr::null_mut(),
+            0,
+        );
+        let found = pg_sys::index_getnext_slot(
+            scan.scan,
+            pg_sys::ScanDirection::ForwardScanDirection,
+            slot,
+        );
         pg_sys::MemoryContextSwitchTo(row_context);
         found
     }

@@ -11,7 +11,11 @@ use wire::stream::{ReplicaIdentity, ValueFormat};
 #[derive(Debug)]
 pub enum Search {
     /// In a unique index on columns that are never null; positions of its columns in the row, from 0, and how each is compared.
-    Index { index: pg_sys::Oid, attributes: Vec<usize>, keys: Vec<IndexKey> },
+    Index {
+        index: pg_sys::Oid,
+        attributes: Vec<usize>,
+        keys: Vec<IndexKey>,
+    },
     /// Row by row, comparing these columns.
     Scan { columns: Vec<Compared> },
     /// The origin tells nothing about the old row.
@@ -34,7 +38,10 @@ pub struct Compared {
 #[derive(Debug)]
 enum Comparison {
     /// The type's equality operator; it lives in the plan's context.
-    Operator { function: *mut pg_sys::FmgrInfo, collation: pg_sys::Oid },
+    Operator {
+        function: *mut pg_sys::FmgrInfo,
+        collation: pg_sys::Oid,
+    },
     /// Equal bytes. For types that travel as they are stored this is stricter than their operator, which may call
     /// different values equal (1.0 and 1.00): the very row of the origin is wanted.
     Image { by_value: bool, length: i16 },
@@ -60,12 +67,21 @@ pub unsafe fn search(
         return found;
     }
     // SAFETY: an open table's descriptor has natts attributes.
-    let attributes = unsafe { (*(*table).rd_att).attrs.as_slice((*(*table).rd_att).natts as usize) };
+    let attributes = unsafe {
+        (*(*table).rd_att)
+            .attrs
+            .as_slice((*(*table).rd_att).natts as usize)
+    };
     let compared = told.into_iter().map(|column| {
         let attribute = &attributes[column.index];
-        Compared { index: column.index, comparison: comparison(attribute, column.format, functions) }
+        Compared {
+            index: column.index,
+            comparison: comparison(attribute, column.format, functions),
+        }
     });
-    Search::Scan { columns: compared.collect() }
+    Search::Scan {
+        columns: compared.collect(),
+    }
 }
 
 /// The primary key if it can be used, else the replica identity, else any other unique index.
@@ -76,9 +92,15 @@ unsafe fn usable_index(table: pg_sys::Relation, told: &[&MatchedColumn]) -> Opti
     // SAFETY: as the caller promises; the list is a copy in the current memory context.
     unsafe {
         let indexes = pg_sys::RelationGetIndexList(table);
-        let count = if indexes.is_null() { 0 } else { (*indexes).length };
-        let preferred =
-            [pg_sys::RelationGetPrimaryKeyIndex(table), pg_sys::RelationGetReplicaIndex(table)];
+        let count = if indexes.is_null() {
+            0
+        } else {
+            (*indexes).length
+        };
+        let preferred = [
+            pg_sys::RelationGetPrimaryKeyIndex(table),
+            pg_sys::RelationGetReplicaIndex(table),
+        ];
         let others = (0..count).map(|place| pg_sys::list_nth_oid(indexes, place));
         preferred
             .into_iter()
@@ -99,9 +121,15 @@ unsafe fn index_search(
     unsafe {
         let open = pg_sys::index_open(index, pg_sys::AccessShareLock as i32);
         let attributes = unique_columns(table, open, told);
-        let keys = attributes.as_ref().and_then(|attributes| index_keys(open, attributes.len()));
+        let keys = attributes
+            .as_ref()
+            .and_then(|attributes| index_keys(open, attributes.len()));
         pg_sys::index_close(open, pg_sys::NoLock as i32);
-        Some(Search::Index { index, attributes: attributes?, keys: keys? })
+        Some(Search::Index {
+            index,
+            attributes: attributes?,
+            keys: keys?,
+        })
     }
 }
 
@@ -123,7 +151,9 @@ unsafe fn unique_columns(
             return None;
         }
         let numbers = form.indkey.values.as_slice(form.indnkeyatts as usize);
-        let columns = (*(*table).rd_att).attrs.as_slice((*(*table).rd_att).natts as usize);
+        let columns = (*(*table).rd_att)
+            .attrs
+            .as_slice((*(*table).rd_att).natts as usize);
         numbers
             .iter()
             .map(|number| {
@@ -159,7 +189,10 @@ fn comparison(
     format: ValueFormat,
     functions: &OwnedContext,
 ) -> Comparison {
-    let image = Comparison::Image { by_value: attribute.attbyval, length: attribute.attlen };
+    let image = Comparison::Image {
+        by_value: attribute.attbyval,
+        length: attribute.attlen,
+    };
     if let ValueFormat::Raw { .. } = format {
         return image;
     }
@@ -171,9 +204,13 @@ fn comparison(
             return image;
         }
         let size = size_of::<pg_sys::FmgrInfo>();
-        let function = pg_sys::MemoryContextAllocZero(functions.as_ptr(), size).cast::<pg_sys::FmgrInfo>();
+        let function =
+            pg_sys::MemoryContextAllocZero(functions.as_ptr(), size).cast::<pg_sys::FmgrInfo>();
         pg_sys::fmgr_info_copy(function, &raw mut (*entry).eq_opr_finfo, functions.as_ptr());
-        Comparison::Operator { function, collation: attribute.attcollation }
+        Comparison::Operator {
+            function,
+            collation: attribute.attcollation,
+        }
     }
 }
 
@@ -184,10 +221,16 @@ fn comparison(
 pub unsafe fn agree(columns: &[Compared], left: RowArrays, right: RowArrays) -> bool {
     // SAFETY: as the caller promises.
     columns.iter().all(|column| unsafe {
-        match (*left.nulls.add(column.index), *right.nulls.add(column.index)) {
+        match (
+            *left.nulls.add(column.index),
+            *right.nulls.add(column.index),
+        ) {
             (true, true) => true,
             (false, false) => {
-                let (left, right) = (*left.values.add(column.index), *right.values.add(column.index));
+                let (left, right) = (
+                    *left.values.add(column.index),
+                    *right.values.add(column.index),
+                );
                 equal(&column.comparison, left, right)
             }
             _ => false,
@@ -201,11 +244,14 @@ unsafe fn equal(comparison: &Comparison, left: pg_sys::Datum, right: pg_sys::Dat
     match *comparison {
         Comparison::Image { by_value: true, .. } => left.value() == right.value(),
         // SAFETY: as the caller promises.
-        Comparison::Image { by_value, length } => unsafe { same_bytes(left, right, by_value, length) },
-        // SAFETY: as the caller promises.
-        Comparison::Operator { function, collation } => unsafe {
-            pg_sys::FunctionCall2Coll(function, collation, left, right).value() != 0
+        Comparison::Image { by_value, length } => unsafe {
+            same_bytes(left, right, by_value, length)
         },
+        // SAFETY: as the caller promises.
+        Comparison::Operator {
+            function,
+            collation,
+        } => unsafe { pg_sys::FunctionCall2Coll(function, collation, left, right).value() != 0 },
     }
 }
 
@@ -213,7 +259,12 @@ unsafe fn equal(comparison: &Comparison, left: pg_sys::Datum, right: pg_sys::Dat
 ///
 /// # Safety
 /// Two non-null values, not passed by value, of a type of this length.
-pub unsafe fn same_bytes(left: pg_sys::Datum, right: pg_sys::Datum, by_value: bool, length: i16) -> bool {
+pub unsafe fn same_bytes(
+    left: pg_sys::Datum,
+    right: pg_sys::Datum,
+    by_value: bool,
+    length: i16,
+) -> bool {
     // SAFETY: as the caller promises.
     unsafe {
         match (bytes_of(left, length), bytes_of(right, length)) {
@@ -236,13 +287,19 @@ unsafe fn bytes_of<'v>(value: pg_sys::Datum, length: i16) -> Option<&'v [u8]> {
                 let plain = varlena::varatt_is_4b_u(value)
                     || (varlena::varatt_is_1b(value) && !varlena::varatt_is_1b_e(value));
                 plain.then(|| {
-                    let (data, size) = (varlena::vardata_any(value), varlena::varsize_any_exhdr(value));
+                    let (data, size) = (
+                        varlena::vardata_any(value),
+                        varlena::varsize_any_exhdr(value),
+                    );
                     std::slice::from_raw_parts(data.cast(), size)
                 })
             }
             length => {
                 let length = usize::try_from(length).ok()?;
-                Some(std::slice::from_raw_parts(value.cast_mut_ptr::<u8>(), length))
+                Some(std::slice::from_raw_parts(
+                    value.cast_mut_ptr::<u8>(),
+                    length,
+                ))
             }
         }
     }

@@ -7,7 +7,6 @@
 //!
 //! Errors of PostgreSQL unwind out of every function here. The transaction is then to be aborted; whatever was open ends with it.
 
-
 mod find;
 mod identity;
 mod plan;
@@ -54,7 +53,10 @@ impl RowApplier {
             pg_sys::XactReadOnly = false;
             pg_sys::XactDeferrable = false;
         }
-        RowApplier { told: HashMap::new(), segment: None }
+        RowApplier {
+            told: HashMap::new(),
+            segment: None,
+        }
     }
 
     /// Applies a frame that concerns rows: a relation, a row change or a TRUNCATE. Others are not accepted.
@@ -66,15 +68,21 @@ impl RowApplier {
             StreamFrame::Truncate(truncate) => self.truncate(truncate)?,
             StreamFrame::Insert { relation, new } => {
                 // SAFETY: `change` gives a table of the statement, within its context.
-                self.change(*relation, |statement, table| unsafe { write::insert(statement, table, new) })?;
+                self.change(*relation, |statement, table| unsafe {
+                    write::insert(statement, table, new)
+                })?;
             }
             StreamFrame::Update { relation, old, new } => {
                 // SAFETY: as above.
-                self.change(*relation, |statement, table| unsafe { write::update(statement, table, old, new) })?;
+                self.change(*relation, |statement, table| unsafe {
+                    write::update(statement, table, old, new)
+                })?;
             }
             StreamFrame::Delete { relation, old } => {
                 // SAFETY: as above.
-                self.change(*relation, |statement, table| unsafe { write::delete(statement, table, old) })?;
+                self.change(*relation, |statement, table| unsafe {
+                    write::delete(statement, table, old)
+                })?;
             }
             _ => return Err(Malformed("a frame that is no row change").into()),
         }
@@ -106,7 +114,11 @@ impl RowApplier {
         if known.is_some_and(|known| known.is(relation)) {
             return;
         }
-        if self.segment.as_ref().is_some_and(|segment| segment.has_open(relation.id)) {
+        if self
+            .segment
+            .as_ref()
+            .is_some_and(|segment| segment.has_open(relation.id))
+        {
             self.before_ddl();
         }
         let known = KNOWN.with_borrow_mut(|all| all.of(relation));
@@ -114,7 +126,9 @@ impl RowApplier {
     }
 
     fn known(&self, id: RelationId) -> Result<&Rc<Known>, Malformed> {
-        self.told.get(&id).ok_or(Malformed("a change of a relation that was not told of"))
+        self.told
+            .get(&id)
+            .ok_or(Malformed("a change of a relation that was not told of"))
     }
 
     fn change(
@@ -125,7 +139,9 @@ impl RowApplier {
         pgrx::check_for_interrupts!();
         let known = Rc::clone(self.known(id)?);
         // SAFETY: within the transaction that the caller has begun.
-        let segment = self.segment.get_or_insert_with(|| unsafe { Segment::begin() });
+        let segment = self
+            .segment
+            .get_or_insert_with(|| unsafe { Segment::begin() });
         let (statement, table) = segment.table(id, &known)?;
         target::enter(&table.plan);
         {

@@ -26,7 +26,11 @@ pub enum Read {
     /// The bytes after the varlena header.
     Varlena,
     /// The type's input function; it lives in the plan's `functions`.
-    Text { function: *mut pg_sys::FmgrInfo, io_param: pg_sys::Oid, typmod: i32 },
+    Text {
+        function: *mut pg_sys::FmgrInfo,
+        io_param: pg_sys::Oid,
+        typmod: i32,
+    },
 }
 
 #[derive(Debug)]
@@ -84,8 +88,12 @@ impl KnownRelations {
         if self.known.len() >= PLANS_MAX {
             self.known.clear();
         }
-        let known = Rc::new(Known { fingerprint: relation.fingerprint.into(), plan: Default::default() });
-        self.known.insert(relation.fingerprint.into(), Rc::clone(&known));
+        let known = Rc::new(Known {
+            fingerprint: relation.fingerprint.into(),
+            plan: Default::default(),
+        });
+        self.known
+            .insert(relation.fingerprint.into(), Rc::clone(&known));
         known
     }
 }
@@ -143,8 +151,13 @@ impl Known {
                 // SAFETY: open and locked.
                 let plan = unsafe { describe(opened, &relation, table) }
                     // SAFETY: opened above.
-                    .inspect_err(|_| unsafe { pg_sys::table_close(opened, pg_sys::NoLock as i32) })?;
-                return Ok(Opened { relation: opened, plan: Rc::new(plan) });
+                    .inspect_err(|_| unsafe {
+                        pg_sys::table_close(opened, pg_sys::NoLock as i32)
+                    })?;
+                return Ok(Opened {
+                    relation: opened,
+                    plan: Rc::new(plan),
+                });
             }
             // SAFETY: within a transaction, which keeps the lock.
             unsafe { pg_sys::LockRelationOid(relid, lock) };
@@ -171,19 +184,28 @@ unsafe fn describe(
     }
     let functions = OwnedContext::new(c"multimaster input functions");
     // SAFETY: open.
-    let attributes = unsafe { (*(*open).rd_att).attrs.as_slice((*(*open).rd_att).natts as usize) };
+    let attributes = unsafe {
+        (*(*open).rd_att)
+            .attrs
+            .as_slice((*(*open).rd_att).natts as usize)
+    };
     let local = local_columns(attributes);
     let matched = matching::match_columns(relation, &local)?;
     // SAFETY: open; the context lives as long as the plan.
     let search = unsafe { identity::search(open, relation.identity, &matched, &functions) };
     let is_shown = |column: &MatchedColumn| match &search {
         Search::Index { attributes, .. } => attributes.contains(&column.index),
-        Search::Scan { .. } | Search::Impossible => column.key || relation.identity == ReplicaIdentity::Full,
+        Search::Scan { .. } | Search::Impossible => {
+            column.key || relation.identity == ReplicaIdentity::Full
+        }
     };
-    let shown = matched.iter().filter(|column| is_shown(column)).map(|column| KeyColumn {
-        name: name_of(&attributes[column.index]),
-        format: column.format,
-    });
+    let shown = matched
+        .iter()
+        .filter(|column| is_shown(column))
+        .map(|column| KeyColumn {
+            name: name_of(&attributes[column.index]),
+            format: column.format,
+        });
     let columns = matched.iter().map(|column| ColumnPlan {
         index: column.index,
         read: reader(&attributes[column.index], column.format, &functions),
@@ -204,10 +226,16 @@ unsafe fn describe(
 }
 
 fn local_columns(attributes: &[pg_sys::FormData_pg_attribute]) -> Vec<LocalColumn> {
-    let live = attributes.iter().enumerate().filter(|(_, attribute)| !attribute.attisdropped && attribute.attgenerated == 0);
+    let live = attributes
+        .iter()
+        .enumerate()
+        .filter(|(_, attribute)| !attribute.attisdropped && attribute.attgenerated == 0);
     live.map(|(index, attribute)| {
         let Some(described) = names::describe_type(attribute.atttypid) else {
-            pgrx::error!("cache lookup failed for type {}", attribute.atttypid.to_u32());
+            pgrx::error!(
+                "cache lookup failed for type {}",
+                attribute.atttypid.to_u32()
+            );
         };
         LocalColumn {
             index,
@@ -249,9 +277,14 @@ fn text_reader(attribute: &pg_sys::FormData_pg_attribute, functions: &OwnedConte
     let function = unsafe {
         pg_sys::getTypeInputInfo(attribute.atttypid, &mut input, &mut io_param);
         let size = size_of::<pg_sys::FmgrInfo>();
-        let function = pg_sys::MemoryContextAllocZero(functions.as_ptr(), size).cast::<pg_sys::FmgrInfo>();
+        let function =
+            pg_sys::MemoryContextAllocZero(functions.as_ptr(), size).cast::<pg_sys::FmgrInfo>();
         pg_sys::fmgr_info_cxt(input, function, functions.as_ptr());
         function
     };
-    Read::Text { function, io_param, typmod: attribute.atttypmod }
+    Read::Text {
+        function,
+        io_param,
+        typmod: attribute.atttypmod,
+    }
 }

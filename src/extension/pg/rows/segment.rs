@@ -168,7 +168,11 @@ impl Statement {
             let constraints = (*descriptor).constr.as_ref();
             let table = OpenTable {
                 found: pg_sys::table_slot_create(relation, &raw mut (*estate).es_tupleTable),
-                new: pg_sys::ExecInitExtraTupleSlot(estate, descriptor, &raw const pg_sys::TTSOpsVirtual),
+                new: pg_sys::ExecInitExtraTupleSlot(
+                    estate,
+                    descriptor,
+                    &raw const pg_sys::TTSOpsVirtual,
+                ),
                 wanted: RowArrays {
                     values: pg_sys::palloc0(natts * size_of::<pg_sys::Datum>()).cast(),
                     nulls: pg_sys::palloc0(natts).cast(),
@@ -199,7 +203,10 @@ impl Segment {
     /// Within a transaction.
     pub unsafe fn begin() -> Segment {
         // SAFETY: as the caller promises.
-        Segment { statement: unsafe { Statement::begin() }, tables: HashMap::new() }
+        Segment {
+            statement: unsafe { Statement::begin() },
+            tables: HashMap::new(),
+        }
     }
 
     /// Whether a table is open for this relation of the stream.
@@ -208,7 +215,11 @@ impl Segment {
     }
 
     /// The table of a relation, opened if need be, and the statement that changes it.
-    pub fn table(&mut self, id: RelationId, known: &Known) -> Result<(&mut Statement, &mut OpenTable), ApplyError> {
+    pub fn table(
+        &mut self,
+        id: RelationId,
+        known: &Known,
+    ) -> Result<(&mut Statement, &mut OpenTable), ApplyError> {
         let table = match self.tables.entry(id) {
             Entry::Occupied(open) => open.into_mut(),
             Entry::Vacant(free) => {
@@ -253,8 +264,16 @@ impl OpenTable {
     ///
     /// # Safety
     /// Within the segment to which the table belongs.
-    pub unsafe fn index_scan(&mut self, estate: *mut pg_sys::EState) -> Option<(IndexScan, &[usize])> {
-        let Search::Index { index, attributes, keys } = &self.plan.search else {
+    pub unsafe fn index_scan(
+        &mut self,
+        estate: *mut pg_sys::EState,
+    ) -> Option<(IndexScan, &[usize])> {
+        let Search::Index {
+            index,
+            attributes,
+            keys,
+        } = &self.plan.search
+        else {
             return None;
         };
         if self.scan.is_none() {
@@ -277,7 +296,11 @@ impl OpenTable {
                     (*entries.add(place)).sk_collation = key.collation;
                 }
                 pg_sys::MemoryContextSwitchTo(previous);
-                self.scan = Some(IndexScan { index: open, scan, keys: entries });
+                self.scan = Some(IndexScan {
+                    index: open,
+                    scan,
+                    keys: entries,
+                });
             }
         }
         self.scan.map(|scan| (scan, attributes.as_slice()))

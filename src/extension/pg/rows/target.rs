@@ -53,7 +53,11 @@ pub fn current_target() -> Option<String> {
         if target.fields.is_empty() {
             return Some(format!("table \"{}\"", table.table));
         }
-        Some(format!("table \"{}\", key {}", table.table, target.key(table)))
+        Some(format!(
+            "table \"{}\", key {}",
+            table.table,
+            target.key(table)
+        ))
     })
 }
 
@@ -91,7 +95,11 @@ pub fn check_now() {
 /// Begins a row of this table; its key is still to come.
 pub fn enter(table: &Rc<TablePlan>) {
     TARGET.with_borrow_mut(|target| {
-        if !target.table.as_ref().is_some_and(|current| Rc::ptr_eq(current, table)) {
+        if !target
+            .table
+            .as_ref()
+            .is_some_and(|current| Rc::ptr_eq(current, table))
+        {
             target.table = Some(Rc::clone(table));
         }
         target.fields.clear();
@@ -108,7 +116,9 @@ pub fn add_key_field(field: Field<'_>) {
             Field::Value(bytes) => {
                 let start = target.bytes.len();
                 // More of it is never shown.
-                target.bytes.extend_from_slice(&bytes[..bytes.len().min(KEY_FIELD_BYTES)]);
+                target
+                    .bytes
+                    .extend_from_slice(&bytes[..bytes.len().min(KEY_FIELD_BYTES)]);
                 StoredField::Value(start..target.bytes.len())
             }
         };

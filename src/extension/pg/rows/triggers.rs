@@ -40,7 +40,9 @@ fn fate(function: u32, internal: bool, enabled: u8) -> Fate {
     }
     match function {
         _ if enabled == DISABLED => Fate::Silent,
-        CHECK_INSERT | CHECK_UPDATE | NO_ACTION_DELETE | NO_ACTION_UPDATE | UNIQUE_RECHECK => Fate::Fires(function),
+        CHECK_INSERT | CHECK_UPDATE | NO_ACTION_DELETE | NO_ACTION_UPDATE | UNIQUE_RECHECK => {
+            Fate::Fires(function)
+        }
         RESTRICT_DELETE => Fate::Fires(NO_ACTION_DELETE),
         RESTRICT_UPDATE => Fate::Fires(NO_ACTION_UPDATE),
         // Cascades: the rows they touched on the origin are in the stream.
@@ -58,11 +60,16 @@ pub unsafe fn keep_firing(triggers: *mut pg_sys::TriggerDesc) -> *mut pg_sys::Tr
         let Some(description) = triggers.as_mut() else {
             return triggers;
         };
-        let all = std::slice::from_raw_parts_mut(description.triggers, description.numtriggers as usize);
+        let all =
+            std::slice::from_raw_parts_mut(description.triggers, description.numtriggers as usize);
         let mut kept = 0;
         for index in 0..all.len() {
             let mut trigger = all[index];
-            let fate = fate(trigger.tgfoid.to_u32(), trigger.tgisinternal, trigger.tgenabled as u8);
+            let fate = fate(
+                trigger.tgfoid.to_u32(),
+                trigger.tgisinternal,
+                trigger.tgenabled as u8,
+            );
             if let Fate::Fires(function) = fate {
                 trigger.tgfoid = pg_sys::Oid::from_u32(function);
                 trigger.tgenabled = FIRES_ALWAYS as std::ffi::c_char;
@@ -71,7 +78,11 @@ pub unsafe fn keep_firing(triggers: *mut pg_sys::TriggerDesc) -> *mut pg_sys::Tr
             }
         }
         set_events(description, &all[..kept]);
-        if kept == 0 { std::ptr::null_mut() } else { triggers }
+        if kept == 0 {
+            std::ptr::null_mut()
+        } else {
+            triggers
+        }
     }
 }
 
@@ -103,7 +114,8 @@ pub unsafe fn watch_columns(triggers: *const pg_sys::TriggerDesc) -> bool {
     // SAFETY: as the caller promises.
     unsafe {
         triggers.as_ref().is_some_and(|description| {
-            let all = std::slice::from_raw_parts(description.triggers, description.numtriggers as usize);
+            let all =
+                std::slice::from_raw_parts(description.triggers, description.numtriggers as usize);
             description.trig_update_before_row || all.iter().any(|trigger| trigger.tgnattr > 0)
         })
     }
@@ -115,8 +127,9 @@ pub unsafe fn watch_columns(triggers: *const pg_sys::TriggerDesc) -> bool {
 /// `triggers` is null or valid.
 pub unsafe fn run_before(triggers: *const pg_sys::TriggerDesc) -> bool {
     // SAFETY: as the caller promises.
-    unsafe { triggers.as_ref() }
-        .is_some_and(|description| description.trig_update_before_row || description.trig_delete_before_row)
+    unsafe { triggers.as_ref() }.is_some_and(|description| {
+        description.trig_update_before_row || description.trig_delete_before_row
+    })
 }
 
 /// Whether a kept trigger runs after rows were changed.
@@ -126,7 +139,9 @@ pub unsafe fn run_before(triggers: *const pg_sys::TriggerDesc) -> bool {
 pub unsafe fn run_after(triggers: *const pg_sys::TriggerDesc) -> bool {
     // SAFETY: as the caller promises.
     unsafe { triggers.as_ref() }.is_some_and(|description| {
-        description.trig_insert_after_row || description.trig_update_after_row || description.trig_delete_after_row
+        description.trig_insert_after_row
+            || description.trig_update_after_row
+            || description.trig_delete_after_row
     })
 }
 
@@ -139,9 +154,15 @@ mod tests {
         let cascade_delete = 1646;
         let origin = b'O';
         assert_eq!(fate(CHECK_INSERT, true, origin), Fate::Fires(CHECK_INSERT));
-        assert_eq!(fate(UNIQUE_RECHECK, true, origin), Fate::Fires(UNIQUE_RECHECK));
+        assert_eq!(
+            fate(UNIQUE_RECHECK, true, origin),
+            Fate::Fires(UNIQUE_RECHECK)
+        );
         assert_eq!(fate(cascade_delete, true, origin), Fate::Silent);
-        assert_eq!(fate(RESTRICT_DELETE, true, origin), Fate::Fires(NO_ACTION_DELETE));
+        assert_eq!(
+            fate(RESTRICT_DELETE, true, origin),
+            Fate::Fires(NO_ACTION_DELETE)
+        );
         assert_eq!(fate(CHECK_INSERT, true, DISABLED), Fate::Silent);
     }
 

@@ -43,7 +43,11 @@ pub unsafe fn truncate(tables: &[Rc<Known>], restart_identity: bool) -> Result<(
     // whatever a trigger asks.
     unsafe {
         pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
-        let (mut relations, mut relids, mut logged) = (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
+        let (mut relations, mut relids, mut logged) = (
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+        );
         for relation in &opened {
             relations = pg_sys::lappend(relations, (*relation).cast());
             relids = pg_sys::lappend_oid(relids, (**relation).rd_id);
@@ -51,7 +55,13 @@ pub unsafe fn truncate(tables: &[Rc<Known>], restart_identity: bool) -> Result<(
                 logged = pg_sys::lappend_oid(logged, (**relation).rd_id);
             }
         }
-        pg_sys::ExecuteTruncateGuts(relations, relids, logged, pg_sys::DropBehavior::DROP_RESTRICT, restart_identity);
+        pg_sys::ExecuteTruncateGuts(
+            relations,
+            relids,
+            logged,
+            pg_sys::DropBehavior::DROP_RESTRICT,
+            restart_identity,
+        );
         for relation in opened {
             pg_sys::table_close(relation, pg_sys::NoLock as i32);
         }

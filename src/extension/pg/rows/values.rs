@@ -20,7 +20,12 @@ impl RowArrays {
     /// `slot` is valid.
     pub unsafe fn of(slot: *mut pg_sys::TupleTableSlot) -> Self {
         // SAFETY: as the caller promises.
-        unsafe { RowArrays { values: (*slot).tts_values, nulls: (*slot).tts_isnull } }
+        unsafe {
+            RowArrays {
+                values: (*slot).tts_values,
+                nulls: (*slot).tts_isnull,
+            }
+        }
     }
 }
 
@@ -44,20 +49,31 @@ pub unsafe fn load(
     arrays: RowArrays,
 ) -> Result<(), ApplyError> {
     let mut fields = row.fields();
-    let columns = table.columns.iter().filter(|column| which == Which::All || column.key);
+    let columns = table
+        .columns
+        .iter()
+        .filter(|column| which == Which::All || column.key);
     for column in columns {
         let field = fields.next().ok_or(WRONG_COUNT)??;
         // SAFETY: the column's index is within the arrays.
         unsafe { set(table, column, field, arrays) }?;
     }
-    if fields.next().is_some() { Err(WRONG_COUNT.into()) } else { Ok(()) }
+    if fields.next().is_some() {
+        Err(WRONG_COUNT.into())
+    } else {
+        Ok(())
+    }
 }
 
-const WRONG_COUNT: Malformed = Malformed("a row and its relation have different numbers of columns");
+const WRONG_COUNT: Malformed =
+    Malformed("a row and its relation have different numbers of columns");
 
 /// Notes the key of a row for messages.
 pub fn note_key(table: &TablePlan, row: &Row<'_>, which: Which) {
-    let columns = table.columns.iter().filter(|column| which == Which::All || column.key);
+    let columns = table
+        .columns
+        .iter()
+        .filter(|column| which == Which::All || column.key);
     for (column, field) in columns.zip(row.fields()) {
         if let (true, Ok(field)) = (column.shown, field) {
             target::add_key_field(field);
@@ -99,7 +115,9 @@ unsafe fn read(
         Read::Varlena | Read::Text { .. } => bytes.len(),
     };
     if bytes.len() != expected {
-        return Err(ApplyError::ValueLength { table: table.table.clone() });
+        return Err(ApplyError::ValueLength {
+            table: table.table.clone(),
+        });
     }
     Ok(match column.read {
         Read::ByValue(_) => by_value(bytes),
@@ -112,7 +130,11 @@ unsafe fn read(
             pg_sys::Datum::from(value)
         },
         // SAFETY: the type's own input function and a zero-terminated copy.
-        Read::Text { function, io_param, typmod } => unsafe {
+        Read::Text {
+            function,
+            io_param,
+            typmod,
+        } => unsafe {
             let text = zero_terminated(bytes);
             pg_sys::InputFunctionCall(function, text, io_param, typmod)
         },

@@ -56,7 +56,10 @@ pub unsafe fn update(
             }
         }
     }
-    pgrx::error!("row of table \"{}\" does not come to rest", table.plan.table);
+    pgrx::error!(
+        "row of table \"{}\" does not come to rest",
+        table.plan.table
+    );
 }
 
 /// # Safety
@@ -79,7 +82,10 @@ pub unsafe fn delete(
             }
         }
     }
-    pgrx::error!("row of table \"{}\" does not come to rest", table.plan.table);
+    pgrx::error!(
+        "row of table \"{}\" does not come to rest",
+        table.plan.table
+    );
 }
 
 /// Reads a row into `arrays`; its values live until the row is done with.
@@ -111,14 +117,18 @@ unsafe fn want(
     new: Option<&Row<'_>>,
 ) -> Result<(), ApplyError> {
     let plan = &table.plan;
-    let no_identity = || ApplyError::NoIdentity { table: plan.table.clone() };
+    let no_identity = || ApplyError::NoIdentity {
+        table: plan.table.clone(),
+    };
     if matches!(plan.search, identity::Search::Impossible) {
         return Err(no_identity());
     }
     let (row, which) = match (old, new) {
         (OldRow::Full(row), _) => (row, Which::All),
         (OldRow::Key(row), _) => (row, Which::Key),
-        (OldRow::Absent, Some(row)) if plan.identity == wire::stream::ReplicaIdentity::Key => (row, Which::All),
+        (OldRow::Absent, Some(row)) if plan.identity == wire::stream::ReplicaIdentity::Key => {
+            (row, Which::All)
+        }
         (OldRow::Absent, _) => return Err(no_identity()),
     };
     values::note_key(plan, row, which);
@@ -143,11 +153,19 @@ unsafe fn find_changeable(
             Found::Yes => {}
             Found::No if !contended => {
                 let (table, key) = (table.plan.table.clone(), target::current_key());
-                return Err(ApplyError::RowMissing { table, command, key });
+                return Err(ApplyError::RowMissing {
+                    table,
+                    command,
+                    key,
+                });
             }
             Found::No | Found::Taken => {
                 let (table, key) = (table.plan.table.clone(), target::current_key());
-                return Err(ApplyError::RowTaken { table, command, key });
+                return Err(ApplyError::RowTaken {
+                    table,
+                    command,
+                    key,
+                });
             }
         }
         if statement.written && find::is_of_this_command(table) {
@@ -225,7 +243,10 @@ unsafe fn update_found(statement: &mut Statement, table: &mut OpenTable) -> bool
         if table.columns_watched {
             tell_changed_columns(statement, table);
         }
-        let before = (*info).ri_TrigDesc.as_ref().is_some_and(|triggers| triggers.trig_update_before_row);
+        let before = (*info)
+            .ri_TrigDesc
+            .as_ref()
+            .is_some_and(|triggers| triggers.trig_update_before_row);
         if before && !run_before_update(statement, table, &mut place) {
             return true;
         }
@@ -254,12 +275,29 @@ unsafe fn update_found(statement: &mut Statement, table: &mut OpenTable) -> bool
                 tell_changed_columns(statement, table);
             }
             let none = std::ptr::null_mut();
-            recheck = pg_sys::ExecInsertIndexTuples(info, new, estate, true, false, none, std::ptr::null_mut());
+            recheck = pg_sys::ExecInsertIndexTuples(
+                info,
+                new,
+                estate,
+                true,
+                false,
+                none,
+                std::ptr::null_mut(),
+            );
         }
         let none = std::ptr::null_mut;
         let mut old_place = (*table.found).tts_tid;
         pg_sys::ExecARUpdateTriggers(
-            estate, info, none(), none(), &mut old_place, std::ptr::null_mut(), new, recheck, std::ptr::null_mut(), false,
+            estate,
+            info,
+            none(),
+            none(),
+            &mut old_place,
+            std::ptr::null_mut(),
+            new,
+            recheck,
+            std::ptr::null_mut(),
+            false,
         );
         pg_sys::list_free(recheck);
         if !table.generated {
@@ -283,7 +321,13 @@ unsafe fn run_before_update(
         let recheck = statement.recheck();
         let none = std::ptr::null_mut();
         pg_sys::ExecBRUpdateTriggers(
-            statement.estate, recheck, table.info, place, none, table.new, std::ptr::null_mut(),
+            statement.estate,
+            recheck,
+            table.info,
+            place,
+            none,
+            table.new,
+            std::ptr::null_mut(),
         )
     }
 }
@@ -317,7 +361,10 @@ unsafe fn delete_found(statement: &mut Statement, table: &mut OpenTable) -> bool
     // SAFETY: as the caller promises.
     unsafe {
         let mut place = (*table.found).tts_tid;
-        let before = (*info).ri_TrigDesc.as_ref().is_some_and(|triggers| triggers.trig_delete_before_row);
+        let before = (*info)
+            .ri_TrigDesc
+            .as_ref()
+            .is_some_and(|triggers| triggers.trig_delete_before_row);
         if before {
             let recheck = statement.recheck();
             let tuple = std::ptr::null_mut();
@@ -339,7 +386,14 @@ unsafe fn delete_found(statement: &mut Statement, table: &mut OpenTable) -> bool
         if !succeeded(statement, result) {
             return false;
         }
-        pg_sys::ExecARDeleteTriggers(estate, info, &mut place, std::ptr::null_mut(), std::ptr::null_mut(), false);
+        pg_sys::ExecARDeleteTriggers(
+            estate,
+            info,
+            &mut place,
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+            false,
+        );
         true
     }
 }
@@ -373,7 +427,9 @@ unsafe fn tell_changed_columns(statement: &Statement, table: &OpenTable) {
     unsafe {
         let _entered = memory::enter(statement.row_context());
         let (old, new) = (RowArrays::of(table.found), RowArrays::of(table.new));
-        let attributes = (*(*table.relation).rd_att).attrs.as_slice((*(*table.relation).rd_att).natts as usize);
+        let attributes = (*(*table.relation).rd_att)
+            .attrs
+            .as_slice((*(*table.relation).rd_att).natts as usize);
         let mut changed = std::ptr::null_mut();
         for column in &table.plan.columns {
             if !same_column(&attributes[column.index], column.index, old, new) {
@@ -399,7 +455,8 @@ unsafe fn same_column(
             (false, false) => {
                 let (old, new) = (*old.values.add(index), *new.values.add(index));
                 old.value() == new.value()
-                    || (!attribute.attbyval && identity::same_bytes(old, new, false, attribute.attlen))
+                    || (!attribute.attbyval
+                        && identity::same_bytes(old, new, false, attribute.attlen))
             }
             _ => false,
         }
