@@ -67,6 +67,34 @@ fn apply_frame(applier: &mut RowApplier, frame: &StreamFrame<'_>, counts: &mut [
     }
 }
 
+/// The row in hand when applying failed last in this session.
+#[pg_extern]
+fn mtm_test_target() -> Option<String> {
+    rows::current_target()
+}
+
+/// Applies the transactions in such a file `times` times, each as a statement of its own; returns microseconds for each time.
+#[pg_extern]
+fn mtm_test_repeat_file(path: &str, times: i32) -> f64 {
+    let bytes = std::fs::read(path).unwrap_or_else(|error| pgrx::error!("{path}: {error}"));
+    let messages = copied_messages(&bytes);
+    let begun = std::time::Instant::now();
+    for _ in 0..times {
+        let mut applier = RowApplier::begin();
+        for message in &messages {
+            let message = Message::parse(message).unwrap_or_else(|error| pgrx::error!("{error}"));
+            for frame in message.frames() {
+                let frame = frame.unwrap_or_else(|error| pgrx::error!("{error}"));
+                apply_frame(&mut applier, &frame, &mut [0; 3]);
+            }
+        }
+        if let Err(error) = applier.finish() {
+            pgrx::error!("{error}");
+        }
+    }
+    begun.elapsed().as_secs_f64() * 1e6 / f64::from(times)
+}
+
 /// Shows the frames in such a file.
 #[pg_extern]
 fn mtm_test_show_file(path: &str) -> SetOfIterator<'static, String> {

@@ -49,6 +49,7 @@ impl Feed {
             if taken {
                 slot.feeder.set_self();
                 slot.feed_broken.store(false, Ordering::Release);
+                slot.lost.store(false, Ordering::Release);
                 let job = slot.jobs_given.fetch_add(1, Ordering::AcqRel) + 1;
                 shared().monitor.wake();
                 return Some(Feed { index, job, slot });
@@ -78,6 +79,11 @@ impl Feed {
         }
         true
     }
+}
+
+/// Whether some worker went away with a transaction of the calling receiver's that nobody has answered.
+pub fn lost_one() -> bool {
+    shared::workers().iter().any(|slot| slot.lost.load(Ordering::Acquire) && slot.feeder.is_self())
 }
 
 /// The calling receiver goes away: workers in the middle of a transaction of its stream drop it.

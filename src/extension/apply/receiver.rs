@@ -265,6 +265,9 @@ impl Receiver {
 
     /// Stores the mark if it has moved, and tells the peer.
     fn tell(&mut self, stream: &mut Stream) {
+        if feed::lost_one() {
+            pgrx::error!("an apply worker went away; the stream of node {} starts again from {}", self.peer.get(), self.stored);
+        }
         let mark = self.progress.advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
         let quiet = self.told_at.elapsed();
         if mark > self.stored && quiet >= STATUS_INTERVAL {

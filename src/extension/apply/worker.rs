@@ -53,6 +53,8 @@ pub fn main(index: usize) {
     shared::ring(index).reset();
     slot.state.store(worker::IDLE, Ordering::Release);
     loop {
+        // What was to be cancelled has ended.
+        process::forget_cancel();
         process::check_interrupts();
         finish::finish_all(&records);
         if slot.state.load(Ordering::Acquire) == worker::BUSY {
@@ -68,9 +70,9 @@ pub fn main(index: usize) {
 /// Leaves the slot in a state in which nobody waits for this process.
 fn leave() {
     let Some(slot) = shared::workers().get(MY_SLOT.load(Ordering::Relaxed)) else { return };
-    if slot.state.load(Ordering::Acquire) == worker::BUSY
-        && let Some(gid) = slot.gid.get()
-    {
+    if slot.state.load(Ordering::Acquire) == worker::BUSY && slot.gid.get().is_none() {
+        slot.lost.store(true, Ordering::Release);
+    } else if let Some(gid) = slot.gid.get() {
         let vote = if PREPARED.load(Ordering::Relaxed) {
             Vote::Yes
         } else {
@@ -256,7 +258,8 @@ impl Inbox {
                 return None;
             }
             process::wait_latch(LOOK_AROUND, Wait::Ring);
-            process::check_interrupts();
+            // A cancel has to wait: it must not lose the place between two messages.
+            process::exit_if_terminated();
         }
         let start = self.taken;
         self.taken += count;

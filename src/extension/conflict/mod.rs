@@ -4,7 +4,8 @@
 //!
 //! - a transaction that is committing too (prepared here, or being applied here): if the waiting one is younger it dies here; if it is older it
 //!   waits, because the younger one meets the older where that one is prepared, and dies there;
-//! - a running transaction: after the grace it is cancelled with 40001;
+//! - a running transaction: after the grace it is cancelled with 40001; a session that is idle in its transaction learns at its next statement, and
+//!   is ended if that does not come soon;
 //! - a user's own prepared transaction: nobody knows how long it stays, so the waiting one dies after the grace.
 //!
 //! So waits among committing transactions only go from older to younger and never end in a running one: no cycle survives.
@@ -25,12 +26,18 @@ const LOOK: Duration = Duration::from_millis(1);
 /// How long the monitor sleeps while nothing is applied; the receivers wake it.
 const IDLE: Duration = Duration::from_millis(1000);
 
+/// How long a committing transaction waits for a session that holds what it needs and does not come back to learn that it must give way: it is
+/// idle in its transaction. Then the session is ended.
+const VICTIM_PATIENCE: Duration = Duration::from_millis(500);
+
 /// Whom a worker waits for.
 #[derive(Debug)]
 enum Blocker {
     Committing(Gid),
     UserPrepared(String),
     Running(i32),
+    /// It has been told to give way.
+    Victim(i32),
 }
 
 /// Body of the background worker `multimaster monitor`.
@@ -105,6 +112,7 @@ impl Monitor {
             // Between its PREPARE and its announcement it has no gid to compare yet: look again.
             stage::COMMITTING => backend.gid.get().map(Blocker::Committing),
             stage::RUNNING => Some(Blocker::Running(holder.pid)),
+            stage::VICTIM => Some(Blocker::Victim(holder.pid)),
             _ => None,
         }
     }
@@ -147,14 +155,19 @@ impl Monitor {
                 let message = format!("could not lock what the prepared transaction \"{name}\" holds");
                 cancel_worker(slot, transaction, &Refusal::retry(message, String::new()));
             }
-            Blocker::Running(_) | Blocker::UserPrepared(_) => {}
+            Blocker::Victim(pid) if self.waited(index, transaction, holder) >= VICTIM_PATIENCE => {
+                locks::end_session(pid);
+            }
+            Blocker::Running(_) | Blocker::UserPrepared(_) | Blocker::Victim(_) => {}
         }
     }
 
     fn grace_is_over(&mut self, index: usize, transaction: u64, holder: Holder) -> bool {
-        let grace = guc::conflict_grace();
-        let since = self.since.entry((index, transaction, holder)).or_insert_with(Instant::now);
-        since.elapsed() >= grace
+        self.waited(index, transaction, holder) >= guc::conflict_grace()
+    }
+
+    fn waited(&mut self, index: usize, transaction: u64, holder: Holder) -> Duration {
+        self.since.entry((index, transaction, holder)).or_insert_with(Instant::now).elapsed()
     }
 }
 

@@ -331,7 +331,10 @@ unsafe fn refuse_unless_online() {
 }
 
 /// Raises the refusal in this backend's slot.
-unsafe fn raise_refusal() {
+///
+/// # Safety
+/// The caller's frames own nothing with a destructor.
+pub unsafe fn raise_refusal() {
     let mut message = FixedText::<1024>::new();
     let mut detail = FixedText::<1024>::new();
     let code = copy_refusal(&mut message, &mut detail);

@@ -6,7 +6,7 @@
 //! see an empty transaction and could raise an error for what is already committed.
 
 use super::shared::{self, stage};
-use super::{commit, ddl_bridge, process, raw, user_2pc};
+use super::{commit, ddl_bridge, process, raw, user_2pc, victim};
 use pgrx::pg_sys;
 use std::cell::Cell;
 use std::ffi::{c_char, c_void};
@@ -104,6 +104,7 @@ unsafe fn needs_global_commit() -> bool {
 unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, flags: i32) {
     // SAFETY: PostgreSQL passes a valid query; this frame owns nothing.
     unsafe {
+        victim::check();
         let plan = &*(*query).plannedstmt;
         if plan.commandType != pg_sys::CmdType::CMD_SELECT || plan.hasModifyingCTE {
             if flags as u32 & pg_sys::EXEC_FLAG_EXPLAIN_ONLY == 0 {
@@ -223,6 +224,9 @@ unsafe extern "C-unwind" fn utility(
         let node = (*pstmt).utilityStmt;
         let is_transaction = (*node).type_ == pg_sys::NodeTag::T_TransactionStmt;
         let in_cluster = in_cluster();
+        if !is_transaction {
+            victim::check();
+        }
         if is_transaction && in_cluster && run_transaction_command(node.cast()) {
             return;
         }

@@ -136,26 +136,38 @@ pub fn prepared_names() -> BTreeMap<u32, String> {
     })
 }
 
-/// Cancels the running transaction of a process with SQLSTATE 40001; a session that is idle in its transaction, or inside a savepoint, ends.
-/// False when it has begun to commit, or is gone.
+/// Makes the running transaction of a process a victim: it can only end with SQLSTATE 40001. A statement that runs is cancelled; a session
+/// between two statements learns at the next one. False when it has begun to commit, or is gone, or is a victim already.
 pub fn cancel_running(pid: i32, refusal: &Refusal) -> bool {
+    // SAFETY: allProcs as above; the handler of SIGINT only sets a flag, which a session between two statements ignores.
+    unsafe {
+        let proc_ = pg_sys::BackendPidGetProc(pid);
+        if proc_.is_null() {
+            return false;
+        }
+        let is_autovacuum = (*proc_).statusFlags & pg_sys::PROC_IS_AUTOVACUUM as u8 != 0;
+        let Some(slot) = shared::backends().get((*proc_).pgprocno as usize) else { return false };
+        if !is_autovacuum && !slot.make_victim(refusal) {
+            return false;
+        }
+        libc::kill(pid, libc::SIGINT) == 0
+    }
+}
+
+/// Ends the session of a victim that does not come back to learn of it.
+pub fn end_session(pid: i32) -> bool {
     // SAFETY: allProcs as above; sending a procsignal to a process that is gone does nothing.
     unsafe {
         let proc_ = pg_sys::BackendPidGetProc(pid);
         if proc_.is_null() {
             return false;
         }
-        if (*proc_).statusFlags & pg_sys::PROC_IS_AUTOVACUUM as u8 != 0 {
-            return libc::kill(pid, libc::SIGINT) == 0;
-        }
-        let Some(slot) = shared::backends().get((*proc_).pgprocno as usize) else { return false };
-        // Core's own reason for "must give way, nothing happened, retry"; the text is replaced on its way out (see `victim`).
-        slot.make_victim(refusal)
-            && pg_sys::SendProcSignal(
-                pid,
-                pg_sys::ProcSignalReason::PROCSIG_RECOVERY_CONFLICT_LOCK,
-                (*proc_).backendId,
-            ) == 0
+        // Core's own signal for "must give way, nothing happened, retry": FATAL with 40001 for an idle session.
+        pg_sys::SendProcSignal(
+            pid,
+            pg_sys::ProcSignalReason::PROCSIG_RECOVERY_CONFLICT_LOCK,
+            (*proc_).backendId,
+        ) == 0
     }
 }
 

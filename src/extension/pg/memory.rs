@@ -31,9 +31,8 @@ impl OwnedContext {
 
     /// Makes this the current context until the returned value goes.
     pub fn enter(&self) -> Entered {
-        // SAFETY: the context is alive; the previous one is entered again before `Entered` ends.
-        let previous = unsafe { pg_sys::MemoryContextSwitchTo(self.context) };
-        Entered { previous }
+        // SAFETY: the context is alive as long as this value.
+        unsafe { enter(self.context) }
     }
 
     /// Frees all that was allocated in it.
@@ -51,6 +50,16 @@ impl Drop for OwnedContext {
         // SAFETY: only this value ever deletes the context, and deleting raises no error.
         unsafe { pg_sys::MemoryContextDelete(self.context) }
     }
+}
+
+/// Makes a context of PostgreSQL the current one until the returned value goes.
+///
+/// # Safety
+/// `context` outlives that.
+pub unsafe fn enter(context: pg_sys::MemoryContext) -> Entered {
+    // SAFETY: as the caller promises; the previous one is entered again before `Entered` ends.
+    let previous = unsafe { pg_sys::MemoryContextSwitchTo(context) };
+    Entered { previous }
 }
 
 /// Restores the previous memory context when dropped, in an unwinding stack as well.

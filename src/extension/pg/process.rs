@@ -120,6 +120,13 @@ pub fn terminate_pending() -> bool {
     unsafe { std::ptr::read_volatile(&raw const pg_sys::ProcDiePending) != 0 }
 }
 
+/// Ends the process if it was asked to go away; a cancel stays pending.
+pub fn exit_if_terminated() {
+    if terminate_pending() {
+        pgrx::check_for_interrupts!();
+    }
+}
+
 /// Attaches a background worker to the database of the cluster as the bootstrap superuser.
 pub fn connect(database: pg_sys::Oid) {
     // SAFETY: called once at the start of a background worker that asked for a database connection.

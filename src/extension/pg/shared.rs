@@ -233,6 +233,8 @@ pub struct WorkerSlot {
     /// Jobs given, and jobs whose effect is durable (or that were refused).
     pub jobs_given: AtomicU64,
     pub jobs_done: AtomicU64,
+    /// The process went away before it knew which transaction it had been given: the receiver must ask for it again.
+    pub lost: AtomicBool,
     /// The transaction being applied; empty between transactions.
     pub gid: GidCell,
     /// Counts applied transactions, so that the monitor's cancellation cannot hit the next one.

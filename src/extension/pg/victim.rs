@@ -1,7 +1,8 @@
 //! What the victim of the conflict rule reads.
 //!
-//! The monitor uses core's own "give way" signal, which raises 40001 with a text about recovery. On its way to the log and to the client that text
-//! is replaced by the reason. Where the server is set not to log errors the hook is not called, and the client reads core's text.
+//! The monitor cancels a running statement as a user would, or ends an idle session with core's own "give way" signal. On the way to the log and to
+//! the client that error becomes 40001 with the reason. Where the server is set not to log errors (`log_min_messages` above `error`) the
+//! hook is not called, and the client reads core's own words. A session between two statements is told at the next one.
 
 use super::shared::{self, stage};
 use pgrx::{PgSqlErrorCode, pg_sys};
@@ -25,6 +26,7 @@ unsafe extern "C-unwind" fn rewrite(data: *mut pg_sys::ErrorData) {
         if is_victims_error(&*data)
             && let Some((message, detail)) = reason()
         {
+            (*data).sqlerrcode = PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32;
             (*data).message = pg_sys::MemoryContextStrdup((*data).assoc_context, message.as_ptr());
             if !detail.is_empty() {
                 (*data).detail = pg_sys::MemoryContextStrdup((*data).assoc_context, detail.as_ptr());
@@ -36,9 +38,21 @@ unsafe extern "C-unwind" fn rewrite(data: *mut pg_sys::ErrorData) {
     }
 }
 
+/// Raises the reason when the running transaction has become a victim. Called at the start of each statement.
+///
+/// # Safety
+/// From the hooks: raises by `longjmp`.
+pub unsafe fn check() {
+    if shared::exists() && shared::my_backend().stage.load(Ordering::Relaxed) == stage::VICTIM {
+        // SAFETY: as the caller promises.
+        unsafe { super::commit::raise_refusal() };
+    }
+}
+
 fn is_victims_error(data: &pg_sys::ErrorData) -> bool {
     if data.elevel < pgrx::PgLogLevel::ERROR as i32
-        || data.sqlerrcode != PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32
+        || !(data.sqlerrcode == PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32
+            || data.sqlerrcode == PgSqlErrorCode::ERRCODE_QUERY_CANCELED as i32)
         || !shared::exists()
     {
         return false;

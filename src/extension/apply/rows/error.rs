@@ -55,6 +55,12 @@ pub enum ApplyError {
         command: &'static str,
         key: String,
     },
+    #[error("the row to {command} in table \"{table}\" was changed by a concurrent transaction")]
+    RowTaken {
+        table: TableName,
+        command: &'static str,
+        key: String,
+    },
 }
 
 impl ApplyError {
@@ -67,6 +73,7 @@ impl ApplyError {
             ApplyError::OtherType { .. } => b"42804",
             ApplyError::NoIdentity { .. } => b"55000",
             ApplyError::RowMissing { .. } => b"XX001",
+            ApplyError::RowTaken { .. } => b"40001",
         }
     }
 
@@ -76,6 +83,7 @@ impl ApplyError {
             ApplyError::RowMissing { table, key, .. } => {
                 format!("This node differs from the origin in table \"{table}\", key {key}.")
             }
+            ApplyError::RowTaken { table, key, .. } => format!("Table \"{table}\", key {key}."),
             ApplyError::NoIdentity { .. } => {
                 "The table needs a primary key, or REPLICA IDENTITY FULL.".to_owned()
             }

@@ -30,7 +30,9 @@ pub fn settle(touched: &[Touched]) {
         // SAFETY: a guarded look-up; 0 when the relation is gone.
         match unsafe { pg_sys::get_rel_relkind(oid) } as u8 {
             pg_sys::RELKIND_RELATION | pg_sys::RELKIND_PARTITIONED_TABLE => {
-                settle_table(oid, new_key)
+                settle_table(oid, new_key);
+                // They change from unlogged to logged together with their table.
+                sequences::share_owned_by(oid);
             }
             pg_sys::RELKIND_SEQUENCE => sequences::share(oid, super::node_number()),
             _ => {}

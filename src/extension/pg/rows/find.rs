@@ -1,5 +1,6 @@
 //! Finding the row that a change means, and waiting for whoever has it in hand.
 
+use super::super::memory;
 use super::identity::{self, Search};
 use super::segment::{OpenTable, Statement};
 use super::values::RowArrays;
@@ -9,20 +10,31 @@ use pgrx::pg_sys;
 /// a scan of what is not committed yet can pass it by: it may have seen neither version.
 const ATTEMPTS: usize = 3;
 
+/// What came of looking for a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    Yes,
+    /// There was none.
+    No,
+    /// There was one, until a transaction that was waited for committed.
+    Taken,
+}
+
 /// Looks for the row like `table.wanted` and leaves it in `table.found`; waits until no other transaction in progress has
-/// written it. False when there is none.
+/// written it.
 ///
 /// # Safety
 /// The table belongs to the statement, and `wanted` is filled in.
-pub unsafe fn find(statement: &Statement, table: &mut OpenTable) -> bool {
+pub unsafe fn find(statement: &mut Statement, table: &mut OpenTable) -> Found {
     // SAFETY: as the caller promises.
     unsafe {
         let mut attempts = 0;
+        let mut missing = Found::No;
         while attempts < ATTEMPTS {
             let found = match table.plan.search {
                 Search::Index { .. } => by_index(statement, table),
-                Search::Scan { .. } => by_scan(table),
-                Search::Impossible => return false,
+                Search::Scan { .. } => by_scan(statement, table),
+                Search::Impossible => return Found::No,
             };
             if !found {
                 attempts += 1;
@@ -34,11 +46,12 @@ pub unsafe fn find(statement: &Statement, table: &mut OpenTable) -> bool {
                 (*table.dirty).xmax
             };
             if writer == pg_sys::InvalidTransactionId {
-                return true;
+                return Found::Yes;
             }
             wait_for(writer, table);
+            missing = Found::Taken;
         }
-        false
+        missing
     }
 }
 
@@ -70,17 +83,22 @@ unsafe fn by_index(statement: &Statement, table: &mut OpenTable) -> bool {
                 return false;
             }
         }
+        // The index keeps what it allocates while it is read (killed items, say) for the life of the scan, which is longer than this row's.
+        let row_context = pg_sys::MemoryContextSwitchTo((*statement.estate).es_query_cxt);
         pg_sys::index_rescan(scan.scan, scan.keys, attributes.len() as i32, std::ptr::null_mut(), 0);
-        pg_sys::index_getnext_slot(scan.scan, pg_sys::ScanDirection::ForwardScanDirection, slot)
+        let found = pg_sys::index_getnext_slot(scan.scan, pg_sys::ScanDirection::ForwardScanDirection, slot);
+        pg_sys::MemoryContextSwitchTo(row_context);
+        found
     }
 }
 
 /// # Safety
 /// As [`find`].
-unsafe fn by_scan(table: &OpenTable) -> bool {
+unsafe fn by_scan(statement: &mut Statement, table: &OpenTable) -> bool {
     let Search::Scan { columns } = &table.plan.search else {
         return false;
     };
+    let context = statement.comparison_context();
     // SAFETY: as the caller promises; the scan is ended on every way out but an error, after which the transaction ends it.
     unsafe {
         let scan = pg_sys::table_beginscan(table.relation, table.dirty, 0, std::ptr::null_mut());
@@ -94,7 +112,11 @@ unsafe fn by_scan(table: &OpenTable) -> bool {
         {
             pgrx::check_for_interrupts!();
             pg_sys::slot_getallattrs(table.found);
-            found = identity::agree(columns, RowArrays::of(table.found), table.wanted);
+            found = {
+                let _entered = memory::enter(context);
+                identity::agree(columns, RowArrays::of(table.found), table.wanted)
+            };
+            pg_sys::MemoryContextReset(context);
         }
         pg_sys::table_endscan(scan);
         found

@@ -19,6 +19,7 @@ mod unbound;
 mod values;
 mod write;
 
+use super::memory;
 use crate::apply::rows::ApplyError;
 use pgrx::pg_sys;
 use plan::{Known, KnownRelations};
@@ -64,7 +65,7 @@ impl RowApplier {
             StreamFrame::Relation(relation) => self.tell(relation),
             StreamFrame::Truncate(truncate) => self.truncate(truncate)?,
             StreamFrame::Insert { relation, new } => {
-                // SAFETY: `change` gives a table of the segment, within its row context.
+                // SAFETY: `change` gives a table of the statement, within its context.
                 self.change(*relation, |statement, table| unsafe { write::insert(statement, table, new) })?;
             }
             StreamFrame::Update { relation, old, new } => {
@@ -82,10 +83,11 @@ impl RowApplier {
 
     /// To be called before a DDL command: fires the triggers that wait for the end of a statement and closes all tables.
     pub fn before_ddl(&mut self) {
-        target::clear();
+        target::check_now();
         if let Some(segment) = self.segment.take() {
             segment.end();
         }
+        target::clear();
     }
 
     /// Ends the transaction's row changes; what is deferred fires at the PREPARE.
@@ -126,15 +128,17 @@ impl RowApplier {
         let segment = self.segment.get_or_insert_with(|| unsafe { Segment::begin() });
         let (statement, table) = segment.table(id, &known)?;
         target::enter(&table.plan);
-        // SAFETY: the row context lives as long as the segment; what a row left in it is not used after it.
-        unsafe {
-            let row_context = statement.row_context();
-            let previous = pg_sys::MemoryContextSwitchTo(row_context);
-            let result = work(statement, table);
-            pg_sys::MemoryContextSwitchTo(previous);
-            pg_sys::MemoryContextReset(row_context);
-            result
+        {
+            // SAFETY: both contexts live as long as the segment. The executor remembers things between rows where it runs.
+            let _entered = unsafe { memory::enter(statement.context()) };
+            work(statement, table)?;
         }
+        if table.checked_later {
+            target::check_later();
+        }
+        // SAFETY: what a row left there is not used after it.
+        unsafe { pg_sys::MemoryContextReset(statement.row_context()) };
+        Ok(())
     }
 
     fn truncate(&mut self, truncate: &Truncate<'_>) -> Result<(), ApplyError> {

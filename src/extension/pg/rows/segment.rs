@@ -34,6 +34,8 @@ pub struct OpenTable {
     pub columns_watched: bool,
     /// Triggers run before a row is updated or deleted.
     pub triggers_before: bool,
+    /// Triggers check rows at the end of the statement.
+    pub checked_later: bool,
     /// Has columns that are computed.
     pub generated: bool,
 }
@@ -51,6 +53,8 @@ pub struct Statement {
     pub estate: *mut pg_sys::EState,
     /// For triggers that run before a change; made when the first is met.
     recheck: *mut pg_sys::EPQState,
+    /// Emptied after each comparison of a row with the one looked for; made for the first.
+    compared: pg_sys::MemoryContext,
     /// Something was written under the current command id.
     pub written: bool,
 }
@@ -76,14 +80,42 @@ impl Statement {
             (*estate).es_snapshot = pg_sys::GetActiveSnapshot();
             (*estate).es_output_cid = pg_sys::GetCurrentCommandId(true);
             pg_sys::AfterTriggerBeginQuery();
-            Statement { estate, recheck: std::ptr::null_mut(), written: false }
+            Statement {
+                estate,
+                recheck: std::ptr::null_mut(),
+                compared: std::ptr::null_mut(),
+                written: false,
+            }
         }
+    }
+
+    /// The context in which the executor runs, and remembers.
+    pub fn context(&self) -> pg_sys::MemoryContext {
+        // SAFETY: made in `begin`.
+        unsafe { (*self.estate).es_query_cxt }
     }
 
     /// The context that is emptied after each row.
     pub fn row_context(&self) -> pg_sys::MemoryContext {
         // SAFETY: made in `begin`.
         unsafe { (*(*self.estate).es_per_tuple_exprcontext).ecxt_per_tuple_memory }
+    }
+
+    /// The context that is emptied after each comparison.
+    pub fn comparison_context(&mut self) -> pg_sys::MemoryContext {
+        if self.compared.is_null() {
+            // SAFETY: a child of the statement's context, which ends with it.
+            self.compared = unsafe {
+                pg_sys::AllocSetContextCreateInternal(
+                    self.context(),
+                    c"multimaster comparison".as_ptr(),
+                    pg_sys::ALLOCSET_SMALL_MINSIZE as usize,
+                    pg_sys::ALLOCSET_SMALL_INITSIZE as usize,
+                    pg_sys::ALLOCSET_DEFAULT_MAXSIZE as usize,
+                )
+            };
+        }
+        self.compared
     }
 
     /// Makes what was written so far visible to the commands to come.
@@ -144,6 +176,7 @@ impl Statement {
                 columns_watched: triggers::watch_columns((*info).ri_TrigDesc),
                 triggers_before: triggers::run_before((*info).ri_TrigDesc),
                 generated: constraints.is_some_and(|constraints| constraints.has_generated_stored),
+                checked_later: triggers::run_after((*info).ri_TrigDesc),
                 dirty,
                 scan: None,
                 plan,

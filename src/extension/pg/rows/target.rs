@@ -9,15 +9,26 @@ use wire::stream::Field;
 
 thread_local! {
     static TARGET: RefCell<Target> = RefCell::default();
+    static CHECKED: RefCell<Checked> = RefCell::default();
 }
 
-#[derive(Default)]
+#[derive(Default, Clone)]
 struct Target {
     table: Option<Rc<TablePlan>>,
     fields: Vec<StoredField>,
     bytes: Vec<u8>,
 }
 
+/// The rows whose constraints are checked at the end of the statement.
+#[derive(Default)]
+enum Checked {
+    #[default]
+    None,
+    One(Target),
+    Many,
+}
+
+#[derive(Clone)]
 enum StoredField {
     Null,
     Unchanged,
@@ -56,6 +67,25 @@ pub fn current_key() -> String {
 
 pub fn clear() {
     TARGET.with_borrow_mut(|target| target.table = None);
+    CHECKED.set(Checked::None);
+}
+
+/// The row in hand will be checked at the end of the statement.
+pub fn check_later() {
+    CHECKED.with_borrow_mut(|checked| {
+        *checked = match checked {
+            Checked::None => Checked::One(TARGET.with_borrow(Target::clone)),
+            Checked::One(_) | Checked::Many => Checked::Many,
+        }
+    });
+}
+
+/// The statement ends: in hand is the row to be checked now, if it is only one.
+pub fn check_now() {
+    TARGET.set(match CHECKED.take() {
+        Checked::One(target) => target,
+        Checked::None | Checked::Many => Target::default(),
+    });
 }
 
 /// Begins a row of this table; its key is still to come.

@@ -119,6 +119,17 @@ pub unsafe fn run_before(triggers: *const pg_sys::TriggerDesc) -> bool {
         .is_some_and(|description| description.trig_update_before_row || description.trig_delete_before_row)
 }
 
+/// Whether a kept trigger runs after rows were changed.
+///
+/// # Safety
+/// `triggers` is null or valid.
+pub unsafe fn run_after(triggers: *const pg_sys::TriggerDesc) -> bool {
+    // SAFETY: as the caller promises.
+    unsafe { triggers.as_ref() }.is_some_and(|description| {
+        description.trig_insert_after_row || description.trig_update_after_row || description.trig_delete_after_row
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

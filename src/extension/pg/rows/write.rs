@@ -1,8 +1,10 @@
 //! Inserting, updating and deleting rows as the origin did, with the checks that must be made here.
 
+use super::super::memory;
+use super::find::{self, Found};
 use super::segment::{OpenTable, Statement};
 use super::values::{self, RowArrays, Which};
-use super::{find, identity, target, unbound};
+use super::{identity, target, unbound};
 use crate::apply::rows::ApplyError;
 use pgrx::pg_sys;
 use wire::stream::{OldRow, Row};
@@ -11,7 +13,7 @@ use wire::stream::{OldRow, Row};
 const ATTEMPTS: usize = 1000;
 
 /// # Safety
-/// The table belongs to the statement; the current memory context is the statement's row context.
+/// The table belongs to the statement; the current memory context is the statement's.
 pub unsafe fn insert(
     statement: &mut Statement,
     table: &mut OpenTable,
@@ -21,7 +23,7 @@ pub unsafe fn insert(
     // SAFETY: as the caller promises.
     unsafe {
         let arrays = empty_slot(table);
-        values::load(&table.plan, new, Which::All, arrays)?;
+        load(statement, table, new, Which::All, arrays)?;
         pg_sys::ExecStoreVirtualTuple(table.new);
         pg_sys::ExecSimpleRelationInsert(table.info, statement.estate, table.new);
     }
@@ -39,17 +41,15 @@ pub unsafe fn update(
 ) -> Result<(), ApplyError> {
     // SAFETY: as the caller promises.
     unsafe {
-        want(table, old, Some(new))?;
-        for _ in 0..ATTEMPTS {
-            if !find_changeable(statement, table) {
-                return Err(missing(table, "update"));
-            }
+        want(statement, table, old, Some(new))?;
+        for attempt in 0..ATTEMPTS {
+            find_changeable(statement, table, "update", attempt > 0)?;
             if table.triggers_before && !lock_found(statement, table) {
                 continue;
             }
             let arrays = empty_slot(table);
             copy_found(table, arrays);
-            values::load(&table.plan, new, Which::All, arrays)?;
+            load(statement, table, new, Which::All, arrays)?;
             pg_sys::ExecStoreVirtualTuple(table.new);
             if update_found(statement, table) {
                 return Ok(());
@@ -68,11 +68,9 @@ pub unsafe fn delete(
 ) -> Result<(), ApplyError> {
     // SAFETY: as the caller promises.
     unsafe {
-        want(table, old, None)?;
-        for _ in 0..ATTEMPTS {
-            if !find_changeable(statement, table) {
-                return Err(missing(table, "delete"));
-            }
+        want(statement, table, old, None)?;
+        for attempt in 0..ATTEMPTS {
+            find_changeable(statement, table, "delete", attempt > 0)?;
             if table.triggers_before && !lock_found(statement, table) {
                 continue;
             }
@@ -84,16 +82,34 @@ pub unsafe fn delete(
     pgrx::error!("row of table \"{}\" does not come to rest", table.plan.table);
 }
 
-fn missing(table: &OpenTable, command: &'static str) -> ApplyError {
-    let table = table.plan.table.clone();
-    ApplyError::RowMissing { table, command, key: target::current_key() }
+/// Reads a row into `arrays`; its values live until the row is done with.
+///
+/// # Safety
+/// As [`insert`]; the arrays are of the table.
+unsafe fn load(
+    statement: &Statement,
+    table: &OpenTable,
+    row: &Row<'_>,
+    which: Which,
+    arrays: RowArrays,
+) -> Result<(), ApplyError> {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let _entered = memory::enter(statement.row_context());
+        values::load(&table.plan, row, which, arrays)
+    }
 }
 
 /// Fills in the row to look for: what the origin logged of the old row, or the key that the new one kept.
 ///
 /// # Safety
 /// As [`insert`].
-unsafe fn want(table: &mut OpenTable, old: &OldRow<'_>, new: Option<&Row<'_>>) -> Result<(), ApplyError> {
+unsafe fn want(
+    statement: &Statement,
+    table: &OpenTable,
+    old: &OldRow<'_>,
+    new: Option<&Row<'_>>,
+) -> Result<(), ApplyError> {
     let plan = &table.plan;
     let no_identity = || ApplyError::NoIdentity { table: plan.table.clone() };
     if matches!(plan.search, identity::Search::Impossible) {
@@ -107,24 +123,40 @@ unsafe fn want(table: &mut OpenTable, old: &OldRow<'_>, new: Option<&Row<'_>>) -
     };
     values::note_key(plan, row, which);
     // SAFETY: as the caller promises.
-    unsafe { values::load(plan, row, which, table.wanted) }
+    unsafe { load(statement, table, row, which, table.wanted) }
 }
 
-/// Finds the wanted row, and begins the next command if this one has written it.
+/// Finds the wanted row, and begins the next command if this one has written it. `contended` says that it was there before, and somebody
+/// else was faster.
 ///
 /// # Safety
 /// As [`insert`].
-unsafe fn find_changeable(statement: &mut Statement, table: &mut OpenTable) -> bool {
+unsafe fn find_changeable(
+    statement: &mut Statement,
+    table: &mut OpenTable,
+    command: &'static str,
+    contended: bool,
+) -> Result<(), ApplyError> {
     // SAFETY: as the caller promises.
     unsafe {
-        let found = find::find(statement, table);
-        if found && statement.written && find::is_of_this_command(table) {
+        match find::find(statement, table) {
+            Found::Yes => {}
+            Found::No if !contended => {
+                let (table, key) = (table.plan.table.clone(), target::current_key());
+                return Err(ApplyError::RowMissing { table, command, key });
+            }
+            Found::No | Found::Taken => {
+                let (table, key) = (table.plan.table.clone(), target::current_key());
+                return Err(ApplyError::RowTaken { table, command, key });
+            }
+        }
+        if statement.written && find::is_of_this_command(table) {
             statement.next_command();
         }
         // A trigger may have begun a command of its own.
         (*statement.estate).es_output_cid = pg_sys::GetCurrentCommandId(true);
-        found
     }
+    Ok(())
 }
 
 /// Locks the row in `table.found` before triggers see it; false when somebody else was faster.
@@ -191,7 +223,7 @@ unsafe fn update_found(statement: &mut Statement, table: &mut OpenTable) -> bool
     unsafe {
         let mut place = (*table.found).tts_tid;
         if table.columns_watched {
-            tell_changed_columns(table);
+            tell_changed_columns(statement, table);
         }
         let before = (*info).ri_TrigDesc.as_ref().is_some_and(|triggers| triggers.trig_update_before_row);
         if before && !run_before_update(statement, table, &mut place) {
@@ -219,7 +251,7 @@ unsafe fn update_found(statement: &mut Statement, table: &mut OpenTable) -> bool
         let mut recheck = std::ptr::null_mut();
         if indexes && (*info).ri_NumIndices > 0 {
             if !table.columns_watched {
-                tell_changed_columns(table);
+                tell_changed_columns(statement, table);
             }
             let none = std::ptr::null_mut();
             recheck = pg_sys::ExecInsertIndexTuples(info, new, estate, true, false, none, std::ptr::null_mut());
@@ -229,6 +261,7 @@ unsafe fn update_found(statement: &mut Statement, table: &mut OpenTable) -> bool
         pg_sys::ExecARUpdateTriggers(
             estate, info, none(), none(), &mut old_place, std::ptr::null_mut(), new, recheck, std::ptr::null_mut(), false,
         );
+        pg_sys::list_free(recheck);
         if !table.generated {
             (*table.range).updatedCols = std::ptr::null_mut();
         }
@@ -331,13 +364,14 @@ fn succeeded(statement: &mut Statement, result: pg_sys::TM_Result::Type) -> bool
 ///
 /// # Safety
 /// As [`update_found`].
-unsafe fn tell_changed_columns(table: &OpenTable) {
+unsafe fn tell_changed_columns(statement: &Statement, table: &OpenTable) {
     if table.generated {
         return;
     }
     let first = pg_sys::FirstLowInvalidHeapAttributeNumber;
     // SAFETY: as the caller promises; both slots are taken apart.
     unsafe {
+        let _entered = memory::enter(statement.row_context());
         let (old, new) = (RowArrays::of(table.found), RowArrays::of(table.new));
         let attributes = (*(*table.relation).rd_att).attrs.as_slice((*(*table.relation).rd_att).natts as usize);
         let mut changed = std::ptr::null_mut();
