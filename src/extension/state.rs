@@ -42,6 +42,11 @@ fn node_ids() -> impl Iterator<Item = NodeId> {
     (1..NODES as u8).filter_map(NodeId::new).filter(|node| shared().node(*node).configured.load(Ordering::Acquire))
 }
 
+fn cluster_id() -> u128 {
+    let [upper, lower] = &shared().cluster_id;
+    u128::from(upper.load(Ordering::Acquire)) << 64 | u128::from(lower.load(Ordering::Acquire))
+}
+
 fn is_connected(node: NodeId) -> bool {
     let state = shared().node(node);
     shared().node_id() == Some(node)
@@ -64,7 +69,7 @@ impl Source for SharedSource {
             generation: node.map(|_| i64::from(shared.generation().0)),
             members: all.clone(),
             configured: all,
-            cluster_id: None,
+            cluster_id: node.map(|_| cluster_id()),
         }
     }
 

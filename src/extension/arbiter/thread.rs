@@ -52,6 +52,8 @@ pub enum LogLevel {
 pub enum FromMain {
     Durable(Vec<Gid>),
     Outcome { gid: Gid, outcome: Option<Decision> },
+    /// The main thread works: this node may speak to its peers for another while.
+    Alive,
     /// Settings were read again.
     Reconfigure { send_ms: u64, recv_ms: u64 },
     Stop,
@@ -83,6 +85,8 @@ pub struct Arbiter {
     pub main: MainLink,
     pub mesh: MeshHandle,
     started: Instant,
+    /// How long this node goes on speaking without a sign of life of its main thread.
+    silence: Duration,
     effects: Effects,
     user_votes: UserVotes,
     order: DurableOrder,
@@ -109,6 +113,7 @@ impl Arbiter {
         decider: Decider,
         main: MainLink,
         mesh: MeshHandle,
+        silence: Duration,
     ) -> Arbiter {
         Arbiter {
             node,
@@ -118,6 +123,7 @@ impl Arbiter {
             main,
             mesh,
             started: Instant::now(),
+            silence,
             effects: decider.effects,
             user_votes: UserVotes::default(),
             order: DurableOrder::default(),
@@ -316,7 +322,11 @@ impl Arbiter {
                 }
             }
             FromMain::Outcome { gid, outcome } => self.input(Input::CoordinatorOutcome { gid, outcome }),
-            FromMain::Reconfigure { send_ms, recv_ms } => self.reconfigure(send_ms, recv_ms),
+            FromMain::Reconfigure { send_ms, recv_ms } => {
+                self.silence = Duration::from_millis(recv_ms);
+                self.reconfigure(send_ms, recv_ms);
+            }
+            FromMain::Alive => self.mesh.speak_for(Some(self.silence)),
             FromMain::Stop => {}
         }
     }
