@@ -27,7 +27,7 @@ pub use rig::Rig;
 pub use session::Session;
 
 /// After this a case on the shared cluster has hung.
-const SHARED_CASE_LIMIT: Duration = Duration::from_secs(60);
+const SHARED_CASE_LIMIT: Duration = Duration::from_secs(25);
 
 /// The same for a case with servers of its own, by the size of the run.
 const OWN_CASE_LIMIT: [(Size, Duration); 3] = [
@@ -35,6 +35,9 @@ const OWN_CASE_LIMIT: [(Size, Duration); 3] = [
     (Size::Full, Duration::from_secs(600)),
     (Size::Long, Duration::from_secs(3600)),
 ];
+
+/// After this the shared cluster has not started.
+const START_LIMIT: Duration = Duration::from_secs(90);
 
 /// How long the nodes may take to become equal after a case.
 const WHOLE_LIMIT: Duration = Duration::from_secs(20);
@@ -182,10 +185,10 @@ impl Stage {
         let mut slot = self.rig.lock().unwrap_or_else(PoisonError::into_inner);
         let rig = match slot.take() {
             Some(rig) => rig,
-            None => Arc::new(Rig::start(&self.installation, self.nodes)?),
+            None => self.fresh_rig()?,
         };
-        let outcome = Self::perform_on(&rig, case);
-        match outcome {
+        let (theirs, name, run) = (Arc::clone(&rig), display_name(case.name), case.run);
+        match attend(SHARED_CASE_LIMIT, move || perform_on(&theirs, name, run)) {
             Ok(()) => {
                 *slot = Some(rig);
                 Ok(())
@@ -197,17 +200,24 @@ impl Stage {
         }
     }
 
-    fn perform_on(rig: &Arc<Rig>, case: &SharedCase) -> Result<()> {
-        rig.begin_case(display_name(case.name))?;
-        let (run, theirs) = (case.run, Arc::clone(rig));
-        attend(SHARED_CASE_LIMIT, move || run(&theirs))?;
-        checks::whole(&rig.cluster, WHOLE_LIMIT)?;
-        rig.end_case().context("cannot clean up after the case")
+    fn fresh_rig(&self) -> Result<Arc<Rig>> {
+        let (installation, nodes) = (self.installation.clone(), self.nodes);
+        attend(START_LIMIT, move || Rig::start(&installation, nodes)).map(Arc::new)
     }
 }
 
+fn perform_on(rig: &Rig, name: &str, run: fn(&Rig) -> Result<()>) -> Result<()> {
+    rig.begin_case(name)?;
+    run(rig)?;
+    checks::whole(&rig.cluster, WHOLE_LIMIT)?;
+    rig.end_case().context("cannot clean up after the case")
+}
+
 /// Runs `case` on a thread of its own, since a hung server must not hang the whole run.
-fn attend(limit: Duration, case: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+fn attend<T: Send + 'static>(
+    limit: Duration,
+    case: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     let (done, outcome) = mpsc::channel();
     std::thread::spawn(move || {
         let result = catch_unwind(AssertUnwindSafe(case));

@@ -114,6 +114,7 @@ impl Core {
     /// How the transaction ended, as long as this node remembers.
     pub fn decision(&self, gid: Gid) -> Option<Decision> {
         match self.txns.get(&gid) {
+            Some(txn) if txn.refusing => None,
             Some(txn) => txn.record.decision,
             None => self.site.forgotten.get(gid),
         }

@@ -69,6 +69,23 @@ pub enum Effect {
     Event(Event),
 }
 
+impl Effect {
+    /// The transaction in whose order it has to be carried out; `None` for what is done at once.
+    pub const fn gid(&self) -> Option<Gid> {
+        match self {
+            Self::Send { msg, .. } => msg.gid(),
+            Self::Persist { gid, .. }
+            | Self::Write { gid, .. }
+            | Self::Free { gid }
+            | Self::Finish { gid, .. }
+            | Self::Reply { gid, .. }
+            | Self::PeersFinished { gid }
+            | Self::LookUp { gid } => Some(*gid),
+            Self::Visible { .. } | Self::Settled { .. } | Self::Event(_) => None,
+        }
+    }
+}
+
 /// What a waiting backend learns.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::types::{Ballot, Csn, Decision, Gid, Verdict, Vote};
 
 /// A message between the cores of two nodes. Any of them may be lost, doubled, late or overtaken.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Message {
     /// Participant to coordinator: how it answers the PREPARE. Sent again, it also asks for the outcome.
     Vote { gid: Gid, vote: Vote },

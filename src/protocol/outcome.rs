@@ -187,6 +187,9 @@ impl Txn {
         decision: Decision,
         csn: Option<Csn>,
     ) {
+        if from == turn.site.node() {
+            return self.on_refused_here(turn);
+        }
         if self.is_unsure() {
             return;
         }
@@ -252,7 +255,7 @@ impl Txn {
         }
     }
 
-    fn say_finished(&self, turn: &mut Turn, to: NodeId, decision: Decision, csn: Option<Csn>) {
+    pub fn say_finished(&self, turn: &mut Turn, to: NodeId, decision: Decision, csn: Option<Csn>) {
         let gid = self.gid();
         turn.out.send(to, Message::Finished { gid, decision, csn });
     }

@@ -65,13 +65,22 @@ impl Txn {
         );
     }
 
-    /// Decides to abort because this member will not vote yes.
+    /// Decides to abort because this member will not vote yes. That holds from the moment when it is durable; the message to this node
+    /// itself says so.
     fn refuse(&mut self, turn: &mut Turn) {
         self.record.decision = Some(Decision::Abort);
+        self.refusing = true;
         self.resend_at = turn.resend_at();
         self.resolution.stop();
         self.persist(turn);
-        turn.count(self.gid(), Decision::Abort, Source::Refused);
+        self.say_finished(turn, turn.site.node(), Decision::Abort, None);
+    }
+
+    /// The refusal is durable.
+    pub fn on_refused_here(&mut self, turn: &mut Turn) {
+        if std::mem::take(&mut self.refusing) {
+            turn.count(self.gid(), Decision::Abort, Source::Refused);
+        }
     }
 
     /// Gives up the right to vote yes on a transaction this node has not heard of.

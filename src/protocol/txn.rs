@@ -34,6 +34,8 @@ pub(crate) struct Txn {
     pub record: Record,
     /// A durable record of it exists.
     pub recorded: bool,
+    /// Refused here, and that is not durable yet.
+    pub refusing: bool,
     /// Found at this node's start.
     pub recovered: bool,
     pub local: Local,
@@ -64,6 +66,7 @@ impl Txn {
                 prepare_lsn: Lsn::ZERO,
             },
             recorded: false,
+            refusing: false,
             recovered: false,
             local: Local::Absent,
             since: now,

@@ -444,7 +444,7 @@ pub enum Decision {
 }
 
 /// A participant's answer to a PREPARE.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Vote {
     /// The transaction is durably prepared here.
     Yes,
@@ -453,7 +453,7 @@ pub enum Vote {
 }
 
 /// Why a transaction cannot commit, in the words its client will read.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(from = "RefusalText")]
 pub struct Refusal {
     sqlstate: [u8; 5],

@@ -26,7 +26,7 @@ use protocol::{
 };
 
 /// A broken invariant.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Violation {
     pub invariant: &'static str,
     pub detail: String,
@@ -40,7 +40,7 @@ pub(crate) struct Evidence {
     pub voted_yes: bool,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Checker {
     configured: NodeSet,
     outcomes: BTreeMap<Gid, (Decision, NodeId)>,
@@ -102,6 +102,12 @@ impl Checker {
         self.demand(!again, "EXACTLY-ONCE", || {
             format!("{gid} is prepared at {node} after it was committed there")
         });
+    }
+
+    pub fn was_prepared(&self, node: NodeId, gid: Gid) -> bool {
+        self.prepared_once
+            .get(&gid)
+            .is_some_and(|nodes| nodes.contains(node))
     }
 
     pub fn on_apply_start(&mut self, node: NodeId, gid: Gid, finished: &BTreeMap<Gid, Decision>) {

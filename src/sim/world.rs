@@ -169,7 +169,7 @@ impl World {
 
     /// Holds back what has to wait for an earlier record of its transaction.
     fn submit(&mut self, node: NodeId, effect: Effect) {
-        let held = held_for(&effect);
+        let held = effect.gid();
         let Some(memory) = self.memory_mut(node) else {
             return;
         };
@@ -342,21 +342,6 @@ impl World {
             let evidence = self.evidence(*gid);
             self.checker.demand_commit_survives(*gid, &evidence);
         }
-    }
-}
-
-/// The transaction whose records an effect must not overtake; `None` for what is done at once.
-fn held_for(effect: &Effect) -> Option<Gid> {
-    match effect {
-        Effect::Send { msg, .. } => msg.gid(),
-        Effect::Persist { gid, .. }
-        | Effect::Write { gid, .. }
-        | Effect::Free { gid }
-        | Effect::Finish { gid, .. }
-        | Effect::Reply { gid, .. }
-        | Effect::PeersFinished { gid }
-        | Effect::LookUp { gid } => Some(*gid),
-        Effect::Visible { .. } | Effect::Settled { .. } | Effect::Event(_) => None,
     }
 }
 

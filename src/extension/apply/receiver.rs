@@ -19,6 +19,8 @@ use wire::stream::{Message, StreamFrame};
 
 /// How often the mark is stored and the peer is told, while it moves.
 const STATUS_INTERVAL: Duration = Duration::from_millis(200);
+/// The same while the peer asks for an answer.
+const STATUS_INTERVAL_ASKED: Duration = Duration::from_millis(10);
 /// How often the peer hears from us although nothing moves; well below any sensible wal_sender_timeout.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 /// Header of a data message of the replication protocol: kind, start, end, time.
@@ -43,6 +45,7 @@ struct Receiver {
     /// Transactions of this peer that this server knows already; what is not in here and comes is new.
     prepared: BTreeSet<Gid>,
     ended: BTreeSet<Gid>,
+    stored_at: Instant,
     told_at: Instant,
     seen: Lsn,
     reply_wanted: bool,
@@ -123,6 +126,7 @@ impl Receiver {
             current: Current::None,
             prepared,
             ended,
+            stored_at: Instant::now(),
             told_at: Instant::now(),
             seen: stored,
             reply_wanted: true,
@@ -270,10 +274,13 @@ impl Receiver {
         }
         let mark = self.progress.advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
         let quiet = self.told_at.elapsed();
-        if mark > self.stored && quiet >= STATUS_INTERVAL {
+        // A walsender that stops with its server asks again and again until everything it sent is confirmed.
+        let pause = if self.reply_wanted { STATUS_INTERVAL_ASKED } else { STATUS_INTERVAL };
+        if mark > self.stored && self.stored_at.elapsed() >= pause {
             let row = (u32::from(self.peer.get()), body_of(mark.0));
             records::flush(process::in_transaction(|| self.marks.write(&mut [row])));
             self.stored = mark;
+            self.stored_at = Instant::now();
             self.node.mark.store(mark.0, Ordering::Release);
             submit(&LocalEvent::MarkStored { node: self.peer, lsn: mark });
         } else if !self.reply_wanted && quiet < KEEPALIVE_INTERVAL {

@@ -10,7 +10,7 @@ use crate::guc;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::shared;
-use crate::pg::{catalog_scan, locks};
+use crate::pg::{catalog_scan, ddl, locks, sequences};
 use protocol::{Config, Core, Effects, GenerationNum, Gid, NodeId, Record, Recovered};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -130,7 +130,7 @@ pub fn recover(identity: &Identity) -> RecoveredState {
         .collect();
     let prepared: Vec<Gid> =
         locks::prepared_names().values().filter_map(|name| Gid::parse(name)).map(|(_, gid)| gid).collect();
-    let epoch = next_epoch();
+    let epoch = next_epoch(identity.node_id);
     publish(identity);
     let config = config(identity, epoch);
     let tuples = Tuples::new(found.iter().map(|(gid, (tuple, _))| (*gid, *tuple)));
@@ -166,11 +166,20 @@ fn config(identity: &Identity, epoch: u32) -> Config {
     }
 }
 
+/// At the first start of this node in its cluster: tables get a replica identity, sequences their share. Again after a crash in between.
+fn prepare_database(node: NodeId) {
+    ddl::prepare_existing_tables();
+    sequences::prepare_existing_sequences(node);
+}
+
 /// Counts this start, durably: csns of different epochs never meet.
-fn next_epoch() -> u32 {
+fn next_epoch(node: NodeId) -> u32 {
     let end = process::in_transaction(|| {
         let marks = DurableTable::open(c"marks", MARK_ROWS);
         let epoch = number_in(&marks.read_all()[EPOCH_ROW as usize]) + 1;
+        if epoch == 1 {
+            prepare_database(node);
+        }
         shared().epoch.store(epoch as u32, Ordering::Release);
         marks.write(&mut [(EPOCH_ROW, body_of(epoch))])
     });
