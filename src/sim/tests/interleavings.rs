@@ -16,10 +16,8 @@ fn invariants_hold_in_every_state() {
     for scope in Scope::standard(STEPS) {
         let findings = searched(scope);
         assert!(findings.broken.is_empty(), "{scope}: {findings}");
-        assert!(
-            findings.reached.contains("commits everywhere"),
-            "{scope} never commits"
-        );
+        let commits = findings.reached.contains("commits everywhere");
+        assert!(commits || !findings.complete, "{scope} never commits");
     }
 }
 

@@ -52,13 +52,17 @@ impl Bench {
         (bench, out.drain().collect())
     }
 
-    /// What the core does about an input, without what is only for logs and for causal order.
+    /// What the core does about an input, without what is only for logs and the causal order.
     pub fn give(&mut self, input: Input) -> Vec<Effect> {
         let mut out = Effects::new();
         self.core.handle(self.now, input, &mut out);
-        let noise = |effect: &Effect| {
-            matches!(effect, Effect::Event(event) if !matches!(event, Event::Rejected { .. }))
-                || matches!(effect, Effect::Settled { .. } | Effect::Visible { .. })
+        let noise = |effect: &Effect| match effect {
+            Effect::Event(event) => !matches!(event, Event::Rejected { .. }),
+            Effect::Send { msg, .. } => {
+                matches!(msg, Message::AskHorizon | Message::Horizon { .. })
+            }
+            Effect::Settled { .. } | Effect::Visible { .. } => true,
+            _ => false,
         };
         out.drain().filter(|effect| !noise(effect)).collect()
     }
