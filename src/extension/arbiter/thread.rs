@@ -502,8 +502,11 @@ impl Arbiter {
 
     fn report(&self, event: &Event) {
         match event {
-            // Every transaction has one: not for the log.
-            Event::Decided { source: Source::Central | Source::Told | Source::VotedNo, .. } => {}
+            // Every transaction has one, and conflicts are ordinary: not for the log.
+            Event::Decided {
+                source: Source::Central | Source::Told | Source::VotedNo | Source::Refused,
+                ..
+            } => {}
             event => self.main.log(LogLevel::Info, format!("{event:?}")),
         }
     }
