@@ -409,11 +409,10 @@ impl Core {
             }
             // Its PREPARE is still to come and must find a refusal, whatever happens to this node until then. Only the coordinator
             // knows that it was not forgotten instead.
-            Message::Decided { .. } if member => {
-                if from == gid.coordinator {
-                    self.create(gid, now, out, |txn, turn| txn.bar(turn, from));
-                }
+            Message::Decided { .. } if member && from == gid.coordinator => {
+                self.create(gid, now, out, |txn, turn| txn.bar(turn, from));
             }
+            Message::Decided { .. } if member => {}
             Message::Decided { .. } | Message::Status { .. } | Message::Propose { .. } => {
                 self.create(gid, now, out, |txn, turn| txn.on_message(turn, from, msg));
             }

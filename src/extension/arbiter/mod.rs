@@ -30,6 +30,8 @@ const LOOK_AROUND: Duration = Duration::from_millis(200);
 const FAREWELL: Duration = Duration::from_secs(3);
 /// Pause before a worker that went away is started again.
 const RESTART_PAUSE: Duration = Duration::from_millis(500);
+/// How often the main thread lets the other one speak on.
+const SIGN_OF_LIFE: Duration = Duration::from_millis(100);
 /// Apply workers kept ready.
 const WORKERS_READY: usize = 4;
 
@@ -40,6 +42,7 @@ struct MainThread {
     replies: mpsc::UnboundedSender<FromMain>,
     peers: Vec<NodeId>,
     children: start::Children,
+    alive_at: Instant,
 }
 
 /// Body of the background worker `multimaster arbiter`.
@@ -60,6 +63,7 @@ pub fn main() {
         replies,
         peers,
         children: start::Children::default(),
+        alive_at: Instant::now(),
     };
     let settings = NetSettings::read(shared().epoch.load(Ordering::Acquire));
     shared().arbiter.set_self();
@@ -76,6 +80,11 @@ impl MainThread {
         while !network.is_finished() {
             process::wait_latch(LOOK_AROUND, Wait::Work);
             self.serve();
+            // If this thread stalls, the node has to look dead: nobody would write its records.
+            if self.alive_at.elapsed() >= SIGN_OF_LIFE {
+                self.alive_at = Instant::now();
+                let _ = self.replies.send(FromMain::Alive);
+            }
             self.children.look_after(&self.peers);
             self.grow_pool();
             if process::sighup_pending() {

@@ -206,6 +206,8 @@ fn publish(identity: &Identity) {
     for node in &identity.nodes {
         shared.node(node.id).configured.store(true, Ordering::Release);
     }
+    shared.cluster_id[0].store((identity.cluster_id >> 64) as u64, Ordering::Release);
+    shared.cluster_id[1].store(identity.cluster_id as u64, Ordering::Release);
     shared.tag.store(identity.tag.0, Ordering::Release);
     shared.generation.store(FIRST_GENERATION.0, Ordering::Release);
     shared.node.store(u32::from(identity.node_id.get()), Ordering::Release);
@@ -229,7 +231,7 @@ pub fn run_thread(
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async move {
         let (mesh, events) = start_mesh(&identity, &settings).await?;
-        Arbiter::new(node, configured, decider, main, mesh)
+        Arbiter::new(node, configured, decider, main, mesh, Duration::from_millis(settings.recv_ms))
             .run(events, from_main)
             .await
             .map_err(|error| format!("network thread failed: {error}"))

@@ -5,7 +5,7 @@
 
 use super::start::Decider;
 use super::durable::{Batch, DurableOrder, Tuples};
-use super::event::{self, Fate, FinishOrder, InFlight, LocalEvent, Question};
+use super::event::{self, Ended, Fate, FinishOrder, InFlight, LocalEvent, Question};
 use crate::pg::thread as os_thread;
 use crate::pg::shared::{self, EVENT_BYTES, NodeStatus, outcome, shared};
 use mesh::{MeshEvent, MeshHandle};
@@ -52,6 +52,8 @@ pub enum LogLevel {
 pub enum FromMain {
     Durable(Vec<Gid>),
     Outcome { gid: Gid, outcome: Option<Decision> },
+    /// The main thread works: this node may speak to its peers for another while.
+    Alive,
     /// Settings were read again.
     Reconfigure { send_ms: u64, recv_ms: u64 },
     Stop,
@@ -83,6 +85,8 @@ pub struct Arbiter {
     pub main: MainLink,
     pub mesh: MeshHandle,
     started: Instant,
+    /// How long this node goes on speaking without a sign of life of its main thread.
+    silence: Duration,
     effects: Effects,
     user_votes: UserVotes,
     order: DurableOrder,
@@ -109,6 +113,7 @@ impl Arbiter {
         decider: Decider,
         main: MainLink,
         mesh: MeshHandle,
+        silence: Duration,
     ) -> Arbiter {
         Arbiter {
             node,
@@ -118,6 +123,7 @@ impl Arbiter {
             main,
             mesh,
             started: Instant::now(),
+            silence,
             effects: decider.effects,
             user_votes: UserVotes::default(),
             order: DurableOrder::default(),
@@ -316,7 +322,11 @@ impl Arbiter {
                 }
             }
             FromMain::Outcome { gid, outcome } => self.input(Input::CoordinatorOutcome { gid, outcome }),
-            FromMain::Reconfigure { send_ms, recv_ms } => self.reconfigure(send_ms, recv_ms),
+            FromMain::Reconfigure { send_ms, recv_ms } => {
+                self.silence = Duration::from_millis(recv_ms);
+                self.reconfigure(send_ms, recv_ms);
+            }
+            FromMain::Alive => self.mesh.speak_for(Some(self.silence)),
             FromMain::Stop => {}
         }
     }
@@ -517,6 +527,21 @@ impl Arbiter {
                     .collect();
                 shared().board.answer(number, &rows);
             }
+            Question::Counters => {
+                let counters = self.core.counters();
+                let own = counters.own().map(|ended| (true, ended));
+                let foreign = counters.foreign().map(|ended| (false, ended));
+                let rows: Vec<Ended> = own
+                    .chain(foreign)
+                    .map(|(own, (decision, source, count))| Ended {
+                        own,
+                        decision,
+                        reason: reason(source).to_owned(),
+                        count,
+                    })
+                    .collect();
+                shared().board.answer(number, &rows);
+            }
             Question::Fate { gid } => {
                 let fate = match self.core.decision(*gid) {
                     Some(decision) => Fate::Decided(decision),
@@ -535,6 +560,19 @@ impl Arbiter {
                 slot.process.wake();
             }
         }
+    }
+}
+
+/// Why a transaction ended as it did, in the words of `mtm.stat_commits`.
+fn reason(source: Source) -> &'static str {
+    match source {
+        Source::Central => "a majority has precommitted",
+        Source::VotedNo => "a node voted no",
+        Source::Resolver => "this node resolved it",
+        Source::Refused => "this node refused it",
+        Source::Told => "another node said so",
+        Source::Stream => "read in the coordinator's stream",
+        Source::Log => "found in the transaction log",
     }
 }
 

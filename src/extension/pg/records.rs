@@ -42,11 +42,6 @@ impl DurableTable {
         table
     }
 
-    /// Rows there are.
-    pub fn len(&self) -> u32 {
-        self.positions.len() as u32
-    }
-
     /// Keeps VACUUM FULL and CLUSTER, which would move the rows, away for the life of this process.
     pub fn pin(&self) {
         let mut id = pg_sys::LockRelId { relId: self.relation, dbId: my_database() };

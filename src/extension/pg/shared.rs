@@ -132,7 +132,7 @@ impl GidCell {
             started_at: self.started_at.load(Ordering::Relaxed),
         };
         std::sync::atomic::fence(Ordering::Acquire);
-        (before % 2 == 0 && before == self.version.load(Ordering::Relaxed)).then_some(gid)
+        (before.is_multiple_of(2) && before == self.version.load(Ordering::Relaxed)).then_some(gid)
     }
 }
 
@@ -301,6 +301,8 @@ pub struct Shared {
     pub database: AtomicU32,
     pub node: AtomicU32,
     pub tag: AtomicU32,
+    /// The cluster's id, upper and lower half.
+    pub cluster_id: [AtomicU64; 2],
     pub generation: AtomicU32,
     pub members: AtomicU32,
     pub configured: AtomicU32,
