@@ -3,6 +3,33 @@
 //! `docs/architecture.md` shows the processes and the rules between them. `pg` holds everything unsafe; the other modules
 //! are plain Rust on top of it.
 
+pub mod apply;
+pub mod arbiter;
+pub mod cluster;
+pub mod conflict;
+pub mod decode;
+mod fate;
+pub mod guc;
 pub mod pg;
+mod state;
+pub mod views;
+
+#[cfg(feature = "testing")]
+mod testing;
 
 ::pgrx::pg_module_magic!();
+
+use pgrx::prelude::*;
+
+#[pg_guard]
+pub extern "C-unwind" fn _PG_init() {
+    cluster::preflight::check_preloading();
+    guc::register();
+    cluster::preflight::check_server();
+    pg::register(guc::max_workers());
+    cluster::set_arbiter_waker(state::wake_arbiter);
+    #[cfg(feature = "testing")]
+    testing::set_environment();
+    decode::set_environment(state::decode_environment());
+    views::set_source(&state::SOURCE);
+}

@@ -1,1 +1,89 @@
-fn main() {}
+//! `cargo xtask`: everything that a developer does with this project, as commands.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use xtask::suite::{self, Options, Size};
+use xtask::{bench, demo, installation, setup};
+
+/// Set-up, demonstration, tests and benchmarks of multimaster.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install the Debian packages that building and testing need
+    Setup,
+    /// Show a cluster of three nodes at work
+    Demo,
+    /// Run all tests
+    Test {
+        /// Smaller sizes, for continuous integration
+        #[arg(long)]
+        ci: bool,
+        /// Run the server tests on a PostgreSQL with assertions, built from Debian's source package
+        #[arg(long)]
+        assert: bool,
+    },
+    /// Run the cluster tests, or those with NAME in their name
+    Cluster {
+        name: Option<String>,
+        /// Run as long as it takes to find rare things
+        #[arg(long)]
+        long: bool,
+    },
+    /// Compare the speed with a plain PostgreSQL that has two synchronous standbys
+    Bench {
+        /// Length of one measurement
+        #[arg(long, default_value_t = 10)]
+        seconds: u32,
+        /// Measurements of each workload
+        #[arg(long, default_value_t = 3)]
+        repetitions: u32,
+        /// Scale factor of pgbench
+        #[arg(long, default_value_t = 20)]
+        scale: u32,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Task::Setup => setup::run(installation::MAJOR),
+        Task::Demo => demo::run(),
+        Task::Test { ci, assert } => suite::run(&Options {
+            size: if ci { Size::Ci } else { Size::Full },
+            with_assertions: assert,
+        }),
+        Task::Cluster { name, long } => {
+            suite::run_cluster_tests(name.as_deref(), if long { Size::Long } else { Size::Full })
+        }
+        Task::Bench {
+            seconds,
+            repetitions,
+            scale,
+        } => bench::run(bench::Options {
+            seconds,
+            repetitions,
+            scale,
+        }),
+    };
+    exit_code(result)
+}
+
+fn exit_code(result: Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\nerror: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

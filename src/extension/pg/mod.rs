@@ -1,2 +1,43 @@
 //! The only module that may be unsafe: PostgreSQL's C interface behind safe functions.
 #![allow(unsafe_code)]
+
+pub mod apply_error;
+pub mod board;
+pub mod catalog_scan;
+pub mod clock;
+pub mod commit;
+pub mod ddl;
+pub mod ddl_bridge;
+pub mod decode;
+mod fixed_text;
+pub mod hooks;
+pub mod invalidation;
+pub mod locks;
+pub mod memory;
+pub mod names;
+pub mod outcome;
+pub mod process;
+mod queue;
+mod raw;
+pub mod records;
+pub mod remote;
+pub mod report;
+pub mod rows;
+pub mod sequences;
+pub mod settings;
+pub mod shared;
+pub mod thread;
+pub mod twophase;
+mod user_2pc;
+pub mod victim;
+pub mod walreceiver;
+mod workers;
+
+/// Registers shared memory, hooks and the arbiter. Called once, from `_PG_init` in the postmaster.
+pub fn register(workers_max: usize) {
+    shared::register(workers_max);
+    hooks::register();
+    ddl_bridge::register();
+    victim::register();
+    workers::register();
+}

@@ -1,0 +1,112 @@
+//! From a receiver to one apply worker: frames of one transaction through the worker's ring.
+
+use crate::pg::process::{self, Wait};
+use crate::pg::shared::{self, WorkerSlot, shared, worker};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// How often a receiver that waits for a worker or for room asks again.
+const LOOK_AROUND: Duration = Duration::from_millis(100);
+/// How long every worker may be stuck behind locks before the youngest transaction gives way (see `claim`).
+const STUCK: Duration = Duration::from_millis(200);
+
+/// The longest frame; a longer one is a protocol error. Values of PostgreSQL are limited to 1 GB.
+pub const FRAME_BYTES_MAX: usize = 1 << 30;
+
+/// A worker that this receiver feeds.
+pub struct Feed {
+    pub index: usize,
+    pub job: u64,
+    slot: &'static WorkerSlot,
+}
+
+impl Feed {
+    /// Takes an idle worker, waiting for one if need be. `idle` is called while it waits, so that the stream's keepalives go on.
+    pub fn claim(mut idle: impl FnMut()) -> Feed {
+        let begun = std::time::Instant::now();
+        loop {
+            if let Some(feed) = Feed::try_claim() {
+                return feed;
+            }
+            shared().workers_wanted.store(1, Ordering::Release);
+            shared().arbiter.wake();
+            process::wait_latch(Duration::from_millis(5), Wait::Worker);
+            process::check_interrupts();
+            idle();
+            if begun.elapsed() > STUCK {
+                // Workers that wait for transactions whose votes wait for workers would wait for ever.
+                crate::conflict::give_way();
+            }
+        }
+    }
+
+    fn try_claim() -> Option<Feed> {
+        for (index, slot) in shared::workers().iter().enumerate() {
+            let taken = slot
+                .state
+                .compare_exchange(worker::IDLE, worker::BUSY, Ordering::AcqRel, Ordering::Acquire)
+                .is_ok();
+            if taken {
+                slot.feeder.set_self();
+                slot.feed_broken.store(false, Ordering::Release);
+                slot.lost.store(false, Ordering::Release);
+                let job = slot.jobs_given.fetch_add(1, Ordering::AcqRel) + 1;
+                shared().monitor.wake();
+                return Some(Feed { index, job, slot });
+            }
+        }
+        None
+    }
+
+    /// Sends bytes, waiting for room. False when the worker is gone.
+    pub fn write(&self, mut bytes: &[u8], mut idle: impl FnMut()) -> bool {
+        let ring = shared::ring(self.index);
+        while !bytes.is_empty() {
+            let written = ring.write(bytes);
+            bytes = &bytes[written..];
+            if written > 0 {
+                self.slot.process.wake();
+            }
+            if bytes.is_empty() {
+                break;
+            }
+            if self.slot.jobs_done.load(Ordering::Acquire) >= self.job {
+                return false;
+            }
+            process::wait_latch(LOOK_AROUND, Wait::Ring);
+            process::check_interrupts();
+            idle();
+        }
+        true
+    }
+}
+
+/// Whether some worker went away with a transaction of the calling receiver's that nobody has answered.
+pub fn lost_one() -> bool {
+    shared::workers().iter().any(|slot| slot.lost.load(Ordering::Acquire) && slot.feeder.is_self())
+}
+
+/// The calling receiver goes away: workers in the middle of a transaction of its stream drop it.
+pub fn break_off() {
+    for slot in shared::workers() {
+        if slot.state.load(Ordering::Acquire) == worker::BUSY && slot.feeder.is_self() {
+            slot.feed_broken.store(true, Ordering::Release);
+            slot.process.wake();
+        }
+    }
+}
+
+/// Waits until no worker is busy with a transaction fed by this process's predecessor for the same peer.
+pub fn drain(origin: protocol::NodeId) {
+    loop {
+        let busy = shared::workers().iter().any(|slot| {
+            slot.state.load(Ordering::Acquire) == worker::BUSY
+                && slot.gid.get().is_none_or(|gid| gid.coordinator == origin)
+        });
+        if !busy {
+            return;
+        }
+        process::wait_latch(Duration::from_millis(20), Wait::Worker);
+        process::check_interrupts();
+    }
+}

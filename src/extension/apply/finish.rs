@@ -1,0 +1,59 @@
+//! Finishing prepared transactions of this server by order of the arbiter.
+
+use crate::arbiter::event::{FinishOrder, LocalEvent, submit};
+use crate::pg::process::{self, Wait};
+use crate::pg::records::DurableTable;
+use crate::pg::shared::{self, shared};
+use crate::pg::twophase::{self, Finished};
+use std::time::Duration;
+
+/// How often a transaction that another process holds at this moment is tried again.
+const BUSY_PAUSE: Duration = Duration::from_millis(2);
+
+/// Carries out orders until none is left; true when there was one.
+pub fn finish_all(records: &DurableTable) -> bool {
+    let mut any = false;
+    while let Some(order) = FinishOrder::take() {
+        finish(&order, records);
+        any = true;
+    }
+    any
+}
+
+fn finish(order: &FinishOrder, records: &DurableTable) {
+    let name = order.gid.text(shared().cluster_tag());
+    let commit = shared::is_commit(order.decision);
+    if let Some((tuple, body)) = &order.record
+        && let Ok(body) = body.as_slice().try_into()
+    {
+        // Rides on the flush of the finish (architecture.md, "Exactly once").
+        process::in_transaction(|| records.write(&mut [(*tuple, body)]));
+    }
+    loop {
+        match twophase::finish(&name, commit) {
+            Finished::Done | Finished::Unknown => break,
+            Finished::Busy | Finished::Failed => {
+                process::wait_latch(BUSY_PAUSE, Wait::Work);
+            }
+        }
+    }
+    submit(&LocalEvent::Finished { gid: order.gid });
+}
+
+/// Body of the background worker `multimaster finisher`.
+pub fn main() {
+    process::attach_signals();
+    process::stay_local();
+    process::connect_to_cluster();
+    process::tag_as_applied();
+    shared().finisher.set_self();
+    let _cleared = process::at_exit(|| shared().finisher.clear());
+    let records = process::in_transaction(|| DurableTable::open(c"records", 0));
+    loop {
+        finish_all(&records);
+        process::check_interrupts();
+        if shared().finishes.is_empty() {
+            process::wait_latch(Duration::from_secs(1), Wait::Work);
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! The receiver: reads one peer's stream, hands transactions to apply workers, confirms what is safe.
+
+use super::feed::{self, Feed};
+use super::progress::Progress;
+use crate::arbiter::event::{LocalEvent, submit};
+use crate::arbiter::{MARK_ROWS, body_of, number_in};
+use crate::cluster::{Identity, slot_name};
+use crate::pg::process::{self, Wait};
+use crate::pg::records::{self, DurableTable};
+use crate::pg::shared::{self, NodeShared, shared};
+use crate::pg::twophase;
+use crate::pg::walreceiver::{Received, Stream};
+use crate::pg::{clock, locks};
+use protocol::{Decision, Gid, Lsn, NodeId, Record, Vote};
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use wire::stream::{Message, StreamFrame};
+
+/// How often the mark is stored and the peer is told, while it moves.
+const STATUS_INTERVAL: Duration = Duration::from_millis(200);
+/// The same while the peer asks for an answer.
+const STATUS_INTERVAL_ASKED: Duration = Duration::from_millis(10);
+/// How often the peer hears from us although nothing moves; well below any sensible wal_sender_timeout.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+/// Header of a data message of the replication protocol: kind, start, end, time.
+const DATA_HEADER_BYTES: usize = 25;
+
+/// What is done with the transaction that is just being received.
+enum Current {
+    None,
+    Feeding(Feed),
+    /// It came before: its frames are dropped, and a vote that is still wanted is sent again.
+    Skipping { prepared: bool, gid: Gid },
+}
+
+/// State of one stream.
+struct Receiver {
+    peer: NodeId,
+    node: &'static NodeShared,
+    marks: DurableTable,
+    progress: Progress,
+    stored: Lsn,
+    current: Current,
+    /// Transactions of this peer that this server knows already; what is not in here and comes is new.
+    prepared: BTreeSet<Gid>,
+    ended: BTreeSet<Gid>,
+    stored_at: Instant,
+    told_at: Instant,
+    seen: Lsn,
+    reply_wanted: bool,
+}
+
+/// Body of the background worker `multimaster receiver <peer>`.
+pub fn main(peer: NodeId) {
+    process::attach_signals();
+    process::stay_local();
+    process::connect_to_cluster();
+    process::tag_as_applied();
+    let node = shared().node(peer);
+    node.receiver.set_self();
+    RECEIVED_FROM.store(u32::from(peer.get()), Ordering::Relaxed);
+    process::at_exit(leave);
+    // Workers may still be busy with what an earlier life of this receiver gave them: only then is it known what has come before.
+    feed::drain(peer);
+    let identity = match process::in_transaction(Identity::load) {
+        Ok(Some(identity)) => identity,
+        Ok(None) => return,
+        Err(error) => return pgrx::warning!("multimaster cannot read its catalog: {error}"),
+    };
+    let Some(target) = identity.nodes.iter().find(|other| other.id == peer) else { return };
+    let mut receiver = Receiver::recover(peer, node);
+    let mut stream = match Stream::connect(&target.conninfo, &format!("multimaster node {}", identity.node_id.get())) {
+        Ok(stream) => stream,
+        Err(error) => return pgrx::log!("multimaster receiver of node {}: {error}", peer.get()),
+    };
+    if let Err(error) = stream.start(&slot_name(identity.tag, identity.node_id), receiver.stored) {
+        return pgrx::warning!("multimaster receiver of node {}: {error}", peer.get());
+    }
+    node.receiving.store(true, Ordering::Release);
+    shared().wake_arbiter_thread();
+    receiver.run(&mut stream);
+}
+
+/// Which peer this process receives from; for the exit callback.
+static RECEIVED_FROM: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+
+fn leave() {
+    if let Some(peer) = NodeId::new(RECEIVED_FROM.load(Ordering::Relaxed) as u8) {
+        let node = shared().node(peer);
+        node.receiving.store(false, Ordering::Release);
+        node.receiver.clear();
+        feed::break_off();
+        shared().wake_arbiter_thread();
+        shared().arbiter.wake();
+    }
+}
+
+impl Receiver {
+    fn recover(peer: NodeId, node: &'static NodeShared) -> Receiver {
+        let (marks, stored, ended) = process::in_transaction(|| {
+            let marks = DurableTable::open(c"marks", MARK_ROWS);
+            let stored = Lsn(number_in(&marks.read_all()[peer.get() as usize]));
+            let ended = DurableTable::open(c"records", 0)
+                .read_all()
+                .iter()
+                .filter_map(|body| Record::from_bytes(body).ok())
+                .filter(|record| record.gid.coordinator == peer && (record.decision.is_some() || !record.voted_yes))
+                .map(|record| record.gid)
+                .collect();
+            (marks, stored, ended)
+        });
+        let prepared = locks::prepared_names()
+            .values()
+            .filter_map(|name| Gid::parse(name))
+            .map(|(_, gid)| gid)
+            .filter(|gid| gid.coordinator == peer)
+            .collect();
+        node.mark.store(stored.0, Ordering::Release);
+        Receiver {
+            peer,
+            node,
+            marks,
+            progress: Progress::new(stored),
+            stored,
+            current: Current::None,
+            prepared,
+            ended,
+            stored_at: Instant::now(),
+            told_at: Instant::now(),
+            seen: stored,
+            reply_wanted: true,
+        }
+    }
+
+    fn run(&mut self, stream: &mut Stream) {
+        loop {
+            process::check_interrupts();
+            match stream.receive() {
+                Received::Message(message) => self.on_message(message),
+                Received::Nothing { socket } => {
+                    self.tell(stream);
+                    process::wait_latch_or_socket(socket, STATUS_INTERVAL, Wait::Stream);
+                }
+                Received::End => {
+                    pgrx::log!("multimaster receiver of node {}: the stream ended", self.peer.get());
+                    return;
+                }
+            }
+            if self.told_at.elapsed() >= STATUS_INTERVAL {
+                self.tell(stream);
+            }
+        }
+    }
+
+    fn on_message(&mut self, message: &[u8]) {
+        match message.first() {
+            Some(b'w') if message.len() > DATA_HEADER_BYTES => {
+                let at = Lsn(number(message, 1));
+                self.seen = self.seen.max(Lsn(number(message, 9)));
+                self.on_data(at, &message[DATA_HEADER_BYTES..]);
+            }
+            Some(b'k') if message.len() >= 18 => {
+                let end = Lsn(number(message, 1));
+                self.seen = self.seen.max(end);
+                if matches!(self.current, Current::None) {
+                    self.progress.pass(end);
+                }
+                self.reply_wanted |= message[17] != 0;
+            }
+            _ => pgrx::error!("multimaster receiver of node {}: unknown replication message", self.peer.get()),
+        }
+        self.node.received.store(self.seen.0, Ordering::Relaxed);
+    }
+
+    /// `at` is the end of the PREPARE for the message that ends a transaction.
+    fn on_data(&mut self, at: Lsn, bytes: &[u8]) {
+        let message = match Message::parse(bytes) {
+            Ok(message) => message,
+            Err(error) => pgrx::error!("multimaster receiver of node {}: {error}", self.peer.get()),
+        };
+        if message.begins() {
+            self.begin(&message);
+        }
+        match &self.current {
+            Current::None => return self.outside_transaction(&message),
+            Current::Feeding(feed) => self.pass_on(feed, bytes),
+            Current::Skipping { .. } => {}
+        }
+        if message.ends() {
+            self.end(at);
+        }
+    }
+
+    fn begin(&mut self, message: &Message<'_>) {
+        let Some(Ok(StreamFrame::Begin(begin))) = message.frames().next() else {
+            pgrx::error!("multimaster receiver of node {}: a transaction without its head", self.peer.get());
+        };
+        let gid = begin.gid;
+        let prepared = self.prepared.contains(&gid);
+        self.current = if prepared || self.ended.contains(&gid) {
+            Current::Skipping { prepared, gid }
+        } else {
+            Current::Feeding(Feed::claim(|| ()))
+        };
+    }
+
+    fn pass_on(&self, feed: &Feed, bytes: &[u8]) {
+        let length = (bytes.len() as u32).to_le_bytes();
+        // A worker that is gone has voted no: the rest of the transaction is not wanted.
+        let _ = feed.write(&length, || ()) && feed.write(bytes, || ());
+    }
+
+    fn end(&mut self, at: Lsn) {
+        match std::mem::replace(&mut self.current, Current::None) {
+            Current::Feeding(feed) => self.progress.hand(at, feed.index, feed.job),
+            Current::Skipping { prepared, gid } => {
+                if prepared {
+                    submit(&LocalEvent::Voted { gid, vote: Vote::Yes, lsn: at });
+                }
+                self.progress.pass(at);
+            }
+            Current::None => {}
+        }
+    }
+
+    fn outside_transaction(&mut self, message: &Message<'_>) {
+        for frame in message.frames() {
+            match frame {
+                Ok(StreamFrame::CommitPrepared(end)) => {
+                    self.on_outcome(end.gid, end.name.as_bytes(), Decision::Commit, end.end_lsn)
+                }
+                Ok(StreamFrame::RollbackPrepared(end)) => {
+                    self.on_outcome(end.gid, end.name.as_bytes(), Decision::Abort, end.end_lsn)
+                }
+                Ok(StreamFrame::FinishUser(finish)) => self.finish_user(finish.name.as_bytes(), finish.commit, finish.lsn),
+                Ok(_) => pgrx::error!("multimaster receiver of node {}: a change outside of a transaction", self.peer.get()),
+                Err(error) => pgrx::error!("multimaster receiver of node {}: {error}", self.peer.get()),
+            }
+        }
+    }
+
+    /// The outcome travels by message; the stream is the fallback while the link is down.
+    fn on_outcome(&mut self, gid: Gid, name: &[u8], decision: Decision, end: Lsn) {
+        if !name.starts_with(b"mtm-") {
+            return self.finish_user(name, shared::is_commit(decision), end);
+        }
+        if !self.node.linked.load(Ordering::Acquire) {
+            submit(&LocalEvent::StreamOutcome { gid, decision });
+        }
+        self.progress.pass(end);
+    }
+
+    /// A user's COMMIT or ROLLBACK PREPARED. Its PREPARE came earlier in some stream; where that is still under way, it is waited for.
+    fn finish_user(&mut self, name: &[u8], commit: bool, end: Lsn) {
+        while !self.progress.is_idle() {
+            self.progress.advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
+            process::wait_latch(Duration::from_millis(5), Wait::Worker);
+            process::check_interrupts();
+        }
+        if let Ok(name) = std::str::from_utf8(name) {
+            while twophase::finish(name, commit) == twophase::Finished::Busy {
+                process::wait_latch(Duration::from_millis(5), Wait::Work);
+                process::check_interrupts();
+            }
+        }
+        self.progress.pass(end);
+    }
+
+    /// Stores the mark if it has moved, and tells the peer.
+    fn tell(&mut self, stream: &mut Stream) {
+        if feed::lost_one() {
+            pgrx::error!("an apply worker went away; the stream of node {} starts again from {}", self.peer.get(), self.stored);
+        }
+        let mark = self.progress.advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
+        let quiet = self.told_at.elapsed();
+        // A walsender that stops with its server asks again and again until everything it sent is confirmed.
+        let pause = if self.reply_wanted { STATUS_INTERVAL_ASKED } else { STATUS_INTERVAL };
+        if mark > self.stored && self.stored_at.elapsed() >= pause {
+            let row = (u32::from(self.peer.get()), body_of(mark.0));
+            records::flush(process::in_transaction(|| self.marks.write(&mut [row])));
+            self.stored = mark;
+            self.stored_at = Instant::now();
+            self.node.mark.store(mark.0, Ordering::Release);
+            submit(&LocalEvent::MarkStored { node: self.peer, lsn: mark });
+        } else if !self.reply_wanted && quiet < KEEPALIVE_INTERVAL {
+            return;
+        }
+        stream.send(&status_message(self.seen, self.stored));
+        self.reply_wanted = false;
+        self.told_at = Instant::now();
+    }
+}
+
+/// A standby status update: written, flushed and applied positions, time, no reply wanted.
+fn status_message(seen: Lsn, stored: Lsn) -> Vec<u8> {
+    let mut message = vec![b'r'];
+    message.extend_from_slice(&seen.0.max(stored.0).to_be_bytes());
+    message.extend_from_slice(&stored.0.to_be_bytes());
+    message.extend_from_slice(&stored.0.to_be_bytes());
+    message.extend_from_slice(&clock::now_us().to_be_bytes());
+    message.push(0);
+    message
+}
+
+/// Big-endian number of a replication message.
+fn number(message: &[u8], at: usize) -> u64 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&message[at..at + 8]);
+    u64::from_be_bytes(bytes)
+}

@@ -1,0 +1,276 @@
+//! The apply worker: applies one transaction at a time, PREPAREs it and votes; between transactions it finishes prepared ones.
+
+use super::finish;
+use crate::arbiter::event::{LocalEvent, submit};
+use crate::pg::apply_error::{ApplyFailure, attempt};
+use crate::pg::process::{self, Wait};
+use crate::pg::records::DurableTable;
+use crate::pg::shared::{self, WorkerSlot, shared, worker};
+use crate::pg::{ddl, rows, sequences, twophase};
+use protocol::{Csn, Gid, Lsn, NodeId, Refusal, Vote};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+use wire::stream::{Message, StreamFrame};
+
+/// How often a worker that waits looks around although nobody woke it.
+const LOOK_AROUND: Duration = Duration::from_millis(500);
+
+/// This process's slot, for the exit callback.
+static MY_SLOT: AtomicUsize = AtomicUsize::new(usize::MAX);
+/// The transaction in hand is durably prepared: its vote can only be yes.
+static PREPARED: AtomicBool = AtomicBool::new(false);
+
+/// Where the PREPARE of the transaction in hand lies in its origin's WAL.
+static PREPARE_AT: AtomicU64 = AtomicU64::new(0);
+
+/// The transaction in hand.
+struct Job {
+    gid: Gid,
+    name: String,
+    deps: Vec<(NodeId, Csn)>,
+}
+
+/// Messages of one transaction, out of the ring.
+struct Inbox {
+    slot: &'static WorkerSlot,
+    index: usize,
+    buffer: Vec<u8>,
+    taken: usize,
+    ended: bool,
+}
+
+/// Body of the background worker `multimaster apply worker <index + 1>`.
+pub fn main(index: usize) {
+    process::attach_signals();
+    process::stay_local();
+    process::connect_to_cluster();
+    process::tag_as_applied();
+    let slot = &shared::workers()[index];
+    MY_SLOT.store(index, Ordering::Relaxed);
+    slot.process.set_self();
+    process::at_exit(leave);
+    let records = process::in_transaction(|| DurableTable::open(c"records", 0));
+    shared::ring(index).reset();
+    slot.state.store(worker::IDLE, Ordering::Release);
+    loop {
+        // What was to be cancelled has ended.
+        process::forget_cancel();
+        process::check_interrupts();
+        finish::finish_all(&records);
+        if slot.state.load(Ordering::Acquire) == worker::BUSY {
+            run_job(slot, index);
+            continue;
+        }
+        if shared().finishes.is_empty() {
+            process::wait_latch(LOOK_AROUND, Wait::Work);
+        }
+    }
+}
+
+/// Leaves the slot in a state in which nobody waits for this process.
+fn leave() {
+    let Some(slot) = shared::workers().get(MY_SLOT.load(Ordering::Relaxed)) else { return };
+    if slot.state.load(Ordering::Acquire) == worker::BUSY && slot.gid.get().is_none() {
+        slot.lost.store(true, Ordering::Release);
+    } else if let Some(gid) = slot.gid.get() {
+        let vote = if PREPARED.load(Ordering::Relaxed) {
+            Vote::Yes
+        } else {
+            Vote::No(Refusal::retry("the process that applied the transaction was terminated", ""))
+        };
+        submit(&LocalEvent::Voted { gid, vote, lsn: Lsn(PREPARE_AT.load(Ordering::Relaxed)) });
+    }
+    slot.gid.set(None);
+    slot.process.clear();
+    slot.jobs_done.store(slot.jobs_given.load(Ordering::Acquire), Ordering::Release);
+    slot.feeder.wake();
+    slot.state.store(worker::FREE, Ordering::Release);
+}
+
+/// One transaction from its first message to the vote.
+fn run_job(slot: &'static WorkerSlot, index: usize) {
+    let mut inbox = Inbox { slot, index, buffer: Vec::new(), taken: 0, ended: false };
+    PREPARED.store(false, Ordering::Relaxed);
+    slot.applying.fetch_add(1, Ordering::AcqRel);
+    process::forget_cancel();
+    let mut job = None;
+    let mut end = Lsn::ZERO;
+    let result = attempt(|| apply(&mut inbox, &mut job, &mut end));
+    if result.is_err() {
+        rows::forget_all();
+        process::abort_transaction();
+    }
+    if let Some(job) = job {
+        report(slot, &job, end, result);
+    }
+    inbox.skip_rest();
+    shared::ring(index).reset();
+    slot.gid.set(None);
+    slot.jobs_done.store(slot.jobs_given.load(Ordering::Acquire), Ordering::Release);
+    slot.feeder.wake();
+    slot.state.store(worker::IDLE, Ordering::Release);
+}
+
+fn report(slot: &WorkerSlot, job: &Job, end: Lsn, result: Result<Applied, ApplyFailure>) {
+    let vote = match result {
+        Ok(Applied::Prepared) => Vote::Yes,
+        // The origin has rolled it back: nobody waits for a vote.
+        Ok(Applied::Dropped) => return,
+        Err(failure) => Vote::No(refusal(slot, failure)),
+    };
+    let counter = if vote == Vote::Yes { &shared().counters.applied } else { &shared().counters.refused };
+    counter.fetch_add(1, Ordering::Relaxed);
+    let gid = job.gid;
+    if job.name.starts_with("mtm-") {
+        submit(&LocalEvent::Voted { gid, vote, lsn: end });
+    } else {
+        submit(&LocalEvent::UserVoted { gid, vote });
+    }
+}
+
+/// What the coordinator's client will read.
+///
+/// Whatever two nodes can only disagree about because they ran at the same moment is a serialization failure: running it again gives the true answer.
+fn refusal(slot: &WorkerSlot, failure: ApplyFailure) -> Refusal {
+    let node = shared().node_id().map_or(0, NodeId::get);
+    let place = match &failure.target {
+        Some(target) => format!("On node {node}, {target}."),
+        None => format!("On node {node}."),
+    };
+    if slot.cancel.load(Ordering::Acquire) == slot.applying.load(Ordering::Acquire)
+        && let Some(reason) = slot.refusal.get()
+    {
+        let target = failure.target.as_deref().unwrap_or_default();
+        crate::conflict::remember("committing", slot.gid.get(), slot.winner.get(), target);
+        return Refusal::retry(reason.message(), place);
+    }
+    let detail = if failure.detail.is_empty() { place } else { format!("{place} {}", failure.detail) };
+    match &failure.sqlstate {
+        [b'2', b'3', ..] | [b'4', b'0', ..] | b"55P03" | b"57014" | b"57P01" => Refusal::retry(failure.message, detail),
+        other => {
+            pgrx::warning!("multimaster could not apply a transaction: {} ({detail})", failure.message);
+            Refusal::new(*other, failure.message, detail)
+        }
+    }
+}
+
+/// How an apply without an error ended.
+enum Applied {
+    Prepared,
+    Dropped,
+}
+
+fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Applied, ApplyFailure> {
+    process::begin_transaction();
+    let mut applier = rows::RowApplier::begin();
+    let mut message_bytes = Vec::new();
+    while inbox.next(&mut message_bytes) {
+        let message = Message::parse(&message_bytes).map_err(ApplyFailure::malformed)?;
+        inbox.ended = message.ends();
+        for frame in message.frames() {
+            match frame.map_err(ApplyFailure::malformed)? {
+                StreamFrame::Begin(begin) => {
+                    let begun = Job {
+                        gid: begin.gid,
+                        name: begin.name.to_string(),
+                        deps: begin.deps.iter().collect(),
+                    };
+                    // Right behind the start of the PREPARE record: a mark beyond it is a mark beyond the record.
+                    *end = Lsn(begin.prepare_lsn.0 + 1);
+                    PREPARE_AT.store(end.0, Ordering::Relaxed);
+                    inbox.slot.gid.set(Some(begun.gid));
+                    // From here on there is somebody to answer, whatever happens.
+                    let begun = job.insert(begun);
+                    wait_for_order(inbox.slot, &begun.deps);
+                }
+                StreamFrame::Ddl(payload) => {
+                    applier.before_ddl();
+                    ddl::execute(payload).map_err(ApplyFailure::from)?;
+                }
+                StreamFrame::Sequence(payload) => {
+                    sequences::apply(payload).map_err(ApplyFailure::from)?;
+                }
+                StreamFrame::Prepare(prepare) => {
+                    *end = prepare.end_lsn;
+                    if prepare.aborted {
+                        applier.abandon();
+                        process::abort_transaction();
+                        return Ok(Applied::Dropped);
+                    }
+                }
+                row => applier.apply(&row).map_err(ApplyFailure::from)?,
+            }
+        }
+        if inbox.ended {
+            break;
+        }
+    }
+    let Some(job) = job.as_ref().filter(|_| inbox.ended) else {
+        applier.abandon();
+        process::abort_transaction();
+        return Ok(Applied::Dropped);
+    };
+    applier.finish().map_err(ApplyFailure::from)?;
+    twophase::prepare(&job.name);
+    PREPARED.store(true, Ordering::Relaxed);
+    Ok(Applied::Prepared)
+}
+
+/// Waits until everything the transaction can have seen is finished here (architecture.md, "Causal order").
+fn wait_for_order(slot: &WorkerSlot, deps: &[(NodeId, Csn)]) {
+    let settled = || deps.iter().all(|(node, csn)| shared().node(*node).settled.load(Ordering::Acquire) >= csn.0);
+    if settled() {
+        return;
+    }
+    slot.waits_for_order.store(true, Ordering::Release);
+    while !settled() {
+        process::wait_latch(LOOK_AROUND, Wait::CausalOrder);
+        process::check_interrupts();
+    }
+    slot.waits_for_order.store(false, Ordering::Release);
+}
+
+impl Inbox {
+    /// Reads the next message into `message`; false when the feeder broke off.
+    fn next(&mut self, message: &mut Vec<u8>) -> bool {
+        message.clear();
+        let Some(length) = self.take(4).map(|bytes| u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])) else {
+            return false;
+        };
+        match self.take(length as usize) {
+            Some(bytes) => {
+                message.extend_from_slice(bytes);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn take(&mut self, count: usize) -> Option<&[u8]> {
+        while self.buffer.len() - self.taken < count {
+            self.buffer.drain(..self.taken);
+            self.taken = 0;
+            if shared::ring(self.index).read(&mut self.buffer) > 0 {
+                self.slot.feeder.wake();
+                continue;
+            }
+            if self.slot.feed_broken.load(Ordering::Acquire) {
+                return None;
+            }
+            process::wait_latch(LOOK_AROUND, Wait::Ring);
+            // A cancel has to wait: it must not lose the place between two messages.
+            process::exit_if_terminated();
+        }
+        let start = self.taken;
+        self.taken += count;
+        Some(&self.buffer[start..self.taken])
+    }
+
+    /// Drops what is left of a transaction that cannot be applied.
+    fn skip_rest(&mut self) {
+        let mut message = Vec::new();
+        while !self.ended && self.next(&mut message) {
+            self.ended = Message::parse(&message).is_ok_and(|message| message.ends());
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! What the processes of a server tell its arbiter, and what they are told to finish: records of the two queues in shared memory.
+
+use crate::pg::process;
+use crate::pg::shared::{EVENT_BYTES, FINISH_BYTES, shared};
+use protocol::{Decision, Gid, Lsn, NodeId, NodeSet, Vote};
+use serde::{Deserialize, Serialize};
+
+/// A fact about this server, for the protocol core.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum LocalEvent {
+    /// The backend `backend` has durably prepared its transaction and waits. `wait_peers`: it will also wait for the peers' commits.
+    Committing { gid: Gid, backend: u32, wait_peers: bool },
+    /// An apply worker prepared a peer's transaction durably, or could not. `lsn` is the PREPARE's end in the peer's WAL.
+    Voted { gid: Gid, vote: Vote, lsn: Lsn },
+    /// The backend `backend` is about to prepare the user's own two-phase transaction and will wait for the votes.
+    UserPreparing { gid: Gid, backend: u32 },
+    /// An apply worker prepared a user's two-phase transaction, or could not.
+    UserVoted { gid: Gid, vote: Vote },
+    /// COMMIT or ROLLBACK PREPARED was seen in the coordinator's stream.
+    StreamOutcome { gid: Gid, decision: Decision },
+    /// The local database has finished the transaction.
+    Finished { gid: Gid },
+    /// The waiting backend was asked to cancel, terminate or time out.
+    Interrupted { gid: Gid },
+    /// The backend went away and left its transaction prepared.
+    Abandoned { gid: Gid },
+    /// A view asks; the answer goes to the board under this number.
+    Ask { number: u64, question: Question },
+    /// The stored mark of a peer's stream has reached this position.
+    MarkStored { node: NodeId, lsn: Lsn },
+}
+
+/// What a view wants to know from the protocol core.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Question {
+    /// The transactions in flight; answered by `Vec<InFlight>`.
+    Transactions,
+    /// How many transactions ended in which way; answered by `Vec<Ended>`.
+    Counters,
+    /// How a transaction ended; answered by [`Fate`].
+    Fate { gid: Gid },
+}
+
+/// A line of `mtm.transactions`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct InFlight {
+    pub gid: Gid,
+    pub state: String,
+    pub ballot: String,
+    pub resolving: bool,
+    pub age_ms: u64,
+    pub missing: NodeSet,
+}
+
+/// How many transactions the core has seen end in one way since its start.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Ended {
+    /// Of this node's clients, not of another node's.
+    pub own: bool,
+    pub decision: Decision,
+    /// Who or what decided, in words.
+    pub reason: String,
+    pub count: u64,
+}
+
+/// What the core knows of a transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Fate {
+    Decided(Decision),
+    InFlight,
+    Unknown,
+}
+
+/// A settled conflict, as `mtm.conflicts` shows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Conflict {
+    /// Microseconds since 2000-01-01.
+    pub happened_at: i64,
+    pub kind: String,
+    pub node: NodeId,
+    /// Table and key, as `table "s.t", key (...)`.
+    pub target: String,
+    pub loser: Option<Gid>,
+    pub winner: Option<Gid>,
+}
+
+/// An order to finish a prepared transaction.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FinishOrder {
+    pub gid: Gid,
+    pub decision: Decision,
+    /// The durable record that must precede the finish in WAL: its tuple and bytes.
+    pub record: Option<(u32, Vec<u8>)>,
+}
+
+/// Hands an event to the arbiter. Waits while the queue is full: the arbiter is then the bottleneck and losing an event is not an option.
+pub fn submit(event: &LocalEvent) {
+    let mut buffer = [0u8; EVENT_BYTES];
+    let length = bincode::serde::encode_into_slice(event, &mut buffer, bincode::config::standard())
+        .expect("refusals are cut so that every event fits");
+    let shared = shared();
+    while !shared.events.push(&buffer[..length]) {
+        shared.counters.events_waited.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        shared.wake_arbiter_thread();
+        process::pause_ms(1);
+    }
+    shared.wake_arbiter_thread();
+}
+
+/// Takes the next event. Only the tokio thread calls this.
+pub fn take(buffer: &mut [u8; EVENT_BYTES]) -> Option<LocalEvent> {
+    let record = shared().events.pop(buffer)?;
+    let (event, _) = bincode::serde::decode_from_slice(record, bincode::config::standard())
+        .expect("the queue holds only what submit() encoded");
+    Some(event)
+}
+
+impl FinishOrder {
+    /// Queues the order for the apply workers and the finisher; false when the queue is full.
+    pub fn push(&self) -> bool {
+        let mut buffer = [0u8; FINISH_BYTES];
+        let length = bincode::serde::encode_into_slice(self, &mut buffer, bincode::config::standard())
+            .expect("a gid and a record fit");
+        shared().push_finish(&buffer[..length])
+    }
+
+    /// Takes the next order.
+    pub fn take() -> Option<FinishOrder> {
+        let mut buffer = [0u8; FINISH_BYTES];
+        let record = shared().finishes.pop(&mut buffer)?;
+        let (order, _) = bincode::serde::decode_from_slice(record, bincode::config::standard())
+            .expect("the queue holds only what push() encoded");
+        Some(order)
+    }
+}

@@ -1,0 +1,172 @@
+//! The arbiter: one background worker per server.
+//!
+//! Its tokio thread (`thread`) runs the protocol core; this file is the main thread, the only one that calls PostgreSQL: it makes durable records,
+//! looks into pg_xact, starts the other workers, reads the configuration and writes the log. It decides nothing.
+
+pub mod durable;
+pub mod event;
+mod net_config;
+mod start;
+mod thread;
+mod user_votes;
+
+pub use start::{MARK_ROWS, find, body_of, number_in};
+
+use crate::guc;
+use crate::pg::process::{self, Wait};
+use crate::pg::records::{self, DurableTable};
+use crate::pg::shared::{self, NodeStatus, shared, worker};
+use crate::pg::{outcome, thread as os_thread};
+use net_config::{NetSettings, millis};
+use protocol::{Gid, NodeId};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use thread::{FromMain, LogLevel, LogRecord, ToMain};
+use tokio::sync::mpsc;
+
+/// How often the main thread looks around although nobody woke it.
+const LOOK_AROUND: Duration = Duration::from_millis(200);
+/// How long a stopping arbiter goes on for the backends that still wait for an outcome.
+const FAREWELL: Duration = Duration::from_secs(3);
+/// Pause before a worker that went away is started again.
+const RESTART_PAUSE: Duration = Duration::from_millis(500);
+/// How often the main thread lets the other one speak on.
+const SIGN_OF_LIFE: Duration = Duration::from_millis(100);
+/// Apply workers kept ready.
+const WORKERS_READY: usize = 4;
+
+/// The main thread's side.
+struct MainThread {
+    records: DurableTable,
+    requests: crossbeam_channel::Receiver<ToMain>,
+    replies: mpsc::UnboundedSender<FromMain>,
+    peers: Vec<NodeId>,
+    children: start::Children,
+    alive_at: Instant,
+}
+
+/// Body of the background worker `multimaster arbiter`.
+pub fn main() {
+    process::attach_signals();
+    process::stay_local();
+    shared().arbiter.set_self();
+    start::find_database();
+    process::connect(pgrx::pg_sys::Oid::from(shared().database.load(Ordering::Acquire)));
+    let Some(identity) = start::await_identity() else { return };
+    let state = start::recover(&identity);
+    let (to_main, requests) = crossbeam_channel::unbounded();
+    let (replies, from_main) = mpsc::unbounded_channel();
+    let peers: Vec<NodeId> = identity.peers().map(|peer| peer.id).collect();
+    let main = MainThread {
+        records: state.records,
+        requests,
+        replies,
+        peers,
+        children: start::Children::default(),
+        alive_at: Instant::now(),
+    };
+    let settings = NetSettings::read(shared().epoch.load(Ordering::Acquire));
+    shared().arbiter.set_self();
+    shared().set_status(NodeStatus::Starting);
+    let handle = os_thread::spawn_without_signals("multimaster-net", move || {
+        start::run_thread(identity, settings, state.decider, thread::MainLink { queue: to_main }, from_main)
+    });
+    main.run(handle);
+}
+
+impl MainThread {
+    fn run(mut self, network: std::thread::JoinHandle<Result<(), String>>) {
+        let mut stop_at: Option<Instant> = None;
+        while !network.is_finished() {
+            process::wait_latch(LOOK_AROUND, Wait::Work);
+            self.serve();
+            // If this thread stalls, the node has to look dead: nobody would write its records.
+            if self.alive_at.elapsed() >= SIGN_OF_LIFE {
+                self.alive_at = Instant::now();
+                let _ = self.replies.send(FromMain::Alive);
+            }
+            self.children.look_after(&self.peers);
+            self.grow_pool();
+            if process::sighup_pending() {
+                process::reload();
+                let (send_ms, recv_ms) = (millis(guc::heartbeat_send_timeout()), millis(guc::heartbeat_recv_timeout()));
+                let _ = self.replies.send(FromMain::Reconfigure { send_ms, recv_ms });
+            }
+            if process::terminate_pending() {
+                let deadline = *stop_at.get_or_insert_with(|| Instant::now() + FAREWELL);
+                if Instant::now() >= deadline || !somebody_commits() {
+                    let _ = self.replies.send(FromMain::Stop);
+                    break;
+                }
+            }
+        }
+        shared().arbiter.clear();
+        shared().set_status(NodeStatus::Disabled);
+        match network.join() {
+            Ok(Ok(())) => {}
+            Ok(Err(message)) => pgrx::warning!("multimaster arbiter stops: {message}"),
+            Err(_) => {
+                // A broken invariant of the core: stop the whole node before it can act on it.
+                pgrx::log!("multimaster arbiter: the protocol thread panicked");
+                process::crash_server();
+            }
+        }
+    }
+
+    /// Does everything the tokio thread asked for; all records of one round share one flush.
+    fn serve(&mut self) {
+        let mut writes = Vec::new();
+        let mut waiting = Vec::new();
+        while let Ok(request) = self.requests.try_recv() {
+            match request {
+                ToMain::Write(batch) => {
+                    writes.extend(batch.writes);
+                    waiting.extend(batch.waiting);
+                }
+                ToMain::LookUp(gid) => self.look_up(gid),
+                ToMain::Log(LogRecord { level: LogLevel::Info, text }) => pgrx::log!("multimaster: {text}"),
+                ToMain::Log(LogRecord { level: LogLevel::Warning, text }) => pgrx::warning!("multimaster: {text}"),
+            }
+        }
+        if writes.is_empty() {
+            return;
+        }
+        // Of two records of one transaction only the later counts; a stable sort keeps their order.
+        let end = process::in_transaction(|| self.records.write(&mut writes));
+        if !waiting.is_empty() {
+            records::flush(end);
+            let _ = self.replies.send(FromMain::Durable(waiting));
+        }
+    }
+
+    fn look_up(&self, gid: Gid) {
+        let outcome = process::in_transaction(|| outcome::of_own_transaction(gid.xid));
+        let _ = self.replies.send(FromMain::Outcome { gid, outcome });
+    }
+
+    /// Starts apply workers while fewer than wanted exist.
+    fn grow_pool(&mut self) {
+        let slots = shared::workers();
+        let alive = slots.iter().filter(|slot| slot.state.load(Ordering::Acquire) != worker::FREE).count();
+        let wanted = shared().workers_wanted.swap(0, Ordering::AcqRel).max(0) as usize;
+        let target = WORKERS_READY.max(alive + wanted).min(slots.len());
+        for _ in alive..target {
+            let free = slots.iter().position(|slot| {
+                slot.state
+                    .compare_exchange(worker::FREE, worker::STARTING, Ordering::AcqRel, Ordering::Acquire)
+                    .is_ok()
+            });
+            let Some(index) = free else { return };
+            let name = format!("multimaster apply worker {}", index + 1);
+            if !process::start_worker(&name, "multimaster_worker_main", index as i32) {
+                slots[index].state.store(worker::FREE, Ordering::Release);
+                return;
+            }
+        }
+    }
+}
+
+/// Whether some backend still waits for the outcome of its commit.
+fn somebody_commits() -> bool {
+    shared::backends().iter().any(|slot| slot.gid.get().is_some())
+}

@@ -1,0 +1,273 @@
+//! How the arbiter starts: finding the database, the identity, and what an earlier life left.
+
+use super::RESTART_PAUSE;
+use super::durable::{RECORDS_MAX, Tuples};
+use super::net_config::{NetSettings, millis, start_mesh};
+use super::thread::{Arbiter, FromMain, MainLink};
+use crate::cluster::Identity;
+use crate::cluster::identity::ClusterState;
+use crate::guc;
+use crate::pg::process::{self, Wait};
+use crate::pg::records::{self, DurableTable};
+use crate::pg::shared::shared;
+use crate::pg::{catalog_scan, ddl, locks, sequences};
+use protocol::{Config, Core, Effects, GenerationNum, Gid, NodeId, Record, Recovered};
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// Row of `mtm.marks` that holds this server's epoch; rows 1 to 16 are the marks of the nodes.
+const EPOCH_ROW: u32 = 0;
+/// A finder that has not answered by then is started again.
+const FINDER_PATIENCE: Duration = Duration::from_secs(5);
+/// Rows of `mtm.marks`.
+pub const MARK_ROWS: u32 = 17;
+/// Configured nodes form the one generation there is until membership can change.
+const FIRST_GENERATION: GenerationNum = GenerationNum(1);
+
+/// Waits until it is known which database is a cluster's.
+///
+/// A process can attach to one database only, once, and the marker can only be read by one that is attached to some database. So two helpers
+/// that live for a moment look: the first finds a database to attach to, the second reads the marker there.
+pub fn find_database() {
+    let shared = shared();
+    if !shared.identity_known.load(Ordering::Acquire) {
+        run_finder(0);
+        run_finder(shared.finder_database.load(Ordering::Acquire));
+        shared.identity_known.store(shared.database.load(Ordering::Acquire) == 0, Ordering::Release);
+    }
+    // From here on mtm.init_cluster says where the cluster is.
+    while shared.database.load(Ordering::Acquire) == 0 {
+        process::wait_latch(Duration::from_secs(10), Wait::Work);
+        process::check_interrupts();
+    }
+}
+
+/// Starts a finder and waits for its answer, for as long as it takes.
+fn run_finder(database: u32) {
+    let shared = shared();
+    shared.finder_done.store(false, Ordering::Release);
+    let mut asked = None::<Instant>;
+    while !shared.finder_done.load(Ordering::Acquire) {
+        if asked.is_none_or(|asked| asked.elapsed() > FINDER_PATIENCE) {
+            asked = Some(Instant::now());
+            process::start_worker("multimaster finder", "multimaster_finder_main", database as i32);
+        }
+        process::wait_latch(Duration::from_millis(20), Wait::Work);
+        process::check_interrupts();
+    }
+}
+
+/// Body of the background worker `multimaster finder`: with database 0 it finds a database to attach to, else it reads the marker there.
+pub fn find(database: u32) {
+    process::attach_signals();
+    process::stay_local();
+    let shared = shared();
+    if database == 0 {
+        process::connect_shared_catalogs();
+        let found = process::in_transaction(catalog_scan::any_database);
+        shared.finder_database.store(found.map_or(0, pgrx::pg_sys::Oid::to_u32), Ordering::Release);
+    } else {
+        process::connect(pgrx::pg_sys::Oid::from(database));
+        if let Some(found) = process::in_transaction(catalog_scan::cluster_database) {
+            shared.database.store(found.to_u32(), Ordering::Release);
+        }
+    }
+    shared.finder_done.store(true, Ordering::Release);
+    shared.arbiter.wake();
+}
+
+/// Waits until the cluster is active; none when the process is to start again.
+pub fn await_identity() -> Option<Identity> {
+    shared().arbiter.set_self();
+    loop {
+        shared().identity_changed.store(false, Ordering::Release);
+        let identity = process::in_transaction(Identity::load);
+        match identity {
+            Ok(Some(identity)) if identity.state == ClusterState::Active => return Some(identity),
+            Ok(_) => {}
+            Err(error) => pgrx::warning!("multimaster cannot read its catalog: {error}"),
+        }
+        // Being formed, or what was being formed has been undone: nothing is replicated yet.
+        shared().identity_known.store(true, Ordering::Release);
+        if !process::in_transaction(catalog_scan::has_cluster_marker) {
+            shared().database.store(0, Ordering::Release);
+            return None;
+        }
+        while !shared().identity_changed.load(Ordering::Acquire) {
+            process::wait_latch(Duration::from_secs(1), Wait::Work);
+            process::check_interrupts();
+        }
+    }
+}
+
+/// What an earlier life left, as the core wants it.
+pub struct RecoveredState {
+    pub decider: Decider,
+    pub records: DurableTable,
+}
+
+/// The core with what belongs to it.
+pub struct Decider {
+    pub core: Core,
+    pub tuples: Tuples,
+    /// What the core wants done first.
+    pub effects: Effects,
+}
+
+/// Reads the durable records and the prepared transactions, starts a new epoch and publishes the identity.
+pub fn recover(identity: &Identity) -> RecoveredState {
+    let (records, bodies) = process::in_transaction(|| {
+        let table = DurableTable::open(c"records", RECORDS_MAX);
+        let bodies = table.read_all();
+        (table, bodies)
+    });
+    records.pin();
+    let found: BTreeMap<Gid, (u32, Record)> = (0..)
+        .zip(&bodies)
+        .filter_map(|(tuple, body)| Record::from_bytes(body).ok().map(|record| (record.gid, (tuple, record))))
+        .collect();
+    let prepared: Vec<Gid> =
+        locks::prepared_names().values().filter_map(|name| Gid::parse(name)).map(|(_, gid)| gid).collect();
+    let epoch = next_epoch(identity.node_id);
+    publish(identity);
+    let config = config(identity, epoch);
+    let tuples = Tuples::new(found.iter().map(|(gid, (tuple, _))| (*gid, *tuple)));
+    let mut effects = Effects::new();
+    let core = Core::new(config, recovered(&found, &prepared), 0, &mut effects);
+    RecoveredState { decider: Decider { core, tuples, effects }, records }
+}
+
+fn recovered(found: &BTreeMap<Gid, (u32, Record)>, prepared: &[Gid]) -> Vec<Recovered> {
+    let mut all: BTreeMap<Gid, Recovered> = found
+        .iter()
+        .map(|(gid, (_, record))| (*gid, Recovered { gid: *gid, record: Some(*record), prepared: false }))
+        .collect();
+    for gid in prepared {
+        all.entry(*gid).or_insert(Recovered { gid: *gid, record: None, prepared: true }).prepared = true;
+    }
+    all.into_values().collect()
+}
+
+fn config(identity: &Identity, epoch: u32) -> Config {
+    let configured = identity.nodes.iter().map(|node| node.id).collect();
+    Config {
+        node: identity.node_id,
+        configured,
+        members: configured,
+        generation: FIRST_GENERATION,
+        epoch,
+        resolve_after_ms: millis(guc::heartbeat_recv_timeout()),
+        resolve_step_ms: 200,
+        resend_after_ms: 500,
+        give_up_after_ms: 5000,
+        fault: None,
+    }
+}
+
+/// At the first start of this node in its cluster: tables get a replica identity, sequences their share. Again after a crash in between.
+fn prepare_database(node: NodeId) {
+    ddl::prepare_existing_tables();
+    sequences::prepare_existing_sequences(node);
+}
+
+/// Counts this start, durably: csns of different epochs never meet.
+fn next_epoch(node: NodeId) -> u32 {
+    let end = process::in_transaction(|| {
+        let marks = DurableTable::open(c"marks", MARK_ROWS);
+        let epoch = number_in(&marks.read_all()[EPOCH_ROW as usize]) + 1;
+        if epoch == 1 {
+            prepare_database(node);
+        }
+        shared().epoch.store(epoch as u32, Ordering::Release);
+        marks.write(&mut [(EPOCH_ROW, body_of(epoch))])
+    });
+    records::flush(end);
+    shared().epoch.load(Ordering::Acquire)
+}
+
+/// First eight bytes of a body as a number.
+pub fn number_in(body: &records::Body) -> u64 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&body[..8]);
+    u64::from_le_bytes(bytes)
+}
+
+/// A body that holds one number.
+pub fn body_of(number: u64) -> records::Body {
+    let mut body = [0; records::BODY_BYTES];
+    body[..8].copy_from_slice(&number.to_le_bytes());
+    body
+}
+
+fn publish(identity: &Identity) {
+    let shared = shared();
+    for node in &identity.nodes {
+        shared.node(node.id).configured.store(true, Ordering::Release);
+    }
+    shared.cluster_id[0].store((identity.cluster_id >> 64) as u64, Ordering::Release);
+    shared.cluster_id[1].store(identity.cluster_id as u64, Ordering::Release);
+    shared.tag.store(identity.tag.0, Ordering::Release);
+    shared.generation.store(FIRST_GENERATION.0, Ordering::Release);
+    shared.node.store(u32::from(identity.node_id.get()), Ordering::Release);
+    shared.identity_known.store(true, Ordering::Release);
+}
+
+/// Body of the tokio thread.
+pub fn run_thread(
+    identity: Identity,
+    settings: NetSettings,
+    decider: Decider,
+    main: MainLink,
+    from_main: mpsc::UnboundedReceiver<FromMain>,
+) -> Result<(), String> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| format!("could not start the network runtime: {error}"))?;
+    let node = identity.node_id;
+    let configured = identity.nodes.iter().map(|peer| peer.id).collect();
+    let local = tokio::task::LocalSet::new();
+    local.block_on(&runtime, async move {
+        let (mesh, events) = start_mesh(&identity, &settings).await?;
+        Arbiter::new(node, configured, decider, main, mesh, Duration::from_millis(settings.recv_ms))
+            .run(events, from_main)
+            .await
+            .map_err(|error| format!("network thread failed: {error}"))
+    })
+}
+
+/// Workers that must always be there.
+#[derive(Default)]
+pub struct Children {
+    tried: BTreeMap<String, Instant>,
+}
+
+impl Children {
+    /// Starts what is missing, not more often than every half second.
+    pub fn look_after(&mut self, peers: &[NodeId]) {
+        if process::terminate_pending() {
+            return;
+        }
+        let shared = shared();
+        self.keep("multimaster monitor", "multimaster_monitor_main", 0, shared.monitor.is_set());
+        self.keep("multimaster finisher", "multimaster_finisher_main", 0, shared.finisher.is_set());
+        for peer in peers {
+            let name = format!("multimaster receiver {}", peer.get());
+            let running = shared.node(*peer).receiver.is_set();
+            self.keep(&name, "multimaster_receiver_main", i32::from(peer.get()), running);
+        }
+    }
+
+    fn keep(&mut self, name: &str, function: &str, argument: i32, running: bool) {
+        let waits = self.tried.get(name).is_some_and(|tried| tried.elapsed() < RESTART_PAUSE);
+        if running || waits {
+            return;
+        }
+        self.tried.insert(name.to_owned(), Instant::now());
+        if !process::start_worker(name, function, argument) {
+            pgrx::warning!("multimaster could not start \"{name}\": raise max_worker_processes");
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! The conflict rule: a committing transaction waits for nobody's think time, and only for younger committing ones.
+//!
+//! An apply worker that waits for a lock waits for one of these (architecture.md, "Conflicts"):
+//!
+//! - a transaction that is committing too (prepared here, or being applied here): if the waiting one is younger it dies here; if it is older it
+//!   waits, because the younger one meets the older where that one is prepared, and dies there;
+//! - a running transaction: after the grace it is cancelled with 40001; a session that is idle in its transaction learns at its next statement, and
+//!   is ended if that does not come soon;
+//! - a user's own prepared transaction: nobody knows how long it stays, so the waiting one dies after the grace.
+//!
+//! So waits among committing transactions only go from older to younger and never end in a running one: no cycle survives.
+
+use crate::arbiter::event::Conflict;
+use crate::guc;
+use crate::pg::clock;
+use crate::pg::locks::{self, Holder, LockSnapshot};
+use crate::pg::process::{self, Wait};
+use crate::pg::shared::{self, WorkerSlot, shared, stage, worker};
+use protocol::{Gid, Refusal};
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// How often waiting workers are looked at while some worker applies.
+const LOOK: Duration = Duration::from_millis(1);
+/// How long the monitor sleeps while nothing is applied; the receivers wake it.
+const IDLE: Duration = Duration::from_millis(1000);
+
+/// How long a committing transaction waits for a session that holds what it needs and does not come back to learn that it must give way: it is
+/// idle in its transaction. Then the session is ended.
+const VICTIM_PATIENCE: Duration = Duration::from_millis(500);
+
+/// Whom a worker waits for.
+#[derive(Debug)]
+enum Blocker {
+    Committing(Gid),
+    UserPrepared(String),
+    Running(i32),
+    /// It has been told to give way.
+    Victim(i32),
+}
+
+/// Body of the background worker `multimaster monitor`.
+pub fn main() {
+    process::attach_signals();
+    process::stay_local();
+    process::connect_to_cluster();
+    process::at_exit(|| shared().monitor.clear());
+    Monitor::default().run();
+}
+
+/// The monitor's memory between two looks.
+#[derive(Default)]
+pub struct Monitor {
+    /// Prepared transactions by local xid; an xid never gets another name.
+    names: BTreeMap<u32, String>,
+    /// Since when a worker (by index and transaction) waits for a holder that gets a grace.
+    since: BTreeMap<(usize, u64, Holder), Instant>,
+}
+
+impl Monitor {
+    /// Runs until the process is asked to go away.
+    pub fn run(&mut self) {
+        shared().monitor.set_self();
+        loop {
+            process::check_interrupts();
+            let busy = shared::workers().iter().any(|slot| slot.state.load(Ordering::Acquire) == worker::BUSY);
+            process::wait_latch(if busy { LOOK } else { IDLE }, Wait::Work);
+            self.look();
+        }
+    }
+
+    fn look(&mut self) {
+        let waiting: Vec<(usize, &WorkerSlot, Gid)> = shared::workers()
+            .iter()
+            .enumerate()
+            .filter(|(_, slot)| slot.state.load(Ordering::Acquire) == worker::BUSY)
+            .filter_map(|(index, slot)| Some((index, slot, slot.gid.get()?)))
+            .filter(|(_, slot, _)| locks::waits_for_lock(slot.process.pid()))
+            .collect();
+        if waiting.is_empty() {
+            self.since.clear();
+            return;
+        }
+        let applying: BTreeMap<usize, u64> =
+            waiting.iter().map(|(index, slot, _)| (*index, slot.applying.load(Ordering::Acquire))).collect();
+        self.since.retain(|(index, transaction, _), _| applying.get(index) == Some(transaction));
+        let snapshot = LockSnapshot::take();
+        for (index, slot, gid) in waiting {
+            let transaction = applying[&index];
+            for holder in snapshot.blockers_of(slot.process.pid()) {
+                if let Some(blocker) = self.identify(&snapshot, holder) {
+                    self.judge(index, slot, transaction, gid, holder, blocker);
+                }
+            }
+        }
+    }
+
+    fn identify(&mut self, snapshot: &LockSnapshot, holder: Holder) -> Option<Blocker> {
+        if holder.pid == 0 {
+            let name = self.name_of(snapshot, holder)?;
+            return Some(match Gid::parse(&name) {
+                Some((_, gid)) => Blocker::Committing(gid),
+                None => Blocker::UserPrepared(name),
+            });
+        }
+        if let Some(slot) = shared::workers().iter().find(|slot| slot.process.pid() == holder.pid) {
+            return slot.gid.get().map(Blocker::Committing);
+        }
+        let backend = locks::backend_of(holder.pid)?;
+        match backend.stage.load(Ordering::Acquire) {
+            // Between its PREPARE and its announcement it has no gid to compare yet: look again.
+            stage::COMMITTING => backend.gid.get().map(Blocker::Committing),
+            stage::RUNNING => Some(Blocker::Running(holder.pid)),
+            stage::VICTIM => Some(Blocker::Victim(holder.pid)),
+            _ => None,
+        }
+    }
+
+    fn name_of(&mut self, snapshot: &LockSnapshot, holder: Holder) -> Option<String> {
+        let find = |names: &BTreeMap<u32, String>| snapshot.xids_of(holder).find_map(|xid| names.get(&xid).cloned());
+        if let Some(name) = find(&self.names) {
+            return Some(name);
+        }
+        self.names = locks::prepared_names();
+        find(&self.names)
+    }
+
+    fn judge(&mut self, index: usize, slot: &WorkerSlot, transaction: u64, gid: Gid, holder: Holder, blocker: Blocker) {
+        match blocker {
+            Blocker::Committing(other) if other == gid => {}
+            Blocker::Committing(other) => {
+                if gid.age() > other.age() {
+                    shared().counters.conflicts_committing.fetch_add(1, Ordering::Relaxed);
+                    let message = format!(
+                        "could not serialize access due to concurrent update on node {}",
+                        other.coordinator.get()
+                    );
+                    slot.winner.set(Some(other));
+                    cancel_worker(slot, transaction, &Refusal::retry(message, String::new()));
+                }
+            }
+            Blocker::Running(pid) if self.grace_is_over(index, transaction, holder) => {
+                shared().counters.conflicts_running.fetch_add(1, Ordering::Relaxed);
+                let message = format!(
+                    "canceling transaction because it blocks a committing transaction of node {}",
+                    gid.coordinator.get()
+                );
+                let detail = target_detail(slot);
+                if locks::cancel_running(pid, &Refusal::retry(message, detail.as_str())) {
+                    remember("running", None, Some(gid), &detail);
+                }
+            }
+            Blocker::UserPrepared(name) if self.grace_is_over(index, transaction, holder) => {
+                let message = format!("could not lock what the prepared transaction \"{name}\" holds");
+                cancel_worker(slot, transaction, &Refusal::retry(message, String::new()));
+            }
+            Blocker::Victim(pid) if self.waited(index, transaction, holder) >= VICTIM_PATIENCE => {
+                locks::end_session(pid);
+            }
+            Blocker::Running(_) | Blocker::UserPrepared(_) | Blocker::Victim(_) => {}
+        }
+    }
+
+    fn grace_is_over(&mut self, index: usize, transaction: u64, holder: Holder) -> bool {
+        self.waited(index, transaction, holder) >= guc::conflict_grace()
+    }
+
+    fn waited(&mut self, index: usize, transaction: u64, holder: Holder) -> Duration {
+        self.since.entry((index, transaction, holder)).or_insert_with(Instant::now).elapsed()
+    }
+}
+
+/// Adds a line to `mtm.conflicts`. Main threads only.
+pub fn remember(kind: &str, loser: Option<Gid>, winner: Option<Gid>, target: &str) {
+    let Some(node) = shared().node_id() else { return };
+    shared().conflicts.add(&Conflict {
+        happened_at: clock::now_us(),
+        kind: kind.to_owned(),
+        node,
+        target: target.to_owned(),
+        loser,
+        winner,
+    });
+}
+
+/// What the worker was doing when it met the lock, for the victim's DETAIL.
+fn target_detail(slot: &WorkerSlot) -> String {
+    slot.target.get().map(|refusal| refusal.detail().to_owned()).unwrap_or_default()
+}
+
+/// Makes a worker give up the transaction it applies; it votes no with the refusal.
+fn cancel_worker(slot: &WorkerSlot, transaction: u64, refusal: &Refusal) {
+    if slot.cancel.swap(transaction, Ordering::AcqRel) == transaction {
+        return;
+    }
+    slot.refusal.set(refusal);
+    locks::interrupt_process(slot.process.pid());
+}
+
+/// Stops the apply of a transaction that is already aborted. Callable from any thread.
+pub fn cancel_apply(gid: Gid) {
+    for slot in shared::workers() {
+        if slot.state.load(Ordering::Acquire) == worker::BUSY && slot.gid.get() == Some(gid) {
+            let transaction = slot.applying.load(Ordering::Acquire);
+            cancel_worker(slot, transaction, &Refusal::retry("transaction was aborted by its coordinator", ""));
+        }
+    }
+}
+
+/// Makes the youngest transaction that waits for a lock give way. Called when every worker is taken and none gets free: workers may then wait
+/// for transactions whose votes wait for workers.
+pub fn give_way() {
+    let youngest = shared::workers()
+        .iter()
+        .filter(|slot| slot.state.load(Ordering::Acquire) == worker::BUSY && locks::waits_for_lock(slot.process.pid()))
+        .filter_map(|slot| Some((slot.gid.get()?.age(), slot)))
+        .max_by_key(|(age, _)| *age);
+    if let Some((_, slot)) = youngest {
+        let transaction = slot.applying.load(Ordering::Acquire);
+        cancel_worker(slot, transaction, &Refusal::retry("no apply worker was free; raise multimaster.max_workers", ""));
+    }
+}

@@ -1,0 +1,405 @@
+//! COMMIT becomes PREPARE: the one sequence that every commit of a replicating transaction goes through.
+//!
+//! 1. `PrepareTransactionBlock` first: from here on an error aborts the whole block, as a failing COMMIT must.
+//! 2. Deferred triggers run and WITH HOLD cursors become static; PREPARE would refuse them.
+//! 3. NOTIFY is queued under our xid, and what PREPARE would refuse about temporary objects is done here instead.
+//! 4. `CommitTransactionCommand` prepares: WAL is flushed, walsenders see it.
+//! 5. The arbiter is told; the backend waits for the outcome without processing interrupts, because the transaction is no longer its own.
+//! 6. `FinishPreparedTransaction`, as the bootstrap superuser: SET LOCAL ROLE may have ended with the PREPARE.
+//!
+//! Every function here is entered from hooks that PostgreSQL's errors cross by `longjmp` (see `raw`): no frame owns a destructor across a
+//! call of `raw`. What needs allocation is done in functions of its own that return plain data.
+
+use super::process::{self, Wait};
+use super::shared::{self, outcome, stage};
+use super::{fixed_text::FixedText, raw, twophase};
+use crate::arbiter::event::{LocalEvent, submit};
+use crate::guc;
+use pgrx::pg_sys;
+use protocol::Gid;
+use std::cell::Cell;
+use std::ffi::{CStr, c_char};
+use std::fmt::Write;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// Longest name PostgreSQL allows for a prepared transaction, without the terminating zero (`GIDSIZE` - 1 of access/twophase.h).
+const GID_TEXT_MAX: usize = 199;
+
+/// Pause while another process has the prepared transaction in its hands.
+const BUSY_PAUSE: Duration = Duration::from_millis(2);
+
+/// How often a waiting backend looks around although nobody woke it.
+const LOOK_AROUND: Duration = Duration::from_millis(500);
+
+thread_local! {
+    /// Inside the sequence: the commits it does itself must not enter it again.
+    static IN_SEQUENCE: Cell<bool> = const { Cell::new(false) };
+    /// Announced to the arbiter and not finished by this backend yet.
+    static UNFINISHED: Cell<Option<Gid>> = const { Cell::new(None) };
+}
+
+/// True while this backend runs the sequence.
+pub fn in_sequence() -> bool {
+    IN_SEQUENCE.get()
+}
+
+/// An error or the end of the process has left the sequence: what was announced becomes the arbiter's to finish. Called at abort.
+pub fn reset() {
+    IN_SEQUENCE.set(false);
+    if let Some(gid) = UNFINISHED.take() {
+        shared::my_backend().gid.set(None);
+        submit(&LocalEvent::Abandoned { gid });
+    }
+}
+
+/// The gid of the running transaction of this backend, which must have an xid.
+fn current_gid() -> Option<Gid> {
+    // SAFETY: both read this backend's transaction state.
+    let (xid, started_at) = unsafe {
+        (
+            pg_sys::GetTopFullTransactionIdIfAny().value,
+            pg_sys::GetCurrentTransactionStartTimestamp(),
+        )
+    };
+    let shared = shared::shared();
+    (xid != 0).then_some(())?;
+    Some(Gid { coordinator: shared.node_id()?, xid, generation: shared.generation(), started_at })
+}
+
+/// The part of the gid that is known before COMMIT; assigns the transaction its xid.
+pub fn identifying_text() -> Option<String> {
+    // SAFETY: guarded call in an ordinary function context; assigns an xid, which may raise (recovery, wraparound) by unwinding.
+    unsafe { pg_sys::GetTopTransactionId() };
+    let gid = current_gid()?;
+    Some(format!("mtm-{:08x}-{}-{}", shared::shared().cluster_tag().0, gid.coordinator.get(), gid.xid))
+}
+
+/// The name of a transaction as PostgreSQL's functions want it.
+fn text_of(gid: Gid) -> FixedText<{ GID_TEXT_MAX + 1 }> {
+    let mut text = FixedText::new();
+    let written = write!(text, "{}", gid.text(shared::shared().cluster_tag()));
+    debug_assert!(written.is_ok());
+    text
+}
+
+/// Turns the current transaction block into a prepared transaction, gets its outcome and finishes it.
+///
+/// On entry the state is TBLOCK_INPROGRESS or an implicit block, without open subtransactions; on return TBLOCK_STARTED with an empty
+/// transaction, which the caller's normal path commits.
+///
+/// # Safety
+/// Only from the commit hooks; raises by `longjmp`.
+pub unsafe fn commit_globally() {
+    let Some(gid) = current_gid() else { return };
+    let name = text_of(gid);
+    // SAFETY: the sequence of the module's head, each call as its own code path in xact.c makes it.
+    unsafe {
+        refuse_unless_online();
+        IN_SEQUENCE.set(true);
+        let notified = prepare_under(name.as_ptr(), || {});
+        let wait_peers = guc::wait_peer_commits();
+        announce(gid, wait_peers);
+        match await_outcome(gid) {
+            outcome::COMMIT => {
+                finish(name.as_ptr(), true);
+                UNFINISHED.set(None);
+                submit(&LocalEvent::Finished { gid });
+                if wait_peers {
+                    await_peers();
+                }
+                shared::shared().counters.commits.fetch_add(1, Ordering::Relaxed);
+            }
+            outcome::ABORT => {
+                finish(name.as_ptr(), false);
+                UNFINISHED.set(None);
+                submit(&LocalEvent::Finished { gid });
+                shared::shared().counters.aborts.fetch_add(1, Ordering::Relaxed);
+                leave();
+                raise_refusal();
+            }
+            _ => {
+                UNFINISHED.set(None);
+                submit(&LocalEvent::Abandoned { gid });
+                shared::shared().counters.unknown.fetch_add(1, Ordering::Relaxed);
+                leave();
+                raise_unknown(name.as_ptr());
+            }
+        }
+        leave();
+        pg_sys::QueryCancelPending = 0;
+        if notified {
+            // The signal of the first NOTIFY came while the transaction was still in progress: signal the listeners again from the empty one.
+            raw::Async_Notify(c"multimaster".as_ptr(), c"".as_ptr());
+        }
+    }
+}
+
+/// Prepares the user's own two-phase transaction on every node; the outcome stays the user's duty.
+///
+/// # Safety
+/// As [`commit_globally`]. `name` is the user's gid, already checked.
+pub unsafe fn prepare_for_user(name: *const c_char) {
+    let Some(gid) = current_gid() else { return };
+    // SAFETY: as commit_globally.
+    unsafe {
+        refuse_unless_online();
+        IN_SEQUENCE.set(true);
+        // The votes are counted from the moment the PREPARE can be seen.
+        prepare_under(name, || {
+            shared::my_backend().gid.set(Some(gid));
+            submit(&LocalEvent::UserPreparing { gid, backend: shared::my_backend_index() });
+        });
+        let result = await_outcome(gid);
+        leave();
+        match result {
+            outcome::COMMIT => {}
+            outcome::ABORT => {
+                IN_SEQUENCE.set(true);
+                finish(name, false);
+                leave();
+                raise_refusal();
+            }
+            _ => raise_unknown(name),
+        }
+    }
+}
+
+/// From RUNNING to COMMITTING, unless the conflict rule was faster.
+unsafe fn claim_commit() {
+    let slot = shared::my_backend();
+    loop {
+        match slot.stage.compare_exchange(
+            stage::RUNNING,
+            stage::COMMITTING,
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        ) {
+            Ok(_) | Err(stage::COMMITTING) => return,
+            Err(stage::VICTIM) => {
+                leave();
+                // SAFETY: raises; this frame owns nothing.
+                unsafe { raise_refusal() };
+            }
+            Err(_) => std::hint::spin_loop(),
+        }
+    }
+}
+
+fn leave() {
+    IN_SEQUENCE.set(false);
+    shared::my_backend().stage.store(stage::RUNNING, Ordering::Release);
+}
+
+/// Steps 1 to 4. Returns whether the transaction had sent a NOTIFY.
+///
+/// `before_prepare` runs right before the PREPARE; it must not raise.
+unsafe fn prepare_under(name: *const c_char, before_prepare: impl FnOnce()) -> bool {
+    // SAFETY: see commit_globally.
+    unsafe {
+        raw::PrepareTransactionBlock(name);
+        loop {
+            raw::AfterTriggerFireDeferred();
+            if !raw::PreCommit_Portals(false) {
+                break;
+            }
+        }
+        crate::pg::ddl_bridge::before_prepare();
+        raw::PreCommit_Notify();
+        let notified = holds_notify_lock();
+        raw::AtCommit_Notify();
+        if pg_sys::MyXactFlags as u32 & pg_sys::XACT_FLAGS_ACCESSEDTEMPNAMESPACE != 0 {
+            raw::PreCommit_on_commit_actions();
+            pg_sys::MyXactFlags &= !(pg_sys::XACT_FLAGS_ACCESSEDTEMPNAMESPACE as i32);
+        }
+        // Until here, deferred triggers may have waited for anybody: to the conflict rule the transaction was still running.
+        claim_commit();
+        reset_outcome();
+        before_prepare();
+        raw::CommitTransactionCommand();
+        raw::StartTransactionCommand();
+        notified
+    }
+}
+
+/// PreCommit_Notify holds an exclusive lock on "database 0" iff there was something to send.
+unsafe fn holds_notify_lock() -> bool {
+    let tag = pg_sys::LOCKTAG {
+        locktag_field1: 0,
+        locktag_field2: pg_sys::DatabaseRelationId.to_u32(),
+        locktag_field3: 0,
+        locktag_field4: 0,
+        locktag_type: pg_sys::LockTagType::LOCKTAG_OBJECT as u8,
+        locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
+    };
+    // SAFETY: reads this backend's local lock table.
+    unsafe { pg_sys::LockHeldByMe(&tag, pg_sys::AccessExclusiveLock as i32) }
+}
+
+fn reset_outcome() {
+    let slot = shared::my_backend();
+    slot.outcome.store(outcome::WAITING, Ordering::Relaxed);
+    slot.peers_finished.store(false, Ordering::Relaxed);
+}
+
+/// Tells the arbiter that the PREPARE is durable and that this backend waits.
+fn announce(gid: Gid, wait_peers: bool) {
+    UNFINISHED.set(Some(gid));
+    shared::my_backend().gid.set(Some(gid));
+    submit(&LocalEvent::Committing { gid, backend: shared::my_backend_index(), wait_peers });
+}
+
+/// Waits until the arbiter knows the outcome. A cancel, a timeout or a terminate does not end the wait: it starts the resolver, and the client
+/// hears what a majority says.
+fn await_outcome(gid: Gid) -> u32 {
+    let slot = shared::my_backend();
+    let mut reported = false;
+    let result = loop {
+        match slot.outcome.load(Ordering::Acquire) {
+            outcome::WAITING => {}
+            known => break known,
+        }
+        if !reported && process::interrupt_pending() {
+            reported = true;
+            submit(&LocalEvent::Interrupted { gid });
+        }
+        if !shared::shared().arbiter.is_set() && process::terminate_pending() {
+            // The server is going down and nobody is left to tell: the resolver decides after the restart.
+            break outcome::UNKNOWN;
+        }
+        process::wait_latch(LOOK_AROUND, Wait::Votes);
+    };
+    slot.gid.set(None);
+    result
+}
+
+/// Waits until every member has finished the transaction too. An interrupt ends this wait: the commit is done either way.
+fn await_peers() {
+    let slot = shared::my_backend();
+    while !slot.peers_finished.load(Ordering::Acquire) && !process::interrupt_pending() {
+        if shared::shared().status() != shared::NodeStatus::Online {
+            break;
+        }
+        process::wait_latch(LOOK_AROUND, Wait::PeerCommits);
+    }
+}
+
+/// Step 6.
+unsafe fn finish(name: *const c_char, commit: bool) {
+    // SAFETY: the prepared transaction belongs to the user in effect at PREPARE, who need not be the present one; the bootstrap
+    // superuser (oid 10) may finish any.
+    unsafe {
+        let (mut user, mut context) = (pg_sys::Oid::INVALID, 0);
+        pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
+        pg_sys::SetUserIdAndSecContext(
+            pg_sys::Oid::from(pg_sys::BOOTSTRAP_SUPERUSERID),
+            context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32,
+        );
+        loop {
+            match twophase::finish_in_transaction(name, commit) {
+                twophase::Finished::Done | twophase::Finished::Unknown => break,
+                twophase::Finished::Busy => {
+                    process::wait_latch(BUSY_PAUSE, Wait::PeerCommits);
+                }
+                // The outcome stands; the arbiter has it finished by another process.
+                twophase::Finished::Failed => raise_unknown(name),
+            }
+        }
+        pg_sys::SetUserIdAndSecContext(user, context);
+    }
+}
+
+/// Refuses to begin a commit that cannot get its votes.
+unsafe fn refuse_unless_online() {
+    let status = shared::shared().status();
+    if status == shared::NodeStatus::Online {
+        return;
+    }
+    let mut message = FixedText::<256>::new();
+    let mut detail = FixedText::<256>::new();
+    let _ = write!(message, "this node is {} and cannot commit", status.name());
+    let _ = write!(detail, "Nodes it is connected with: {}.", shared::connected_nodes());
+    // SAFETY: as raise_refusal.
+    unsafe {
+        raise(
+            pgrx::PgSqlErrorCode::ERRCODE_CANNOT_CONNECT_NOW as i32,
+            message.as_c_str(),
+            detail.as_c_str(),
+            c"Nothing was committed. See mtm.status() for this node's state.",
+        )
+    };
+}
+
+/// Raises the refusal in this backend's slot.
+///
+/// # Safety
+/// The caller's frames own nothing with a destructor.
+pub unsafe fn raise_refusal() {
+    let mut message = FixedText::<1024>::new();
+    let mut detail = FixedText::<1024>::new();
+    let code = copy_refusal(&mut message, &mut detail);
+    // SAFETY: the texts live in this frame and are plain arrays.
+    unsafe {
+        raise(
+            code,
+            message.as_c_str(),
+            detail.as_c_str(),
+            c"The transaction was rolled back on every node; run it again.",
+        )
+    };
+}
+
+fn copy_refusal(message: &mut FixedText<1024>, detail: &mut FixedText<1024>) -> i32 {
+    let Some(refusal) = shared::my_backend().refusal.get() else {
+        let _ = message.write_str("transaction was refused by another node");
+        return pgrx::PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32;
+    };
+    let _ = message.write_str(refusal.message());
+    let _ = detail.write_str(refusal.detail());
+    sqlstate_number(refusal.sqlstate())
+}
+
+/// `MAKE_SQLSTATE` of utils/elog.h.
+pub fn sqlstate_number(sqlstate: [u8; 5]) -> i32 {
+    sqlstate
+        .iter()
+        .enumerate()
+        .fold(0, |number, (place, letter)| number | (i32::from(letter.wrapping_sub(b'0') & 0x3f) << (6 * place)))
+}
+
+unsafe fn raise_unknown(name: *const c_char) {
+    let mut message = FixedText::<512>::new();
+    // SAFETY: a zero-terminated name of at most 199 bytes.
+    let shown = unsafe { CStr::from_ptr(name) };
+    let _ = write!(message, "outcome of transaction \"{}\" is not known yet", shown.to_str().unwrap_or("?"));
+    // SAFETY: as raise_refusal.
+    unsafe {
+        raise(
+            pgrx::PgSqlErrorCode::ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN as i32,
+            message.as_c_str(),
+            c"A majority of the nodes could not be reached to decide it. It will be committed or rolled back on every node.",
+            c"Ask mtm.transaction_status() before running it again.",
+        )
+    };
+}
+
+/// Raises an error with all its parts. Does not return.
+///
+/// # Safety
+/// The caller's frames own nothing with a destructor.
+pub unsafe fn raise(code: i32, message: &CStr, detail: &CStr, hint: &CStr) {
+    // SAFETY: ereport(ERROR) spelled out; the format strings take one string each.
+    unsafe {
+        if raw::errstart(pgrx::PgLogLevel::ERROR as i32, std::ptr::null()) {
+            raw::errcode(code);
+            raw::errmsg_internal(c"%s".as_ptr(), message.as_ptr());
+            if !detail.is_empty() {
+                raw::errdetail_internal(c"%s".as_ptr(), detail.as_ptr());
+            }
+            if !hint.is_empty() {
+                raw::errhint(c"%s".as_ptr(), hint.as_ptr());
+            }
+            raw::errfinish(c"commit.rs".as_ptr(), line!() as i32, c"multimaster".as_ptr());
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! The output plugin: core's decoding callbacks, turned into the replication stream.
+//!
+//! Frames of a transaction gather in one buffer that leaves at the PREPARE, or earlier when it is full: the walsender pays a system call
+//! per message, and the receiver another.
+//!
+//! Every callback is guarded: an error of PostgreSQL unwinds through our frames and is raised again at their edge. That
+//! matters for a transaction that is rolled back while it is being decoded: core stops it with an error raised inside a callback, catches the
+//! error itself, and goes on to the prepare callback.
+
+mod decoder;
+mod plan;
+mod values;
+
+use crate::decode;
+use decoder::Decoder;
+use pgrx::pg_sys;
+use pgrx::prelude::*;
+use protocol::Lsn;
+use std::ffi::{CStr, c_char};
+
+type Context = *mut pg_sys::LogicalDecodingContext;
+type Transaction = *mut pg_sys::ReorderBufferTXN;
+
+/// Called by core when it loads the library as an output plugin.
+///
+/// # Safety
+/// `callbacks` is core's table, to be filled in.
+#[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn _PG_output_plugin_init(
+    callbacks: *mut pg_sys::OutputPluginCallbacks,
+) {
+    // SAFETY: as the caller promises.
+    let callbacks = unsafe { &mut *callbacks };
+    callbacks.startup_cb = Some(startup);
+    callbacks.shutdown_cb = Some(shutdown);
+    callbacks.filter_by_origin_cb = Some(filter_by_origin);
+    callbacks.filter_prepare_cb = Some(filter_prepare);
+    callbacks.begin_cb = Some(begin);
+    callbacks.commit_cb = Some(commit);
+    callbacks.begin_prepare_cb = Some(begin_prepare);
+    callbacks.prepare_cb = Some(prepare);
+    callbacks.commit_prepared_cb = Some(commit_prepared);
+    callbacks.rollback_prepared_cb = Some(rollback_prepared);
+    callbacks.change_cb = Some(change);
+    callbacks.truncate_cb = Some(truncate);
+    callbacks.message_cb = Some(message);
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn startup(
+    context: Context,
+    options: *mut pg_sys::OutputPluginOptions,
+    is_init: bool,
+) {
+    // SAFETY: core's context and options, valid for this call.
+    let named = unsafe {
+        (*options).output_type = pg_sys::OutputPluginOutputType::OUTPUT_PLUGIN_BINARY_OUTPUT;
+        named_publications((*context).output_plugin_options)
+    };
+    // Creating a slot decodes nothing.
+    let Some(environment) = decode::environment().filter(|_| !is_init) else {
+        if !is_init {
+            pgrx::error!("multimaster must be loaded through shared_preload_libraries");
+        }
+        return;
+    };
+    let decoder = Box::new(Decoder::new(environment, &named));
+    // SAFETY: the context keeps the pointer for us until `shutdown`.
+    unsafe { (*context).output_plugin_private = Box::into_raw(decoder).cast() };
+}
+
+/// The value of the option `publication_names`; all other options are core's business and mean nothing here.
+///
+/// # Safety
+/// `options` is core's list of plugin options.
+unsafe fn named_publications(options: *mut pg_sys::List) -> String {
+    // SAFETY: a list of DefElem, with zero-terminated names.
+    unsafe {
+        let length = if options.is_null() {
+            0
+        } else {
+            (*options).length
+        };
+        for index in 0..length {
+            let option = pg_sys::list_nth(options, index).cast::<pg_sys::DefElem>();
+            if CStr::from_ptr((*option).defname) == c"publication_names" && !(*option).arg.is_null()
+            {
+                return CStr::from_ptr(pg_sys::defGetString(option))
+                    .to_string_lossy()
+                    .into_owned();
+            }
+        }
+    }
+    String::new()
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn shutdown(context: Context) {
+    // SAFETY: what `startup` left there, and nobody uses any more.
+    unsafe {
+        let decoder = (*context).output_plugin_private.cast::<Decoder>();
+        (*context).output_plugin_private = std::ptr::null_mut();
+        if !decoder.is_null() {
+            drop(Box::from_raw(decoder));
+        }
+    }
+}
+
+/// What was applied here is in the stream of the node where it ran.
+#[pg_guard]
+unsafe extern "C-unwind" fn filter_by_origin(
+    _context: Context,
+    origin: pg_sys::RepOriginId,
+) -> bool {
+    origin != 0
+}
+
+/// Every prepared transaction is decoded at its PREPARE, the users' own included.
+#[pg_guard]
+unsafe extern "C-unwind" fn filter_prepare(
+    _context: Context,
+    _xid: pg_sys::TransactionId,
+    _name: *const c_char,
+) -> bool {
+    false
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn begin(context: Context, _transaction: Transaction) {
+    // SAFETY: core calls with the context given to `startup`.
+    unsafe { decoder(context) }.ignore();
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn commit(
+    _context: Context,
+    _transaction: Transaction,
+    _lsn: pg_sys::XLogRecPtr,
+) {
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn begin_prepare(context: Context, transaction: Transaction) {
+    // SAFETY: core's context and transaction, valid for this call.
+    unsafe { decoder(context).begin(&*transaction) }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn prepare(
+    context: Context,
+    transaction: Transaction,
+    _lsn: pg_sys::XLogRecPtr,
+) {
+    // SAFETY: core's context and transaction, valid for this call.
+    unsafe {
+        decoder(context).prepare(&*transaction);
+        flush(context);
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn commit_prepared(
+    context: Context,
+    transaction: Transaction,
+    _lsn: pg_sys::XLogRecPtr,
+) {
+    // SAFETY: core's context and transaction, valid for this call.
+    unsafe {
+        decoder(context).finish(&*transaction, true);
+        flush(context);
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn rollback_prepared(
+    context: Context,
+    transaction: Transaction,
+    _prepare_end: pg_sys::XLogRecPtr,
+    _prepared_at: pg_sys::TimestampTz,
+) {
+    // SAFETY: core's context and transaction, valid for this call.
+    unsafe {
+        decoder(context).finish(&*transaction, false);
+        flush(context);
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn change(
+    context: Context,
+    _transaction: Transaction,
+    relation: pg_sys::Relation,
+    change: *mut pg_sys::ReorderBufferChange,
+) {
+    // SAFETY: core's context, an open relation and a change of one of its rows, valid for this call.
+    unsafe {
+        let decoder = decoder(context);
+        if decoder.is_sending() && decoder.change(relation, &*change) {
+            if decoder.is_full() {
+                flush(context);
+            }
+        } else if decoder.skip() {
+            // Many changes that are not sent must not look like a dead walsender.
+            pg_sys::OutputPluginUpdateProgress(context, false);
+        }
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn truncate(
+    context: Context,
+    _transaction: Transaction,
+    count: i32,
+    relations: *mut pg_sys::Relation,
+    change: *mut pg_sys::ReorderBufferChange,
+) {
+    // SAFETY: core's context, `count` open relations and a change of kind TRUNCATE, valid for this call.
+    unsafe {
+        let relations = std::slice::from_raw_parts(relations, usize::try_from(count).unwrap_or(0));
+        decoder(context).truncate(relations, (*change).data.truncate.restart_seqs);
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn message(
+    context: Context,
+    _transaction: Transaction,
+    lsn: pg_sys::XLogRecPtr,
+    transactional: bool,
+    prefix: *const c_char,
+    length: pg_sys::Size,
+    payload: *const c_char,
+) {
+    // SAFETY: core's context, a zero-terminated prefix and `length` bytes of payload, valid for this call.
+    unsafe {
+        let decoder = decoder(context);
+        let prefix = CStr::from_ptr(prefix);
+        let payload = match length {
+            0 => &[],
+            length => std::slice::from_raw_parts(payload.cast::<u8>(), length),
+        };
+        if transactional {
+            decoder.transactional_message(prefix, payload);
+        } else if decoder.lone_message(prefix, payload, Lsn(lsn)) {
+            flush(context);
+        }
+    }
+}
+
+/// # Safety
+/// `context` was given to `startup`, and `shutdown` was not called.
+unsafe fn decoder<'c>(context: Context) -> &'c mut Decoder {
+    // SAFETY: the pointer is `startup`'s; callbacks never overlap.
+    unsafe { (*context).output_plugin_private.cast::<Decoder>().as_mut() }
+        .expect("core starts a plugin before it decodes")
+}
+
+/// Sends what has gathered.
+///
+/// # Safety
+/// Core's context, within a callback that may write.
+unsafe fn flush(context: Context) {
+    // SAFETY: as the caller promises; PrepareWrite leaves an output buffer, to which the message is appended.
+    unsafe {
+        let decoder = decoder(context);
+        let bytes = decoder.message();
+        pg_sys::OutputPluginPrepareWrite(context, true);
+        pg_sys::appendBinaryStringInfo((*context).out, bytes.as_ptr().cast(), bytes.len() as i32);
+        pg_sys::OutputPluginWrite(context, true);
+        decoder.sent();
+    }
+}

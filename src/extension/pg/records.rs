@@ -1,0 +1,192 @@
+//! Durable protocol state: fixed tuples of ordinary tables, overwritten in place.
+//!
+//! The tables `mtm.records` and `mtm.marks` have rows of an id and 64 bytes. A row is inserted once and never updated through SQL; its 64 bytes are
+//! overwritten in the buffer under GenericXLog, as core's `heap_inplace_update` does for its own catalogs. So there is no bloat, no xid and one
+//! WAL record for many rows of a page, and crash recovery, base backups, standbys and promotion come for free. The tables are
+//! read through the buffers, never by a snapshot.
+
+use pgrx::{Spi, pg_sys};
+use std::ffi::CStr;
+
+/// Payload of a row, bytes.
+pub const BODY_BYTES: usize = 64;
+/// id and pad before the payload.
+const BODY_OFFSET: usize = 8;
+
+/// One row's payload.
+pub type Body = [u8; BODY_BYTES];
+
+#[derive(Clone, Copy, Debug)]
+struct Position {
+    block: u32,
+    offset: u16,
+}
+
+/// An open table of fixed rows.
+pub struct DurableTable {
+    relation: pg_sys::Oid,
+    positions: Vec<Position>,
+}
+
+impl DurableTable {
+    /// Opens `mtm.<name>`, filling it with rows `0..rows` where they are missing. Runs in a transaction of the caller; raises (unwinding) on
+    /// errors of the catalog.
+    pub fn open(name: &CStr, rows: u32) -> DurableTable {
+        let relation = find_relation(name);
+        let mut table = DurableTable { relation, positions: Vec::new() };
+        table.load();
+        if (table.positions.len() as u32) < rows {
+            fill(name, table.positions.len() as u32, rows);
+            table.load();
+        }
+        table
+    }
+
+    /// Keeps VACUUM FULL and CLUSTER, which would move the rows, away for the life of this process.
+    pub fn pin(&self) {
+        let mut id = pg_sys::LockRelId { relId: self.relation, dbId: my_database() };
+        // SAFETY: a session-level lock; released at process end.
+        unsafe { pg_sys::LockRelationIdForSession(&mut id, pg_sys::RowExclusiveLock as i32) };
+    }
+
+    fn load(&mut self) {
+        let mut found: Vec<(u32, Position)> = Vec::new();
+        self.each_tuple(|position, data| {
+            let id = u32::from_ne_bytes([data[0], data[1], data[2], data[3]]);
+            found.push((id, position));
+        });
+        found.sort_by_key(|(id, _)| *id);
+        assert!(
+            found.iter().enumerate().all(|(index, (id, _))| index as u32 == *id),
+            "rows of a table of durable records are numbered without gaps"
+        );
+        self.positions = found.into_iter().map(|(_, position)| position).collect();
+    }
+
+    /// The payloads of all rows, in order of their ids, as the buffers hold them.
+    pub fn read_all(&self) -> Vec<Body> {
+        let mut bodies = vec![[0; BODY_BYTES]; self.positions.len()];
+        self.each_tuple(|_, data| {
+            let id = u32::from_ne_bytes([data[0], data[1], data[2], data[3]]) as usize;
+            if let Some(body) = bodies.get_mut(id) {
+                body.copy_from_slice(&data[BODY_OFFSET..BODY_OFFSET + BODY_BYTES]);
+            }
+        });
+        bodies
+    }
+
+    /// Overwrites rows; returns the WAL position up to which WAL must be flushed for them to be durable. Runs in a transaction.
+    pub fn write(&self, updates: &mut [(u32, Body)]) -> protocol::Lsn {
+        updates.sort_by_key(|(id, _)| self.positions[*id as usize].block);
+        let mut end = 0;
+        // SAFETY: ordinary buffer access under the relation's lock; the rows' places were read from valid line pointers and rows never move
+        // while `pin` holds off VACUUM FULL.
+        unsafe {
+            let relation = pg_sys::table_open(self.relation, pg_sys::RowExclusiveLock as i32);
+            for group in updates.chunk_by(|left, right| {
+                self.positions[left.0 as usize].block == self.positions[right.0 as usize].block
+            }) {
+                end = self.write_page(relation, group).max(end);
+            }
+            pg_sys::table_close(relation, pg_sys::NoLock as i32);
+        }
+        protocol::Lsn(end)
+    }
+
+    unsafe fn write_page(&self, relation: pg_sys::Relation, group: &[(u32, Body)]) -> u64 {
+        // SAFETY: see write(). Nothing between start and finish of the generic record raises except for lack of memory.
+        unsafe {
+            let buffer = pg_sys::ReadBuffer(relation, self.positions[group[0].0 as usize].block);
+            pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_EXCLUSIVE as i32);
+            let state = pg_sys::GenericXLogStart(relation);
+            let page = pg_sys::GenericXLogRegisterBuffer(state, buffer, 0).cast::<u8>();
+            for (id, body) in group {
+                let data = tuple_data(page, self.positions[*id as usize].offset);
+                std::ptr::copy_nonoverlapping(body.as_ptr(), data.add(BODY_OFFSET), BODY_BYTES);
+            }
+            let end = pg_sys::GenericXLogFinish(state);
+            pg_sys::UnlockReleaseBuffer(buffer);
+            end
+        }
+    }
+
+    fn each_tuple(&self, mut visit: impl FnMut(Position, &[u8])) {
+        // SAFETY: as write(); shared buffer locks, every line pointer is checked before use.
+        unsafe {
+            let relation = pg_sys::table_open(self.relation, pg_sys::AccessShareLock as i32);
+            let blocks = pg_sys::RelationGetNumberOfBlocksInFork(relation, pg_sys::ForkNumber::MAIN_FORKNUM);
+            for block in 0..blocks {
+                let buffer = pg_sys::ReadBuffer(relation, block);
+                pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_SHARE as i32);
+                let page = pg_sys::BufferGetPage(buffer).cast::<u8>();
+                for offset in 1..=line_pointers(page) {
+                    if line_pointer(page, offset).lp_flags() == pg_sys::LP_NORMAL {
+                        let data = tuple_data(page, offset);
+                        let bytes = std::slice::from_raw_parts(data, BODY_OFFSET + BODY_BYTES);
+                        visit(Position { block, offset }, bytes);
+                    }
+                }
+                pg_sys::UnlockReleaseBuffer(buffer);
+            }
+            pg_sys::table_close(relation, pg_sys::AccessShareLock as i32);
+        }
+    }
+}
+
+/// Makes everything up to the position durable. One flush serves all callers that wait for the same WAL.
+pub fn flush(lsn: protocol::Lsn) {
+    // SAFETY: raises only PANIC on I/O failure.
+    unsafe { pg_sys::XLogFlush(lsn.0) };
+}
+
+fn my_database() -> pg_sys::Oid {
+    // SAFETY: set when the process connected.
+    unsafe { pg_sys::MyDatabaseId }
+}
+
+fn find_relation(name: &CStr) -> pg_sys::Oid {
+    // SAFETY: catalog look-ups in a transaction.
+    unsafe {
+        let namespace = pg_sys::get_namespace_oid(c"mtm".as_ptr(), false);
+        let relation = pg_sys::get_relname_relid(name.as_ptr(), namespace);
+        assert!(relation != pg_sys::Oid::INVALID, "table mtm.{name:?} belongs to the extension");
+        relation
+    }
+}
+
+fn fill(name: &CStr, first: u32, rows: u32) {
+    let name = name.to_str().expect("names of our own tables are ASCII");
+    Spi::run(&format!(
+        "INSERT INTO mtm.{name} SELECT id, 0, 0, 0, 0, 0, 0, 0, 0, 0 FROM generate_series({first}, {}) AS id",
+        rows - 1
+    ))
+    .expect("the extension's own table takes its rows");
+}
+
+/// Number of line pointers of a page.
+unsafe fn line_pointers(page: *const u8) -> u16 {
+    // SAFETY: a valid page header.
+    let (lower, header) = unsafe {
+        ((*page.cast::<pg_sys::PageHeaderData>()).pd_lower as usize, pg_sys::SizeOfPageHeaderData())
+    };
+    (lower.saturating_sub(header) / size_of::<pg_sys::ItemIdData>()) as u16
+}
+
+unsafe fn line_pointer(page: *const u8, offset: u16) -> pg_sys::ItemIdData {
+    // SAFETY: 1 <= offset <= line_pointers(page).
+    unsafe {
+        let first = page.add(pg_sys::SizeOfPageHeaderData()).cast::<pg_sys::ItemIdData>();
+        *first.add(offset as usize - 1)
+    }
+}
+
+/// The user data of the tuple at a line pointer.
+unsafe fn tuple_data(page: *mut u8, offset: u16) -> *mut u8 {
+    // SAFETY: the line pointer is LP_NORMAL and the table's columns are all NOT NULL and fixed, so that the data start at t_hoff.
+    unsafe {
+        let base = page.cast_const();
+        let start = line_pointer(base, offset).lp_off() as usize;
+        let header = base.add(start).cast::<pg_sys::HeapTupleHeaderData>();
+        page.add(start + (*header).t_hoff as usize)
+    }
+}

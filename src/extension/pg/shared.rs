@@ -1,0 +1,565 @@
+//! The extension's shared memory: fixed-size plain data that every process of the server sees.
+//!
+//! Written by one party at a time by construction (each field says by whom), read by anybody. The tokio thread of the arbiter uses only
+//! what is here, `SetLatch` and the eventfd.
+
+use super::board::{Board, ConflictLog};
+use super::queue::{Queue, Ring};
+use super::raw;
+use pgrx::pg_sys;
+use protocol::{Csn, Decision, GenerationNum, Gid, NodeId, NodeSet, Refusal};
+use std::cell::UnsafeCell;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+
+/// Node ids are 1 to 16; index 0 of per-node arrays is unused.
+pub const NODES: usize = 17;
+/// Longest encoded event from a process to the arbiter, bytes.
+pub const EVENT_BYTES: usize = 1280;
+/// Longest encoded order to finish a prepared transaction, bytes.
+pub const FINISH_BYTES: usize = 384;
+/// Bytes between a receiver and one apply worker.
+pub const RING_BYTES: usize = 256 * 1024;
+/// Upper limit of `multimaster.max_workers`.
+pub const WORKERS_MAX: usize = 256;
+
+/// What this node is, as `mtm.status()` shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum NodeStatus {
+    /// No cluster here (yet).
+    Disabled = 0,
+    /// The cluster is known; connections and recovery are under way.
+    Starting = 1,
+    /// Connected to every member in both directions: takes reads and writes.
+    Online = 2,
+    /// Some member cannot be reached: writes wait or are refused.
+    Degraded = 3,
+}
+
+impl NodeStatus {
+    fn from_raw(raw: u32) -> NodeStatus {
+        match raw {
+            1 => NodeStatus::Starting,
+            2 => NodeStatus::Online,
+            3 => NodeStatus::Degraded,
+            _ => NodeStatus::Disabled,
+        }
+    }
+
+    /// The word users see.
+    pub fn name(self) -> &'static str {
+        match self {
+            NodeStatus::Disabled => "disabled",
+            NodeStatus::Starting => "starting",
+            NodeStatus::Online => "online",
+            NodeStatus::Degraded => "degraded",
+        }
+    }
+}
+
+/// A process that can be woken: its index in `ProcGlobal->allProcs` plus one; 0 is nobody.
+#[repr(transparent)]
+pub struct ProcCell(AtomicU32);
+
+impl ProcCell {
+    /// Remembers the calling process.
+    pub fn set_self(&self) {
+        self.0.store(my_proc_number() as u32 + 1, Ordering::Release);
+    }
+
+    pub fn clear(&self) {
+        self.0.store(0, Ordering::Release);
+    }
+
+    /// Sets the process's latch, if there is a process. Callable from any thread.
+    pub fn wake(&self) {
+        let number = self.0.load(Ordering::Acquire);
+        if number != 0 {
+            wake_proc(number as usize - 1);
+        }
+    }
+
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Acquire) != 0
+    }
+
+    /// Whether it is the calling process.
+    pub fn is_self(&self) -> bool {
+        self.0.load(Ordering::Acquire) == my_proc_number() as u32 + 1
+    }
+
+    pub fn pid(&self) -> i32 {
+        match self.0.load(Ordering::Acquire) {
+            0 => 0,
+            // SAFETY: allProcs lives as long as shared memory and the index came from a process's own pgprocno.
+            number => unsafe { (*(*pg_sys::ProcGlobal).allProcs.add(number as usize - 1)).pid },
+        }
+    }
+}
+
+/// A gid that one process writes and others read.
+#[repr(C)]
+#[derive(Default)]
+pub struct GidCell {
+    version: AtomicU32,
+    coordinator: AtomicU32,
+    generation: AtomicU32,
+    xid: AtomicU64,
+    started_at: AtomicI64,
+}
+
+impl GidCell {
+    pub fn set(&self, gid: Option<Gid>) {
+        self.version.fetch_add(1, Ordering::AcqRel);
+        let (node, generation, xid, started_at) = match gid {
+            Some(gid) => (u32::from(gid.coordinator.get()), gid.generation.0, gid.xid, gid.started_at),
+            None => (0, 0, 0, 0),
+        };
+        self.coordinator.store(node, Ordering::Relaxed);
+        self.generation.store(generation, Ordering::Relaxed);
+        self.xid.store(xid, Ordering::Relaxed);
+        self.started_at.store(started_at, Ordering::Relaxed);
+        self.version.fetch_add(1, Ordering::Release);
+    }
+
+    /// The gid, or nothing when there is none or it is being changed at this moment.
+    pub fn get(&self) -> Option<Gid> {
+        let before = self.version.load(Ordering::Acquire);
+        let gid = Gid {
+            coordinator: NodeId::new(self.coordinator.load(Ordering::Relaxed) as u8)?,
+            generation: GenerationNum(self.generation.load(Ordering::Relaxed)),
+            xid: self.xid.load(Ordering::Relaxed),
+            started_at: self.started_at.load(Ordering::Relaxed),
+        };
+        std::sync::atomic::fence(Ordering::Acquire);
+        (before.is_multiple_of(2) && before == self.version.load(Ordering::Relaxed)).then_some(gid)
+    }
+}
+
+/// A refusal handed from one process to another; the state word beside it says whose it is.
+#[repr(C)]
+pub struct RefusalCell {
+    length: AtomicU32,
+    bytes: UnsafeCell<[u8; EVENT_BYTES]>,
+}
+
+// SAFETY: written by the one party that the owner's state word names, before it publishes that word with release.
+unsafe impl Sync for RefusalCell {}
+
+impl RefusalCell {
+    /// Stores a refusal. The caller owns the cell by the protocol of the state word beside it.
+    pub fn set(&self, refusal: &Refusal) {
+        // SAFETY: see the Sync implementation.
+        let bytes = unsafe { &mut *self.bytes.get() };
+        let length = bincode::serde::encode_into_slice(refusal, bytes, bincode::config::standard()).unwrap_or(0);
+        self.length.store(length as u32, Ordering::Release);
+    }
+
+    pub fn get(&self) -> Option<Refusal> {
+        let length = self.length.load(Ordering::Acquire) as usize;
+        // SAFETY: see the Sync implementation; the length was published after the bytes.
+        let bytes = unsafe { &(&*self.bytes.get())[..length.min(EVENT_BYTES)] };
+        let (refusal, _) = bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok()?;
+        Some(refusal)
+    }
+}
+
+/// How the commit of a backend stands.
+pub mod outcome {
+    pub const WAITING: u32 = 0;
+    pub const COMMIT: u32 = 1;
+    pub const ABORT: u32 = 2;
+    pub const UNKNOWN: u32 = 3;
+}
+
+/// Where a backend's transaction stands for the conflict rule.
+pub mod stage {
+    /// Nothing special: running, or no transaction.
+    pub const RUNNING: u32 = 0;
+    /// COMMIT has begun; the outcome belongs to the protocol.
+    pub const COMMITTING: u32 = 1;
+    /// The monitor is writing why the transaction must die.
+    pub const MARKING: u32 = 2;
+    /// The transaction must die; the reason is in `refusal`.
+    pub const VICTIM: u32 = 3;
+}
+
+/// One per process slot of the server (`pgprocno`).
+#[repr(C, align(64))]
+pub struct BackendSlot {
+    pub stage: AtomicU32,
+    /// Written by the tokio thread, reset by the backend before it announces its commit.
+    pub outcome: AtomicU32,
+    pub peers_finished: AtomicBool,
+    pub gid: GidCell,
+    /// The tokio thread's reason of an abort, or the monitor's for a victim.
+    pub refusal: RefusalCell,
+}
+
+impl BackendSlot {
+    /// Claims the backend's running transaction as a victim of the conflict rule; false when it has begun to commit.
+    pub fn make_victim(&self, refusal: &Refusal) -> bool {
+        let claimed = self
+            .stage
+            .compare_exchange(stage::RUNNING, stage::MARKING, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok();
+        if claimed {
+            self.refusal.set(refusal);
+            self.stage.store(stage::VICTIM, Ordering::Release);
+        }
+        claimed
+    }
+}
+
+/// Life of an apply worker's slot.
+pub mod worker {
+    /// No process.
+    pub const FREE: u32 = 0;
+    /// A process has been asked for.
+    pub const STARTING: u32 = 1;
+    /// Waits for work.
+    pub const IDLE: u32 = 2;
+    /// A receiver feeds it a transaction.
+    pub const BUSY: u32 = 3;
+}
+
+/// One per apply worker; the ring lies in `WorkerRing` of the same index.
+#[repr(C, align(64))]
+pub struct WorkerSlot {
+    pub state: AtomicU32,
+    pub process: ProcCell,
+    /// The receiver that feeds it, to be woken when the ring has room or the job is done.
+    pub feeder: ProcCell,
+    /// Jobs given, and jobs whose effect is durable (or that were refused).
+    pub jobs_given: AtomicU64,
+    pub jobs_done: AtomicU64,
+    /// The process went away before it knew which transaction it had been given: the receiver must ask for it again.
+    pub lost: AtomicBool,
+    /// The transaction being applied; empty between transactions.
+    pub gid: GidCell,
+    /// Counts applied transactions, so that the monitor's cancellation cannot hit the next one.
+    pub applying: AtomicU64,
+    /// `applying` of the transaction that must die by the conflict rule; the reason is in `refusal`.
+    pub cancel: AtomicU64,
+    pub refusal: RefusalCell,
+    /// The transaction that `cancel` is for the benefit of.
+    pub winner: GidCell,
+    /// Table and key the worker is about to write, as the detail of a refusal; for a victim's DETAIL.
+    pub target: RefusalCell,
+    /// Waits until `settled` has reached what its transaction depends on.
+    pub waits_for_order: AtomicBool,
+    /// The stream of the transaction ended without a PREPARE: drop it.
+    pub feed_broken: AtomicBool,
+}
+
+pub type WorkerRing = Ring<RING_BYTES>;
+
+/// What this node knows of one node of the cluster.
+#[repr(C, align(64))]
+pub struct NodeShared {
+    /// Highest csn whose finish has begun here (architecture.md, "Causal order").
+    pub visible: AtomicU64,
+    /// Every commit up to this csn is finished here.
+    pub settled: AtomicU64,
+    pub configured: AtomicBool,
+    /// The arbiters are connected.
+    pub linked: AtomicBool,
+    /// Our receiver streams from this node.
+    pub receiving: AtomicBool,
+    pub receiver: ProcCell,
+    /// Stored mark of this node's stream: confirmed to its slot.
+    pub mark: AtomicU64,
+    /// Last WAL position seen in its stream.
+    pub received: AtomicU64,
+    pub connectivity: AtomicU32,
+    pub heartbeats: AtomicU64,
+    /// Microseconds since 2000-01-01.
+    pub last_change_us: AtomicI64,
+    /// Sum and number of commit delays waited for this node's vote, microseconds.
+    pub vote_delay_us: AtomicU64,
+    pub vote_delays: AtomicU64,
+}
+
+/// Counters of outcomes, since the server started.
+#[repr(C)]
+pub struct Counters {
+    pub commits: AtomicU64,
+    pub aborts: AtomicU64,
+    pub unknown: AtomicU64,
+    pub applied: AtomicU64,
+    pub refused: AtomicU64,
+    pub conflicts_committing: AtomicU64,
+    pub conflicts_running: AtomicU64,
+    pub log_records_lost: AtomicU64,
+    pub events_waited: AtomicU64,
+}
+
+/// The head of the shared segment.
+#[repr(C)]
+pub struct Shared {
+    /// Database of the cluster; 0 while there is none.
+    pub database: AtomicU32,
+    pub node: AtomicU32,
+    pub tag: AtomicU32,
+    /// The cluster's id, upper and lower half.
+    pub cluster_id: [AtomicU64; 2],
+    pub generation: AtomicU32,
+    pub members: AtomicU32,
+    pub configured: AtomicU32,
+    pub status: AtomicU32,
+    /// Arbiter starts so far, durable.
+    pub epoch: AtomicU32,
+    /// The arbiter has found out whether this server belongs to a cluster. Until then no write may commit.
+    pub identity_known: AtomicBool,
+    /// A database that finders can attach to, and whether the finder has answered.
+    pub finder_database: AtomicU32,
+    pub finder_done: AtomicBool,
+    /// Raised by `mtm.init_cluster`: tells the arbiter to look at the catalog again.
+    pub identity_changed: AtomicBool,
+    pub workers_wanted: AtomicI32,
+    pub workers_max: AtomicU32,
+    pub arbiter: ProcCell,
+    pub monitor: ProcCell,
+    pub finisher: ProcCell,
+    /// True while an event has been queued that the tokio thread has not looked at: no second write to the eventfd is needed.
+    pub wake_pending: AtomicBool,
+    /// Position from which the next finish looks for an idle worker.
+    pub finish_cursor: AtomicU32,
+    pub nodes: [NodeShared; NODES],
+    pub counters: Counters,
+    pub board: Board,
+    pub conflicts: ConflictLog,
+    pub events: Queue<EVENT_BYTES, 2048>,
+    pub finishes: Queue<FINISH_BYTES, 2048>,
+}
+
+static SHARED: AtomicPtr<Shared> = AtomicPtr::new(std::ptr::null_mut());
+static BACKENDS: AtomicPtr<BackendSlot> = AtomicPtr::new(std::ptr::null_mut());
+static WORKERS: AtomicPtr<WorkerSlot> = AtomicPtr::new(std::ptr::null_mut());
+static RINGS: AtomicPtr<WorkerRing> = AtomicPtr::new(std::ptr::null_mut());
+static WAKE_FD: AtomicI32 = AtomicI32::new(-1);
+
+static mut PREVIOUS_REQUEST: pg_sys::shmem_request_hook_type = None;
+static mut PREVIOUS_STARTUP: pg_sys::shmem_startup_hook_type = None;
+
+/// `AddinShmemInitLock` of storage/lwlocknames.h in PostgreSQL 15.
+const ADDIN_SHMEM_INIT_LOCK: usize = 21;
+
+/// The shared segment.
+///
+/// # Panics
+/// Before the postmaster has made it, which only our own start-up code could see.
+pub fn shared() -> &'static Shared {
+    // SAFETY: the segment is made before any process that calls this is started, and never moves in the life of a process.
+    unsafe { SHARED.load(Ordering::Acquire).as_ref() }.expect("shared memory is made at server start")
+}
+
+/// True in a server that has our shared memory (false in `postgres --single` and during `initdb`).
+pub fn exists() -> bool {
+    !SHARED.load(Ordering::Acquire).is_null()
+}
+
+fn backend_count() -> usize {
+    // SAFETY: set once by the postmaster before shared memory is sized. Auxiliary processes have numbers above MaxBackends.
+    unsafe { pg_sys::MaxBackends as usize + pg_sys::NUM_AUXILIARY_PROCS as usize }
+}
+
+/// The slot of each process.
+pub fn backends() -> &'static [BackendSlot] {
+    // SAFETY: made together with `Shared`, for `backend_count()` entries.
+    unsafe { std::slice::from_raw_parts(BACKENDS.load(Ordering::Acquire), backend_count()) }
+}
+
+/// The calling process's slot.
+pub fn my_backend() -> &'static BackendSlot {
+    &backends()[my_proc_number()]
+}
+
+fn my_proc_number() -> usize {
+    // SAFETY: MyProc is set in every process that attached to shared memory.
+    unsafe { (*pg_sys::MyProc).pgprocno as usize }
+}
+
+/// Index of the calling process among `backends()`.
+pub fn my_backend_index() -> u32 {
+    my_proc_number() as u32
+}
+
+/// The slots of the apply workers, `multimaster.max_workers` of them.
+pub fn workers() -> &'static [WorkerSlot] {
+    let count = shared().workers_max.load(Ordering::Relaxed) as usize;
+    // SAFETY: made together with `Shared` for that many entries.
+    unsafe { std::slice::from_raw_parts(WORKERS.load(Ordering::Acquire), count) }
+}
+
+/// The ring of an apply worker.
+pub fn ring(worker: usize) -> &'static WorkerRing {
+    assert!(worker < workers().len());
+    // SAFETY: as many rings as workers.
+    unsafe { &*RINGS.load(Ordering::Acquire).add(worker) }
+}
+
+/// Sets the latch of a process by its number in `allProcs`. Callable from any thread.
+pub fn wake_proc(number: usize) {
+    // SAFETY: allProcs lives as long as shared memory; SetLatch touches shared memory and kill(2) only.
+    unsafe { raw::SetLatch(&raw mut (*(*pg_sys::ProcGlobal).allProcs.add(number)).procLatch) }
+}
+
+/// Descriptor of the eventfd that wakes the tokio thread.
+pub fn wake_fd() -> i32 {
+    WAKE_FD.load(Ordering::Relaxed)
+}
+
+impl Shared {
+    pub fn status(&self) -> NodeStatus {
+        NodeStatus::from_raw(self.status.load(Ordering::Acquire))
+    }
+
+    pub fn set_status(&self, status: NodeStatus) {
+        self.status.store(status as u32, Ordering::Release);
+    }
+
+    /// This node's id, once it belongs to a cluster.
+    pub fn node_id(&self) -> Option<NodeId> {
+        NodeId::new(self.node.load(Ordering::Acquire) as u8)
+    }
+
+    pub fn cluster_tag(&self) -> protocol::ClusterTag {
+        protocol::ClusterTag(self.tag.load(Ordering::Acquire))
+    }
+
+    pub fn generation(&self) -> GenerationNum {
+        GenerationNum(self.generation.load(Ordering::Acquire))
+    }
+
+    /// The configured nodes.
+    pub fn configured_nodes(&self) -> NodeSet {
+        (1..NODES as u8)
+            .filter(|node| self.nodes[*node as usize].configured.load(Ordering::Acquire))
+            .filter_map(NodeId::new)
+            .collect()
+    }
+
+    pub fn node(&self, node: NodeId) -> &NodeShared {
+        &self.nodes[node.get() as usize]
+    }
+
+    /// Raises `visible` of the coordinator: its commit `csn` is about to be finished here.
+    pub fn raise_visible(&self, coordinator: NodeId, csn: Csn) {
+        self.node(coordinator).visible.fetch_max(csn.0, Ordering::AcqRel);
+    }
+
+    /// Wakes the tokio thread.
+    pub fn wake_arbiter_thread(&self) {
+        if self.wake_pending.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let one = 1u64;
+        // SAFETY: the descriptor is inherited from the postmaster; the buffer is eight bytes long.
+        unsafe { libc::write(wake_fd(), (&raw const one).cast(), 8) };
+    }
+
+    /// Queues an order to finish a prepared transaction and wakes somebody who will do it. False when the queue is full.
+    pub fn push_finish(&self, record: &[u8]) -> bool {
+        if !self.finishes.push(record) {
+            return false;
+        }
+        let workers = workers();
+        let start = self.finish_cursor.fetch_add(1, Ordering::Relaxed) as usize;
+        let idle = (0..workers.len())
+            .map(|step| &workers[(start + step) % workers.len()])
+            .find(|slot| slot.state.load(Ordering::Acquire) == worker::IDLE);
+        match idle {
+            Some(slot) => slot.process.wake(),
+            None => self.finisher.wake(),
+        }
+        true
+    }
+}
+
+/// The nodes this one is connected with in both ways, for messages.
+pub fn connected_nodes() -> NodeSet {
+    shared()
+        .configured_nodes()
+        .iter()
+        .filter(|node| {
+            let state = shared().node(*node);
+            state.linked.load(Ordering::Acquire) && state.receiving.load(Ordering::Acquire)
+        })
+        .collect()
+}
+
+/// Whether a decision commits, as core's functions want it.
+pub fn is_commit(decision: Decision) -> bool {
+    decision == Decision::Commit
+}
+
+/// Registers the requests for shared memory and makes the eventfd. Called from `_PG_init` in the postmaster.
+pub fn register(workers_max: usize) {
+    // SAFETY: runs in the postmaster before any child exists; hook variables are plain function pointers.
+    unsafe {
+        WORKERS_REQUESTED.store(workers_max as u32, Ordering::Relaxed);
+        PREVIOUS_REQUEST = pg_sys::shmem_request_hook;
+        pg_sys::shmem_request_hook = Some(request);
+        PREVIOUS_STARTUP = pg_sys::shmem_startup_hook;
+        pg_sys::shmem_startup_hook = Some(startup);
+        WAKE_FD.store(libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC), Ordering::Relaxed);
+    }
+}
+
+static WORKERS_REQUESTED: AtomicU32 = AtomicU32::new(0);
+
+fn workers_requested() -> usize {
+    WORKERS_REQUESTED.load(Ordering::Relaxed) as usize
+}
+
+unsafe extern "C-unwind" fn request() {
+    // SAFETY: called by the postmaster in its shared memory request phase.
+    unsafe {
+        if let Some(previous) = PREVIOUS_REQUEST {
+            previous();
+        }
+        pg_sys::RequestAddinShmemSpace(
+            size_of::<Shared>()
+                + backend_count() * size_of::<BackendSlot>()
+                + workers_requested() * (size_of::<WorkerSlot>() + size_of::<WorkerRing>())
+                + 4096,
+        );
+    }
+}
+
+/// Attaches to or makes one zeroed area; returns it and whether it was there already.
+unsafe fn area<T>(name: &std::ffi::CStr, count: usize) -> (*mut T, bool) {
+    let mut found = false;
+    // SAFETY: the caller holds AddinShmemInitLock; the space was requested.
+    unsafe {
+        let start = pg_sys::ShmemInitStruct(name.as_ptr(), count * size_of::<T>(), &mut found).cast::<T>();
+        if !found {
+            std::ptr::write_bytes(start, 0, count);
+        }
+        (start, found)
+    }
+}
+
+unsafe extern "C-unwind" fn startup() {
+    // SAFETY: called by the postmaster (also after a crash restart) when shared memory is being set up. All-zero bytes are valid for every
+    // area: atomics, plain arrays and enums stored as numbers.
+    unsafe {
+        if let Some(previous) = PREVIOUS_STARTUP {
+            previous();
+        }
+        let lock = &raw mut (*pg_sys::MainLWLockArray.add(ADDIN_SHMEM_INIT_LOCK)).lock;
+        pg_sys::LWLockAcquire(lock, pg_sys::LWLockMode::LW_EXCLUSIVE);
+        let (shared, found) = area::<Shared>(c"multimaster", 1);
+        BACKENDS.store(area(c"multimaster backends", backend_count()).0, Ordering::Release);
+        WORKERS.store(area(c"multimaster workers", workers_requested()).0, Ordering::Release);
+        RINGS.store(area(c"multimaster rings", workers_requested()).0, Ordering::Release);
+        if !found {
+            (*shared).events.init();
+            (*shared).finishes.init();
+            (*shared).workers_max.store(workers_requested() as u32, Ordering::Relaxed);
+        }
+        SHARED.store(shared, Ordering::Release);
+        pg_sys::LWLockRelease(lock);
+    }
+}

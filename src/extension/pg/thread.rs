@@ -1,0 +1,44 @@
+//! The arbiter's own thread, beside PostgreSQL's main thread.
+
+use super::shared;
+use std::os::fd::{AsRawFd, RawFd};
+use tokio::io::unix::AsyncFd;
+
+/// Starts a thread in which every signal is blocked, so that PostgreSQL's handlers only ever run on the main thread.
+pub fn spawn_without_signals<T: Send + 'static>(
+    name: &str,
+    body: impl FnOnce() -> T + Send + 'static,
+) -> std::thread::JoinHandle<T> {
+    // SAFETY: plain signal-mask calls with valid pointers; the thread inherits the mask in force when it is made.
+    unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        let mut before: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        let handle = std::thread::Builder::new().name(name.to_owned()).spawn(body);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+        handle.expect("the system can start one thread")
+    }
+}
+
+/// Takes all wake-ups out of the eventfd.
+pub fn drain_wake_fd() {
+    let mut count = 0u64;
+    // SAFETY: a non-blocking eventfd and an eight-byte buffer.
+    unsafe { libc::read(shared::wake_fd(), (&raw mut count).cast(), 8) };
+}
+
+/// The eventfd as tokio wants it.
+pub struct WakeFd;
+
+impl AsRawFd for WakeFd {
+    fn as_raw_fd(&self) -> RawFd {
+        shared::wake_fd()
+    }
+}
+
+/// Readiness of the eventfd, for the runtime this is called in.
+pub fn wake_readiness() -> std::io::Result<AsyncFd<WakeFd>> {
+    // SAFETY: the descriptor was made by the postmaster and is never closed in a child.
+    unsafe { AsyncFd::register(WakeFd) }.map_err(Into::into)
+}

@@ -1,0 +1,83 @@
+//! PREPARE, COMMIT PREPARED and ROLLBACK PREPARED from a background worker.
+
+use super::process;
+use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
+use std::ffi::CString;
+
+mod guarded {
+    use std::ffi::c_char;
+    unsafe extern "C-unwind" {
+        pub fn FinishPreparedTransaction(gid: *const c_char, is_commit: bool);
+    }
+}
+
+/// How an attempt to finish a prepared transaction ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finished {
+    Done,
+    /// There is no such prepared transaction (any more).
+    Unknown,
+    /// Another process has it in its hands.
+    Busy,
+    /// An error of another kind: it may or may not be finished.
+    Failed,
+}
+
+/// Commits or rolls back a prepared transaction, durably, in a transaction of its own.
+pub fn finish(name: &str, commit: bool) -> Finished {
+    let Ok(name) = CString::new(name) else { return Finished::Unknown };
+    let result = PgTryBuilder::new(|| {
+        process::in_transaction(|| {
+            // SAFETY: guarded; the name outlives the call.
+            unsafe {
+                pg_sys::ffi::pg_guard_ffi_boundary(|| guarded::FinishPreparedTransaction(name.as_ptr(), commit));
+            }
+        });
+        Finished::Done
+    })
+    .catch_when(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, |_| Finished::Unknown)
+    .catch_when(PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, |_| Finished::Busy)
+    .execute();
+    if result != Finished::Done {
+        process::abort_transaction();
+    }
+    result
+}
+
+/// Finishes a prepared transaction inside the calling backend's transaction.
+///
+/// Every error is an answer: nothing may unwind into the hook's callers. After `Failed` the transaction must be aborted.
+///
+/// # Safety
+/// In a transaction; the caller's frames own nothing with a destructor.
+pub unsafe fn finish_in_transaction(name: *const std::ffi::c_char, commit: bool) -> Finished {
+    let attempt = || {
+        // SAFETY: guarded: errors become unwinding, which the handlers below end.
+        unsafe { pg_sys::ffi::pg_guard_ffi_boundary(|| guarded::FinishPreparedTransaction(name, commit)) };
+        Finished::Done
+    };
+    PgTryBuilder::new(std::panic::AssertUnwindSafe(attempt))
+        .catch_when(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, |_| Finished::Unknown)
+        .catch_when(PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, |_| {
+            // "is busy" is raised with the lock on the table of prepared transactions held; the transaction goes on, so it is given back here.
+            // SAFETY: no lock of this kind is held by the commit sequence itself.
+            unsafe { pg_sys::LWLockReleaseAll() };
+            Finished::Busy
+        })
+        .catch_others(|_| Finished::Failed)
+        .execute()
+}
+
+/// Turns the current transaction into a prepared one, durably.
+///
+/// Raises (unwinding) when deferred constraints fail, when there is no free slot or the name is in use.
+pub fn prepare(name: &str) {
+    let name = CString::new(name).expect("names of prepared transactions have no zero bytes");
+    // SAFETY: in a transaction begun by StartTransactionCommand; the order is the one of an explicit block.
+    unsafe {
+        pg_sys::BeginTransactionBlock();
+        pg_sys::CommitTransactionCommand();
+        pg_sys::PrepareTransactionBlock(name.as_ptr());
+        pg_sys::CommitTransactionCommand();
+    }
+}

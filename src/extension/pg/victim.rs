@@ -1,0 +1,68 @@
+//! What the victim of the conflict rule reads.
+//!
+//! The monitor cancels a running statement as a user would, or ends an idle session with core's own "give way" signal. On the way to the log and to
+//! the client that error becomes 40001 with the reason. Where the server is set not to log errors (`log_min_messages` above `error`) the
+//! hook is not called, and the client reads core's own words. A session between two statements is told at the next one.
+
+use super::shared::{self, stage};
+use pgrx::{PgSqlErrorCode, pg_sys};
+use std::ffi::CString;
+use std::sync::atomic::Ordering;
+
+static mut PREVIOUS: pg_sys::emit_log_hook_type = None;
+
+/// Installs the hook. Called once, from `_PG_init` in the postmaster.
+pub fn register() {
+    // SAFETY: hook variables are plain function pointers, set before any child process exists.
+    unsafe {
+        PREVIOUS = pg_sys::emit_log_hook;
+        pg_sys::emit_log_hook = Some(rewrite);
+    }
+}
+
+unsafe extern "C-unwind" fn rewrite(data: *mut pg_sys::ErrorData) {
+    // SAFETY: PostgreSQL passes the error that is being reported; new texts are made in the context that owns the old ones.
+    unsafe {
+        if is_victims_error(&*data)
+            && let Some((message, detail)) = reason()
+        {
+            (*data).sqlerrcode = PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32;
+            (*data).message = pg_sys::MemoryContextStrdup((*data).assoc_context, message.as_ptr());
+            if !detail.is_empty() {
+                (*data).detail = pg_sys::MemoryContextStrdup((*data).assoc_context, detail.as_ptr());
+            }
+        }
+        if let Some(previous) = PREVIOUS {
+            previous(data);
+        }
+    }
+}
+
+/// Raises the reason when the running transaction has become a victim. Called at the start of each statement.
+///
+/// # Safety
+/// From the hooks: raises by `longjmp`.
+pub unsafe fn check() {
+    if shared::exists() && shared::my_backend().stage.load(Ordering::Relaxed) == stage::VICTIM {
+        // SAFETY: as the caller promises.
+        unsafe { super::commit::raise_refusal() };
+    }
+}
+
+fn is_victims_error(data: &pg_sys::ErrorData) -> bool {
+    if data.elevel < pgrx::PgLogLevel::ERROR as i32
+        || !(data.sqlerrcode == PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32
+            || data.sqlerrcode == PgSqlErrorCode::ERRCODE_QUERY_CANCELED as i32)
+        || !shared::exists()
+    {
+        return false;
+    }
+    // SAFETY: a plain pointer of this process.
+    let attached = unsafe { !pg_sys::MyProc.is_null() };
+    attached && shared::my_backend().stage.load(Ordering::Acquire) == stage::VICTIM
+}
+
+fn reason() -> Option<(CString, CString)> {
+    let refusal = shared::my_backend().refusal.get()?;
+    Some((CString::new(refusal.message()).ok()?, CString::new(refusal.detail()).ok()?))
+}

@@ -1,0 +1,182 @@
+//! What the views show, out of shared memory.
+
+use crate::pg::shared::{NODES, NodeStatus, shared};
+use crate::arbiter::event::{Conflict, Ended, InFlight, LocalEvent, Question, submit};
+use crate::pg::{board, commit, locks};
+use crate::fate;
+use crate::views::{ConflictRow, CounterRow, NodeStateRow, Source, StatusRow, TransactionRow, TransactionStatus};
+use crate::decode::Environment;
+use protocol::{Csn, Decision, NodeId};
+use std::sync::atomic::Ordering;
+
+/// The source of the views.
+pub static SOURCE: SharedSource = SharedSource;
+
+pub struct SharedSource;
+
+/// Makes the arbiter look at the catalog again.
+pub fn wake_arbiter() {
+    if let Some(database) = locks::my_database() {
+        shared().database.store(database, Ordering::Release);
+    }
+    shared().identity_changed.store(true, Ordering::Release);
+    shared().arbiter.wake();
+}
+
+/// What the output plugin has to know.
+pub fn decode_environment() -> Environment {
+    Environment {
+        node: || shared().node_id(),
+        generation: || shared().generation(),
+        visible: |deps| {
+            deps.extend(node_ids().filter_map(|node| {
+                let csn = Csn(shared().node(node).visible.load(Ordering::Acquire));
+                (csn != Csn::ZERO).then_some((node, csn))
+            }));
+        },
+        is_local: |_, _| false,
+    }
+}
+
+fn node_ids() -> impl Iterator<Item = NodeId> {
+    (1..NODES as u8).filter_map(NodeId::new).filter(|node| shared().node(*node).configured.load(Ordering::Acquire))
+}
+
+fn cluster_id() -> u128 {
+    let [upper, lower] = &shared().cluster_id;
+    u128::from(upper.load(Ordering::Acquire)) << 64 | u128::from(lower.load(Ordering::Acquire))
+}
+
+fn is_connected(node: NodeId) -> bool {
+    let state = shared().node(node);
+    shared().node_id() == Some(node)
+        || (state.linked.load(Ordering::Acquire) && state.receiving.load(Ordering::Acquire))
+}
+
+impl Source for SharedSource {
+    fn status(&self) -> StatusRow {
+        let shared = shared();
+        let all: Vec<i32> = node_ids().map(|node| i32::from(node.get())).collect();
+        let connected: Vec<i32> =
+            node_ids().filter(|node| is_connected(*node)).map(|node| i32::from(node.get())).collect();
+        let node = shared.node_id();
+        StatusRow {
+            node_id: node.map(|node| i32::from(node.get())),
+            name: node.map(|node| format!("n{}", node.get())),
+            status: shared.status().name().to_owned(),
+            members_online: if shared.status() == NodeStatus::Online { all.clone() } else { connected.clone() },
+            connected,
+            generation: node.map(|_| i64::from(shared.generation().0)),
+            members: all.clone(),
+            configured: all,
+            cluster_id: node.map(|_| cluster_id()),
+        }
+    }
+
+    fn nodes(&self) -> Vec<NodeStateRow> {
+        node_ids().map(node_row).collect()
+    }
+
+    fn transactions(&self) -> Vec<TransactionRow> {
+        let rows: Option<Vec<InFlight>> =
+            board::ask_arbiter(|number| submit(&LocalEvent::Ask { number, question: Question::Transactions }));
+        rows.unwrap_or_default().into_iter().map(transaction_row).collect()
+    }
+
+    fn conflicts(&self) -> Vec<ConflictRow> {
+        shared().conflicts.all::<Conflict>().into_iter().map(conflict_row).collect()
+    }
+
+    fn counters(&self) -> Vec<CounterRow> {
+        let decided: Option<Vec<Ended>> =
+            board::ask_arbiter(|number| submit(&LocalEvent::Ask { number, question: Question::Counters }));
+        let counters = &shared().counters;
+        let local = [
+            ("in doubt", "the client was told 08007", &counters.unknown),
+            ("applied", "prepared here for another node", &counters.applied),
+            ("not applied", "refused here for another node", &counters.refused),
+            ("not applied", "waited for an older committing transaction", &counters.conflicts_committing),
+            ("cancelled", "blocked a committing transaction", &counters.conflicts_running),
+        ];
+        let local = local.into_iter().map(|(outcome, reason, counter)| CounterRow {
+            outcome: outcome.to_owned(),
+            reason: Some(reason.to_owned()),
+            transactions: counter.load(Ordering::Relaxed) as i64,
+        });
+        decided.unwrap_or_default().into_iter().map(ended_row).chain(local).collect()
+    }
+
+    fn transaction_status(&self, gid: &str) -> TransactionStatus {
+        fate::of(gid)
+    }
+
+    fn current_gid(&self) -> Option<String> {
+        commit::identifying_text()
+    }
+}
+
+fn transaction_row(row: InFlight) -> TransactionRow {
+    let me = shared().node_id();
+    let role = match () {
+        () if row.resolving => "resolver",
+        () if Some(row.gid.coordinator) == me => "coordinator",
+        () => "participant",
+    };
+    TransactionRow {
+        gid: row.gid.text(shared().cluster_tag()),
+        coordinator: i32::from(row.gid.coordinator.get()),
+        role: role.to_owned(),
+        state: row.state,
+        ballot: Some(row.ballot),
+        started_at: Some(row.gid.started_at),
+        missing: row.missing.iter().map(|node| i32::from(node.get())).collect(),
+    }
+}
+
+fn ended_row(ended: Ended) -> CounterRow {
+    let outcome = match (ended.own, ended.decision) {
+        (true, Decision::Commit) => "committed",
+        (true, Decision::Abort) => "aborted",
+        (false, Decision::Commit) => "committed for another node",
+        (false, Decision::Abort) => "aborted for another node",
+    };
+    CounterRow { outcome: outcome.to_owned(), reason: Some(ended.reason), transactions: ended.count as i64 }
+}
+
+fn conflict_row(row: Conflict) -> ConflictRow {
+    let tag = shared().cluster_tag();
+    let (relation, key) = match row.target.split_once(", key ") {
+        Some((relation, key)) => (relation, Some(key.to_owned())),
+        None => (row.target.as_str(), None),
+    };
+    ConflictRow {
+        happened_at: row.happened_at,
+        kind: row.kind,
+        node_id: i32::from(row.node.get()),
+        relation: Some(relation.to_owned()).filter(|name| !name.is_empty()),
+        key,
+        loser: row.loser.map(|gid| gid.text(tag)),
+        winner: row.winner.map(|gid| gid.text(tag)),
+    }
+}
+
+fn node_row(node: NodeId) -> NodeStateRow {
+    let state = shared().node(node);
+    let delays = state.vote_delays.load(Ordering::Relaxed);
+    let is_self = shared().node_id() == Some(node);
+    let heard = state.heartbeats.load(Ordering::Relaxed);
+    let all: u32 = node_ids().map(|id| 1u32 << (id.get() - 1)).sum();
+    NodeStateRow {
+        id: i32::from(node.get()),
+        enabled: true,
+        connected: is_connected(node),
+        stopped: false,
+        catch_up: false,
+        avg_trans_delay_us: (delays > 0).then(|| (state.vote_delay_us.load(Ordering::Relaxed) / delays) as i64),
+        last_status_change: Some(state.last_change_us.load(Ordering::Relaxed)).filter(|at| *at != 0),
+        receiver_pid: Some(state.receiver.pid()).filter(|pid| *pid != 0),
+        connectivity_mask: (heard > 0 && !is_self)
+            .then(|| i64::from(all & !state.connectivity.load(Ordering::Relaxed))),
+        heartbeats: heard as i64,
+    }
+}

@@ -1,0 +1,288 @@
+//! The SQL functions that show this node and its cluster.
+//!
+//! What they show lives in shared memory; its owner hands it out as plain rows through [`Source`]. Columns that come from PostgreSQL's
+//! own catalogs are joined in `sql/`. Times are microseconds since 2000-01-01 UTC.
+
+#![expect(
+    clippy::type_complexity,
+    reason = "pgrx reads the columns of a result from the function's signature"
+)]
+
+use std::sync::OnceLock;
+
+use pgrx::datum::Uuid;
+use pgrx::prelude::*;
+
+use crate::cluster::Conninfo;
+use crate::pg::report::{self, ErrorReport};
+
+/// What the node knows about itself and its generation.
+#[derive(Debug, Clone, Default)]
+pub struct StatusRow {
+    /// Missing while the server belongs to no cluster.
+    pub node_id: Option<i32>,
+    pub name: Option<String>,
+    /// `online` when the node takes reads and writes.
+    pub status: String,
+    pub connected: Vec<i32>,
+    pub generation: Option<i64>,
+    pub members: Vec<i32>,
+    pub members_online: Vec<i32>,
+    pub configured: Vec<i32>,
+    pub cluster_id: Option<u128>,
+}
+
+/// What shared memory knows of one configured node; this node has a row too.
+#[derive(Debug, Clone, Default)]
+pub struct NodeStateRow {
+    pub id: i32,
+    /// The node is a member of the current generation.
+    pub enabled: bool,
+    /// Its arbiter answers heartbeats; true for this node.
+    pub connected: bool,
+    /// It takes no part on purpose, or because it needs a new copy.
+    pub stopped: bool,
+    /// It is replaying what it missed.
+    pub catch_up: bool,
+    /// Mean time in microseconds from a PREPARE here to that node's vote.
+    pub avg_trans_delay_us: Option<i64>,
+    pub last_status_change: Option<i64>,
+    pub receiver_pid: Option<i32>,
+    /// Bit n-1 is set when that node does *not* hear node n; missing before its first heartbeat.
+    pub connectivity_mask: Option<i64>,
+    /// Heartbeats received from it.
+    pub heartbeats: i64,
+}
+
+/// One transaction between its PREPARE and its end on all nodes.
+#[derive(Debug, Clone, Default)]
+pub struct TransactionRow {
+    pub gid: String,
+    pub coordinator: i32,
+    /// Part that this node plays: coordinator, participant or resolver.
+    pub role: String,
+    pub state: String,
+    pub ballot: Option<String>,
+    pub started_at: Option<i64>,
+    /// Nodes whose answer is awaited.
+    pub missing: Vec<i32>,
+}
+
+/// One settled conflict.
+#[derive(Debug, Clone, Default)]
+pub struct ConflictRow {
+    pub happened_at: i64,
+    pub kind: String,
+    /// Node on which the two met.
+    pub node_id: i32,
+    pub relation: Option<String>,
+    pub key: Option<String>,
+    pub loser: Option<String>,
+    pub winner: Option<String>,
+}
+
+/// Number of this node's transactions that ended in one way.
+#[derive(Debug, Clone, Default)]
+pub struct CounterRow {
+    pub outcome: String,
+    pub reason: Option<String>,
+    pub transactions: i64,
+}
+
+/// Fate of a transaction as far as this node can tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TransactionStatus {
+    Committed,
+    Aborted,
+    InProgress,
+    /// Never seen here, or forgotten since.
+    Unknown,
+}
+
+impl TransactionStatus {
+    /// The word that SQL shows.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            TransactionStatus::Committed => "committed",
+            TransactionStatus::Aborted => "aborted",
+            TransactionStatus::InProgress => "in progress",
+            TransactionStatus::Unknown => "unknown",
+        }
+    }
+}
+
+/// Where the rows come from. The methods are called in backends and may raise.
+pub trait Source: Sync {
+    fn status(&self) -> StatusRow;
+    fn nodes(&self) -> Vec<NodeStateRow>;
+    fn transactions(&self) -> Vec<TransactionRow>;
+    fn conflicts(&self) -> Vec<ConflictRow>;
+    fn counters(&self) -> Vec<CounterRow>;
+    fn transaction_status(&self, gid: &str) -> TransactionStatus;
+    /// Name of the running transaction; missing outside a cluster.
+    fn current_gid(&self) -> Option<String>;
+}
+
+static SOURCE: OnceLock<&'static dyn Source> = OnceLock::new();
+
+/// Says where the rows come from. Call once, in the postmaster; later calls change nothing.
+pub fn set_source(source: &'static dyn Source) {
+    SOURCE.get_or_init(|| source);
+}
+
+fn source() -> &'static dyn Source {
+    match SOURCE.get() {
+        Some(source) => *source,
+        None => report::raise(ErrorReport::new(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            "multimaster has not started",
+            function_name!(),
+        )),
+    }
+}
+
+/// A time of shared memory as SQL shows it; missing when it is out of SQL's range.
+fn timestamp(micros: i64) -> Option<TimestampWithTimeZone> {
+    TimestampWithTimeZone::try_from(micros).ok()
+}
+
+#[pg_extern]
+fn status() -> TableIterator<
+    'static,
+    (
+        name!(my_node_id, Option<i32>),
+        name!(name, Option<String>),
+        name!(status, String),
+        name!(connected, Vec<i32>),
+        name!(gen_num, Option<i64>),
+        name!(gen_members, Vec<i32>),
+        name!(gen_members_online, Vec<i32>),
+        name!(gen_configured, Vec<i32>),
+        name!(cluster_id, Option<Uuid>),
+    ),
+> {
+    let row = source().status();
+    TableIterator::once((
+        row.node_id,
+        row.name,
+        row.status,
+        row.connected,
+        row.generation,
+        row.members,
+        row.members_online,
+        row.configured,
+        row.cluster_id.map(|id| Uuid::from_bytes(id.to_be_bytes())),
+    ))
+}
+
+#[pg_extern]
+fn peer_states() -> TableIterator<
+    'static,
+    (
+        name!(id, i32),
+        name!(enabled, bool),
+        name!(connected, bool),
+        name!(stopped, bool),
+        name!(catch_up, bool),
+        name!(avg_trans_delay, Option<i64>),
+        name!(last_status_change, Option<TimestampWithTimeZone>),
+        name!(receiver_pid, Option<i32>),
+        name!(connectivity_mask, Option<i64>),
+        name!(n_heartbeats, i64),
+    ),
+> {
+    TableIterator::new(source().nodes().into_iter().map(|row| {
+        (
+            row.id,
+            row.enabled,
+            row.connected,
+            row.stopped,
+            row.catch_up,
+            row.avg_trans_delay_us,
+            row.last_status_change.and_then(timestamp),
+            row.receiver_pid,
+            row.connectivity_mask,
+            row.heartbeats,
+        )
+    }))
+}
+
+#[pg_extern]
+fn in_flight() -> TableIterator<
+    'static,
+    (
+        name!(gid, String),
+        name!(coordinator, i32),
+        name!(role, String),
+        name!(state, String),
+        name!(ballot, Option<String>),
+        name!(started_at, Option<TimestampWithTimeZone>),
+        name!(missing, Vec<i32>),
+    ),
+> {
+    TableIterator::new(source().transactions().into_iter().map(|row| {
+        (
+            row.gid,
+            row.coordinator,
+            row.role,
+            row.state,
+            row.ballot,
+            row.started_at.and_then(timestamp),
+            row.missing,
+        )
+    }))
+}
+
+#[pg_extern]
+fn recent_conflicts() -> TableIterator<
+    'static,
+    (
+        name!(happened_at, Option<TimestampWithTimeZone>),
+        name!(kind, String),
+        name!(node_id, i32),
+        name!(relation, Option<String>),
+        name!(key, Option<String>),
+        name!(loser, Option<String>),
+        name!(winner, Option<String>),
+    ),
+> {
+    TableIterator::new(source().conflicts().into_iter().map(|row| {
+        (
+            timestamp(row.happened_at),
+            row.kind,
+            row.node_id,
+            row.relation,
+            row.key,
+            row.loser,
+            row.winner,
+        )
+    }))
+}
+
+#[pg_extern]
+fn counters() -> TableIterator<
+    'static,
+    (
+        name!(outcome, String),
+        name!(reason, Option<String>),
+        name!(transactions, i64),
+    ),
+> {
+    let rows = source().counters().into_iter();
+    TableIterator::new(rows.map(|row| (row.outcome, row.reason, row.transactions)))
+}
+
+#[pg_extern]
+fn transaction_status(gid: &str) -> &'static str {
+    source().transaction_status(gid).as_str()
+}
+
+#[pg_extern]
+fn current_gid() -> Option<String> {
+    source().current_gid()
+}
+
+#[pg_extern]
+fn without_secrets(conninfo: &str) -> String {
+    Conninfo::parse(conninfo).without_secrets()
+}

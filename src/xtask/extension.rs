@@ -1,0 +1,62 @@
+//! Building the extension and putting it into a private copy of PostgreSQL.
+//!
+//! cargo-pgrx is not needed: the SQL is written by hand, so a plain `cargo build` that is told where `pg_config` is
+//! does everything.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::installation::{Installation, MAJOR, Source};
+use crate::{command, host};
+
+/// The cargo profile of everything that tests and demonstrations run.
+pub const PROFILE: &str = "fast";
+
+/// Builds the extension for `source` and returns an installation that has it.
+///
+/// # Errors
+/// When the compiler or a copy fails.
+pub fn build(source: &Source) -> Result<Installation> {
+    let installation = Installation::prepare(source)?;
+    let target = target_dir(source)?;
+    let mut cargo = cargo();
+    cargo
+        .args([
+            "build",
+            "--quiet",
+            "--package",
+            "multimaster",
+            "--profile",
+            PROFILE,
+        ])
+        .args(["--features", &format!("pg{MAJOR}")])
+        .arg("--target-dir")
+        .arg(&target)
+        .env("PGRX_PG_CONFIG_PATH", &source.pg_config);
+    command::show(&mut cargo)?;
+    installation.install_extension(&target.join(PROFILE).join("libmultimaster.so"))?;
+    Ok(installation)
+}
+
+/// Debian's PostgreSQL shares cargo's usual directory; any other build has its own, since the headers differ.
+fn target_dir(source: &Source) -> Result<PathBuf> {
+    let usual = match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(dir) => host::checkout().join(dir),
+        None => host::checkout().join("target"),
+    };
+    let packaged = Source::packaged()?;
+    Ok(if packaged.name == source.name {
+        usual
+    } else {
+        usual.join(&source.name)
+    })
+}
+
+/// The cargo that runs us, in the checkout.
+pub fn cargo() -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(host::checkout());
+    cargo
+}

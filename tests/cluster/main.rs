@@ -1,0 +1,22 @@
+//! Whole clusters under load, and servers that cannot become one. Each case has servers of its own.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+mod bulk;
+mod intruder;
+mod life;
+mod load;
+mod refusals;
+
+fn main() -> ExitCode {
+    let cases = [
+        refusals::cases(),
+        intruder::cases(),
+        load::cases(),
+        life::cases(),
+        bulk::cases(),
+    ];
+    multimaster_tests::run_own(cases.concat())
+}

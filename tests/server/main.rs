@@ -1,0 +1,35 @@
+//! What a client may rely on, proved on one shared cluster.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use multimaster_tests::{plain, run_shared};
+
+mod commit;
+mod conflicts;
+mod constraints;
+mod ddl;
+mod stream;
+mod traps;
+mod views;
+mod workers;
+
+/// Nodes of the shared cluster: the smallest number with a majority that survives a failure.
+const NODES: usize = 3;
+
+fn main() -> ExitCode {
+    let mut cases = [
+        commit::cases(),
+        traps::cases(),
+        stream::cases(),
+        constraints::cases(),
+        ddl::cases(),
+        workers::cases(),
+    ]
+    .concat();
+    if !plain() {
+        cases.extend([conflicts::cases(), views::cases()].into_iter().flatten());
+    }
+    run_shared(NODES, cases)
+}
