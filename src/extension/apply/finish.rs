@@ -1,6 +1,7 @@
 //! Finishing prepared transactions of this server by order of the arbiter.
 
 use crate::arbiter::event::{FinishOrder, LocalEvent, submit};
+use crate::failpoint::{Failpoint, hit};
 use crate::pg::process::{self, Wait};
 use crate::pg::records::DurableTable;
 use crate::pg::shared::{self, shared};
@@ -23,12 +24,14 @@ pub fn finish_all(records: &DurableTable) -> bool {
 fn finish(order: &FinishOrder, records: &DurableTable) {
     let name = order.gid.text(shared().cluster_tag());
     let commit = shared::is_commit(order.decision);
+    hit(Failpoint::FinishBeforeRecord);
     if let Some((tuple, body)) = &order.record
         && let Ok(body) = body.as_slice().try_into()
     {
         // Rides on the flush of the finish (architecture.md, "Exactly once").
         process::in_transaction(|| records.write(&mut [(*tuple, body)]));
     }
+    hit(Failpoint::FinishAfterRecord);
     loop {
         match twophase::finish(&name, commit) {
             Finished::Done | Finished::Unknown => break,
@@ -37,7 +40,9 @@ fn finish(order: &FinishOrder, records: &DurableTable) {
             }
         }
     }
+    hit(Failpoint::FinishAfterFinish);
     submit(&LocalEvent::Finished { gid: order.gid });
+    hit(Failpoint::FinishAfterTelling);
 }
 
 /// Body of the background worker `multimaster finisher`.

@@ -5,6 +5,7 @@ use super::progress::Progress;
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::arbiter::{MARK_ROWS, body_of, number_in};
 use crate::cluster::{Identity, slot_name};
+use crate::failpoint::{Failpoint, hit};
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::{self, NodeShared, shared};
@@ -197,6 +198,7 @@ impl Receiver {
             pgrx::error!("multimaster receiver of node {}: a transaction without its head", self.peer.get());
         };
         let gid = begin.gid;
+        hit(Failpoint::ReceiverBegins);
         let prepared = self.prepared.contains(&gid);
         self.current = if prepared || self.ended.contains(&gid) {
             Current::Skipping { prepared, gid }
@@ -213,8 +215,12 @@ impl Receiver {
 
     fn end(&mut self, at: Lsn) {
         match std::mem::replace(&mut self.current, Current::None) {
-            Current::Feeding(feed) => self.progress.hand(at, feed.index, feed.job),
+            Current::Feeding(feed) => {
+                self.progress.hand(at, feed.index, feed.job);
+                hit(Failpoint::ReceiverHands);
+            }
             Current::Skipping { prepared, gid } => {
+                hit(Failpoint::ReceiverSkips);
                 if prepared {
                     submit(&LocalEvent::Voted { gid, vote: Vote::Yes, lsn: at });
                 }
@@ -278,7 +284,11 @@ impl Receiver {
         let pause = if self.reply_wanted { STATUS_INTERVAL_ASKED } else { STATUS_INTERVAL };
         if mark > self.stored && self.stored_at.elapsed() >= pause {
             let row = (u32::from(self.peer.get()), body_of(mark.0));
-            records::flush(process::in_transaction(|| self.marks.write(&mut [row])));
+            hit(Failpoint::MarkBeforeStore);
+            let end = process::in_transaction(|| self.marks.write(&mut [row]));
+            hit(Failpoint::MarkBeforeFlush);
+            records::flush(end);
+            hit(Failpoint::MarkBeforeConfirm);
             self.stored = mark;
             self.stored_at = Instant::now();
             self.node.mark.store(mark.0, Ordering::Release);
@@ -287,6 +297,7 @@ impl Receiver {
             return;
         }
         stream.send(&status_message(self.seen, self.stored));
+        hit(Failpoint::MarkAfterConfirm);
         self.reply_wanted = false;
         self.told_at = Instant::now();
     }

@@ -2,6 +2,7 @@
 
 use super::finish;
 use crate::arbiter::event::{LocalEvent, submit};
+use crate::failpoint::{Failpoint, hit};
 use crate::pg::apply_error::{ApplyFailure, attempt};
 use crate::pg::process::{self, Wait};
 use crate::pg::records::DurableTable;
@@ -121,11 +122,17 @@ fn report(slot: &WorkerSlot, job: &Job, end: Lsn, result: Result<Applied, ApplyF
     let counter = if vote == Vote::Yes { &shared().counters.applied } else { &shared().counters.refused };
     counter.fetch_add(1, Ordering::Relaxed);
     let gid = job.gid;
+    let (before, after) = match vote {
+        Vote::Yes => (None, Failpoint::ApplyAfterYes),
+        Vote::No(_) => (Some(Failpoint::ApplyBeforeNo), Failpoint::ApplyAfterNo),
+    };
+    before.into_iter().for_each(hit);
     if job.name.starts_with("mtm-") {
         submit(&LocalEvent::Voted { gid, vote, lsn: end });
     } else {
         submit(&LocalEvent::UserVoted { gid, vote });
     }
+    hit(after);
 }
 
 /// What the coordinator's client will read.
@@ -181,6 +188,7 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
                     inbox.slot.gid.set(Some(begun.gid));
                     // From here on there is somebody to answer, whatever happens.
                     let begun = job.insert(begun);
+                    hit(Failpoint::ApplyBegins);
                     wait_for_order(inbox.slot, &begun.deps);
                 }
                 StreamFrame::Ddl(payload) => {
@@ -211,8 +219,10 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
         return Ok(Applied::Dropped);
     };
     applier.finish().map_err(ApplyFailure::from)?;
+    hit(Failpoint::ApplyBeforePrepare);
     twophase::prepare(&job.name);
     PREPARED.store(true, Ordering::Relaxed);
+    hit(Failpoint::ApplyAfterPrepare);
     Ok(Applied::Prepared)
 }
 

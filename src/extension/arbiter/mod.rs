@@ -12,6 +12,7 @@ mod user_votes;
 
 pub use start::{MARK_ROWS, find, body_of, number_in};
 
+use crate::failpoint::{Failpoint, hit};
 use crate::guc;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
@@ -49,6 +50,8 @@ struct MainThread {
 pub fn main() {
     process::attach_signals();
     process::stay_local();
+    #[cfg(feature = "failpoints")]
+    crate::pg::failpoint::arm_as_configured();
     shared().arbiter.set_self();
     start::find_database();
     process::connect(pgrx::pg_sys::Oid::from(shared().database.load(Ordering::Acquire)));
@@ -131,11 +134,15 @@ impl MainThread {
         if writes.is_empty() {
             return;
         }
+        hit(Failpoint::RecordsBeforeWrite);
         // Of two records of one transaction only the later counts; a stable sort keeps their order.
         let end = process::in_transaction(|| self.records.write(&mut writes));
         if !waiting.is_empty() {
+            hit(Failpoint::RecordsBeforeFlush);
             records::flush(end);
+            hit(Failpoint::RecordsBeforeAnswer);
             let _ = self.replies.send(FromMain::Durable(waiting));
+            hit(Failpoint::RecordsAfterAnswer);
         }
     }
 

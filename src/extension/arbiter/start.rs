@@ -6,6 +6,7 @@ use super::net_config::{NetSettings, millis, start_mesh};
 use super::thread::{Arbiter, FromMain, MainLink};
 use crate::cluster::Identity;
 use crate::cluster::identity::ClusterState;
+use crate::failpoint::{Failpoint, hit};
 use crate::guc;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
@@ -130,7 +131,9 @@ pub fn recover(identity: &Identity) -> RecoveredState {
         .collect();
     let prepared: Vec<Gid> =
         locks::prepared_names().values().filter_map(|name| Gid::parse(name)).map(|(_, gid)| gid).collect();
+    hit(Failpoint::StartBeforeEpoch);
     let epoch = next_epoch(identity.node_id);
+    hit(Failpoint::StartAfterEpoch);
     publish(identity);
     let config = config(identity, epoch);
     let tuples = Tuples::new(found.iter().map(|(gid, (tuple, _))| (*gid, *tuple)));
@@ -183,6 +186,7 @@ fn next_epoch(node: NodeId) -> u32 {
         shared().epoch.store(epoch as u32, Ordering::Release);
         marks.write(&mut [(EPOCH_ROW, body_of(epoch))])
     });
+    hit(Failpoint::StartBeforeEpochFlush);
     records::flush(end);
     shared().epoch.load(Ordering::Acquire)
 }

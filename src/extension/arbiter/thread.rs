@@ -6,6 +6,7 @@
 use super::start::Decider;
 use super::durable::{Batch, DurableOrder, Tuples};
 use super::event::{self, Fate, FinishOrder, InFlight, LocalEvent, Question};
+use crate::failpoint::{self, Failpoint, hit_in_thread};
 use crate::pg::thread as os_thread;
 use crate::pg::shared::{self, EVENT_BYTES, NodeStatus, outcome, shared};
 use mesh::{MeshEvent, MeshHandle};
@@ -142,7 +143,9 @@ impl Arbiter {
         mut from_main: mpsc::UnboundedReceiver<FromMain>,
     ) -> std::io::Result<()> {
         let mut first = std::mem::take(&mut self.effects);
+        hit_in_thread(Failpoint::StartBeforeEffects);
         self.carry_out(first.drain());
+        hit_in_thread(Failpoint::StartAfterEffects);
         self.adopt_waiting_backends();
         let wake = os_thread::wake_readiness()?;
         let mut tick = tokio::time::interval(TICK);
@@ -371,9 +374,12 @@ impl Arbiter {
     }
 
     fn send(&self, to: NodeId, msg: &Message) {
+        let around = failpoint::around(msg);
+        around.into_iter().for_each(|(before, _)| hit_in_thread(before));
         if let Err(error) = self.mesh.send(to, msg) {
             self.main.log(LogLevel::Warning, format!("a message to node {} was not sent: {error}", to.get()));
         }
+        around.into_iter().for_each(|(_, after)| failpoint::hit_after_sending(after));
     }
 
     fn reconfigure(&self, send_ms: u64, recv_ms: u64) {
@@ -464,9 +470,11 @@ impl Arbiter {
 
     fn finish(&mut self, gid: Gid, decision: Decision, record: Option<(u32, Vec<u8>)>) {
         let order = FinishOrder { gid, decision, record };
+        hit_in_thread(Failpoint::BeforeFinishOrder);
         if !self.delayed.is_empty() || !order.push() {
             self.delayed.push_back(order);
         }
+        hit_in_thread(Failpoint::AfterFinishOrder);
     }
 
     fn reply(&mut self, gid: Gid, result: Outcome) {
@@ -485,8 +493,10 @@ impl Arbiter {
             }
             Outcome::Unknown => outcome::UNKNOWN,
         };
+        hit_in_thread(Failpoint::BeforeReply);
         slot.outcome.store(code, Ordering::Release);
         shared::wake_proc(waiting.backend as usize);
+        hit_in_thread(Failpoint::AfterReply);
     }
 
     /// The votes on a user's PREPARE TRANSACTION are in.

@@ -14,6 +14,7 @@ use super::process::{self, Wait};
 use super::shared::{self, outcome, stage};
 use super::{fixed_text::FixedText, raw, twophase};
 use crate::arbiter::event::{LocalEvent, submit};
+use crate::failpoint::{Failpoint, hit_in_backend};
 use crate::guc;
 use pgrx::pg_sys;
 use protocol::Gid;
@@ -99,19 +100,26 @@ pub unsafe fn commit_globally() {
         IN_SEQUENCE.set(true);
         let notified = prepare_under(name.as_ptr(), || {});
         let wait_peers = guc::wait_peer_commits();
+        hit_in_backend(Failpoint::BackendAfterPrepare);
         announce(gid, wait_peers);
+        hit_in_backend(Failpoint::BackendAfterAnnouncing);
         match await_outcome(gid) {
             outcome::COMMIT => {
+                hit_in_backend(Failpoint::BackendBeforeCommit);
                 finish(name.as_ptr(), true);
+                hit_in_backend(Failpoint::BackendAfterCommit);
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Finished { gid });
                 if wait_peers {
                     await_peers();
                 }
                 shared::shared().counters.commits.fetch_add(1, Ordering::Relaxed);
+                hit_in_backend(Failpoint::BackendBeforeAnswer);
             }
             outcome::ABORT => {
+                hit_in_backend(Failpoint::BackendBeforeRollback);
                 finish(name.as_ptr(), false);
+                hit_in_backend(Failpoint::BackendAfterRollback);
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Finished { gid });
                 shared::shared().counters.aborts.fetch_add(1, Ordering::Relaxed);
@@ -216,6 +224,7 @@ unsafe fn prepare_under(name: *const c_char, before_prepare: impl FnOnce()) -> b
         claim_commit();
         reset_outcome();
         before_prepare();
+        hit_in_backend(Failpoint::BackendBeforePrepare);
         raw::CommitTransactionCommand();
         raw::StartTransactionCommand();
         notified

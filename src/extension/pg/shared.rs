@@ -331,6 +331,8 @@ pub struct Shared {
     pub conflicts: ConflictLog,
     pub events: Queue<EVENT_BYTES, 2048>,
     pub finishes: Queue<FINISH_BYTES, 2048>,
+    #[cfg(feature = "failpoints")]
+    pub failpoint: super::failpoint::Armed,
 }
 
 static SHARED: AtomicPtr<Shared> = AtomicPtr::new(std::ptr::null_mut());
