@@ -70,6 +70,7 @@ pub fn main(index: usize) {
 
 /// Leaves the slot in a state in which nobody waits for this process.
 fn leave() {
+    finish::leave();
     let Some(slot) = shared::workers().get(MY_SLOT.load(Ordering::Relaxed)) else { return };
     if slot.state.load(Ordering::Acquire) == worker::BUSY && slot.gid.get().is_none() {
         slot.lost.store(true, Ordering::Release);
@@ -115,8 +116,10 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
 fn report(slot: &WorkerSlot, job: &Job, end: Lsn, result: Result<Applied, ApplyFailure>) {
     let vote = match result {
         Ok(Applied::Prepared) => Vote::Yes,
-        // The origin has rolled it back: nobody waits for a vote.
+        // Its feeder went away and will have it sent again.
         Ok(Applied::Dropped) => return,
+        // The record of it must say where its PREPARE lies, if somebody has asked about it.
+        Ok(Applied::RolledBack) => Vote::No(Refusal::retry("the transaction was rolled back by its origin", "")),
         Err(failure) => Vote::No(refusal(slot, failure)),
     };
     let counter = if vote == Vote::Yes { &shared().counters.applied } else { &shared().counters.refused };
@@ -164,7 +167,9 @@ fn refusal(slot: &WorkerSlot, failure: ApplyFailure) -> Refusal {
 /// How an apply without an error ended.
 enum Applied {
     Prepared,
+    /// The origin's stream broke off.
     Dropped,
+    RolledBack,
 }
 
 fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Applied, ApplyFailure> {
@@ -203,7 +208,7 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
                     if prepare.aborted {
                         applier.abandon();
                         process::abort_transaction();
-                        return Ok(Applied::Dropped);
+                        return Ok(Applied::RolledBack);
                     }
                 }
                 row => applier.apply(&row).map_err(ApplyFailure::from)?,
