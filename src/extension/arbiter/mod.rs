@@ -5,6 +5,7 @@
 
 pub mod durable;
 pub mod event;
+mod finishing;
 mod net_config;
 mod start;
 mod thread;
@@ -55,7 +56,7 @@ pub fn main() {
     shared().arbiter.set_self();
     start::find_database();
     process::connect(pgrx::pg_sys::Oid::from(shared().database.load(Ordering::Acquire)));
-    let Some(identity) = start::await_identity() else { return };
+    let Some(identity) = start::await_identity() else { process::exit_to_restart() };
     let state = start::recover(&identity);
     let (to_main, requests) = crossbeam_channel::unbounded();
     let (replies, from_main) = mpsc::unbounded_channel();
@@ -75,6 +76,8 @@ pub fn main() {
         start::run_thread(identity, settings, state.decider, thread::MainLink { queue: to_main }, from_main)
     });
     main.run(handle);
+    // Whoever ended it, an arbiter has to be there again: a server that stops does not restart it.
+    process::exit_to_restart()
 }
 
 impl MainThread {

@@ -5,6 +5,7 @@
 
 use super::start::Decider;
 use super::durable::{Batch, DurableOrder, Tuples};
+use super::finishing::Finishing;
 use super::event::{self, Fate, FinishOrder, InFlight, LocalEvent, Question};
 use crate::failpoint::{self, Failpoint, hit_in_thread};
 use crate::pg::thread as os_thread;
@@ -95,8 +96,7 @@ pub struct Arbiter {
     waiting: BTreeMap<Gid, Waiting>,
     /// Messages of this node to itself.
     to_self: VecDeque<Message>,
-    /// Finishes that found the queue full.
-    delayed: VecDeque<FinishOrder>,
+    finishing: Finishing,
     linked: NodeSet,
     peer_views: BTreeMap<NodeId, NodeSet>,
 }
@@ -130,7 +130,7 @@ impl Arbiter {
             order: DurableOrder::default(),
             waiting: BTreeMap::new(),
             to_self: VecDeque::new(),
-            delayed: VecDeque::new(),
+            finishing: Finishing::default(),
             linked: NodeSet::default(),
             peer_views: BTreeMap::new(),
         }
@@ -202,7 +202,11 @@ impl Arbiter {
         while let Some(msg) = self.to_self.pop_front() {
             self.input(Input::Message { from: self.node, msg });
         }
-        if let Some(batch) = self.order.take_batch() {
+        self.send_batch(false);
+    }
+
+    fn send_batch(&mut self, overdue: bool) {
+        if let Some(batch) = self.order.take_batch(overdue) {
             self.main.send(ToMain::Write(batch));
         }
     }
@@ -232,7 +236,12 @@ impl Arbiter {
             }
             LocalEvent::UserVoted { gid, vote } => self.send(gid.coordinator, &Message::Vote { gid, vote }),
             LocalEvent::StreamOutcome { gid, decision } => self.input(Input::StreamOutcome { gid, decision }),
-            LocalEvent::Finished { gid } => self.input(Input::Finished { gid }),
+            LocalEvent::Finished { gid } => {
+                if self.finishing.finished(gid) {
+                    self.input(Input::Finished { gid });
+                }
+            }
+            LocalEvent::FinishLost { gid } => self.finishing.lost(gid),
             LocalEvent::Interrupted { gid } => match self.user_votes.interrupt(gid) {
                 Some(tally) => self.answer_user(gid, tally),
                 None => self.input(Input::Interrupted { gid }),
@@ -320,7 +329,10 @@ impl Arbiter {
         match message {
             FromMain::Durable(gids) => {
                 for gid in gids {
-                    let held = self.order.release(gid);
+                    let (held, emptied) = self.order.release(gid);
+                    if emptied {
+                        self.tuples.free(gid);
+                    }
                     self.carry_out(held.into_iter());
                 }
             }
@@ -337,12 +349,8 @@ impl Arbiter {
     fn on_tick(&mut self) {
         self.refresh_status();
         self.input(Input::Tick);
-        while let Some(order) = self.delayed.pop_front() {
-            if !order.push() {
-                self.delayed.push_front(order);
-                break;
-            }
-        }
+        self.finishing.push_delayed();
+        self.send_batch(true);
     }
 
     /// The nodes whose arbiter we talk to and whose stream we receive.
@@ -427,6 +435,10 @@ impl Arbiter {
                     Some(tuple) if matches!(effects.peek(), Some(Effect::Finish { gid: next, .. }) if *next == gid) => {
                         pending_record = Some((gid, tuple, record.to_bytes()));
                     }
+                    // The backend that hears the outcome finishes at once: the record must be durable before.
+                    Some(tuple) if matches!(effects.peek(), Some(Effect::Reply { gid: next, .. }) if *next == gid) => {
+                        self.order.persist(gid, tuple, record.to_bytes());
+                    }
                     Some(tuple) => self.order.write(tuple, record.to_bytes()),
                     None => self.out_of_records(gid),
                 },
@@ -443,7 +455,11 @@ impl Arbiter {
         match effect {
             Effect::Send { to, msg } if to == self.node => self.to_self.push_back(msg),
             Effect::Send { to, msg } => self.send(to, &msg),
-            Effect::Free { gid } => self.tuples.free(gid),
+            Effect::Free { gid } => {
+                if let Some(tuple) = self.tuples.taken_by(gid) {
+                    self.order.clear(gid, tuple);
+                }
+            }
             Effect::Reply { gid, outcome } => self.reply(gid, outcome),
             Effect::PeersFinished { gid } => {
                 if let Some(waiting) = self.waiting.remove(&gid) {
@@ -471,9 +487,7 @@ impl Arbiter {
     fn finish(&mut self, gid: Gid, decision: Decision, record: Option<(u32, Vec<u8>)>) {
         let order = FinishOrder { gid, decision, record };
         hit_in_thread(Failpoint::BeforeFinishOrder);
-        if !self.delayed.is_empty() || !order.push() {
-            self.delayed.push_back(order);
-        }
+        self.finishing.give(order);
         hit_in_thread(Failpoint::AfterFinishOrder);
     }
 

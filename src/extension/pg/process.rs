@@ -100,6 +100,12 @@ pub fn reload() {
     unsafe { pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP) };
 }
 
+/// Ends a background worker so that the postmaster starts it again after its restart time.
+pub fn exit_to_restart() -> ! {
+    // SAFETY: the regular end of a process; exit code 0 would mean that the worker is never needed again.
+    unsafe { pg_sys::proc_exit(1) }
+}
+
 /// Ends this process in the way that makes the postmaster restart all processes with fresh shared memory.
 pub fn crash_server() -> ! {
     std::process::abort()

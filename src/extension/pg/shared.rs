@@ -323,6 +323,8 @@ pub struct Shared {
     pub finisher: ProcCell,
     /// True while an event has been queued that the tokio thread has not looked at: no second write to the eventfd is needed.
     pub wake_pending: AtomicBool,
+    /// Orders to finish that some process has taken and not carried out yet.
+    pub finishes_in_hand: AtomicU32,
     /// Position from which the next finish looks for an idle worker.
     pub finish_cursor: AtomicU32,
     pub nodes: [NodeShared; NODES],
