@@ -27,7 +27,7 @@ pub use rig::Rig;
 pub use session::Session;
 
 /// After this a case on the shared cluster has hung.
-const SHARED_CASE_LIMIT: Duration = Duration::from_secs(25);
+const SHARED_CASE_LIMIT: Duration = Duration::from_secs(60);
 
 /// The same for a case with servers of its own, by the size of the run.
 const OWN_CASE_LIMIT: [(Size, Duration); 3] = [

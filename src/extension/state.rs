@@ -1,12 +1,12 @@
 //! What the views show, out of shared memory.
 
 use crate::pg::shared::{NODES, NodeStatus, shared};
-use crate::arbiter::event::{Conflict, InFlight, LocalEvent, Question, submit};
+use crate::arbiter::event::{Conflict, Ended, InFlight, LocalEvent, Question, submit};
 use crate::pg::{board, commit, locks};
 use crate::fate;
 use crate::views::{ConflictRow, CounterRow, NodeStateRow, Source, StatusRow, TransactionRow, TransactionStatus};
 use crate::decode::Environment;
-use protocol::{Csn, NodeId};
+use protocol::{Csn, Decision, NodeId};
 use std::sync::atomic::Ordering;
 
 /// The source of the views.
@@ -88,23 +88,22 @@ impl Source for SharedSource {
     }
 
     fn counters(&self) -> Vec<CounterRow> {
+        let decided: Option<Vec<Ended>> =
+            board::ask_arbiter(|number| submit(&LocalEvent::Ask { number, question: Question::Counters }));
         let counters = &shared().counters;
-        [
-            ("committed", None, &counters.commits),
-            ("aborted", None, &counters.aborts),
-            ("unknown", None, &counters.unknown),
-            ("applied", None, &counters.applied),
-            ("refused", None, &counters.refused),
-            ("refused", Some("conflict with an older committing transaction"), &counters.conflicts_committing),
-            ("cancelled", Some("blocked a committing transaction"), &counters.conflicts_running),
-        ]
-        .into_iter()
-        .map(|(outcome, reason, counter)| CounterRow {
+        let local = [
+            ("in doubt", "the client was told 08007", &counters.unknown),
+            ("applied", "prepared here for another node", &counters.applied),
+            ("not applied", "refused here for another node", &counters.refused),
+            ("not applied", "waited for an older committing transaction", &counters.conflicts_committing),
+            ("cancelled", "blocked a committing transaction", &counters.conflicts_running),
+        ];
+        let local = local.into_iter().map(|(outcome, reason, counter)| CounterRow {
             outcome: outcome.to_owned(),
-            reason: reason.map(str::to_owned),
+            reason: Some(reason.to_owned()),
             transactions: counter.load(Ordering::Relaxed) as i64,
-        })
-        .collect()
+        });
+        decided.unwrap_or_default().into_iter().map(ended_row).chain(local).collect()
     }
 
     fn transaction_status(&self, gid: &str) -> TransactionStatus {
@@ -132,6 +131,16 @@ fn transaction_row(row: InFlight) -> TransactionRow {
         started_at: Some(row.gid.started_at),
         missing: row.missing.iter().map(|node| i32::from(node.get())).collect(),
     }
+}
+
+fn ended_row(ended: Ended) -> CounterRow {
+    let outcome = match (ended.own, ended.decision) {
+        (true, Decision::Commit) => "committed",
+        (true, Decision::Abort) => "aborted",
+        (false, Decision::Commit) => "committed for another node",
+        (false, Decision::Abort) => "aborted for another node",
+    };
+    CounterRow { outcome: outcome.to_owned(), reason: Some(ended.reason), transactions: ended.count as i64 }
 }
 
 fn conflict_row(row: Conflict) -> ConflictRow {

@@ -76,26 +76,28 @@ fn mtm_test_target() -> Option<String> {
     rows::current_target()
 }
 
-/// Applies the transactions in such a file `times` times, each as a statement of its own; returns microseconds for each time.
+/// Applies each transaction in such a file as a statement of its own, which is what a worker does between BEGIN and PREPARE. Returns
+/// microseconds for each.
 #[pg_extern]
-fn mtm_test_repeat_file(path: &str, times: i32) -> f64 {
+fn mtm_test_apply_each(path: &str) -> f64 {
     let bytes = std::fs::read(path).unwrap_or_else(|error| pgrx::error!("{path}: {error}"));
-    let messages = copied_messages(&bytes);
     let begun = std::time::Instant::now();
-    for _ in 0..times {
-        let mut applier = RowApplier::begin();
-        for message in &messages {
-            let message = Message::parse(message).unwrap_or_else(|error| pgrx::error!("{error}"));
-            for frame in message.frames() {
-                let frame = frame.unwrap_or_else(|error| pgrx::error!("{error}"));
-                apply_frame(&mut applier, &frame, &mut [0; 3]);
+    let mut transactions = 0u32;
+    let mut applier = RowApplier::begin();
+    for message in copied_messages(&bytes) {
+        let message = Message::parse(message).unwrap_or_else(|error| pgrx::error!("{error}"));
+        for frame in message.frames() {
+            let frame = frame.unwrap_or_else(|error| pgrx::error!("{error}"));
+            apply_frame(&mut applier, &frame, &mut [0; 3]);
+        }
+        if message.ends() {
+            transactions += 1;
+            if let Err(error) = std::mem::replace(&mut applier, RowApplier::begin()).finish() {
+                pgrx::error!("{error}");
             }
         }
-        if let Err(error) = applier.finish() {
-            pgrx::error!("{error}");
-        }
     }
-    begun.elapsed().as_secs_f64() * 1e6 / f64::from(times)
+    begun.elapsed().as_secs_f64() * 1e6 / f64::from(transactions)
 }
 
 /// Shows the frames in such a file.

@@ -275,6 +275,15 @@ impl Checker {
         self.told.insert(gid, outcome);
     }
 
+    /// Whose clients heard *committed*.
+    pub fn told_committed(&self) -> Vec<Gid> {
+        let committed = self
+            .told
+            .iter()
+            .filter(|(_, outcome)| matches!(outcome, Outcome::Commit { .. }));
+        committed.map(|(gid, _)| *gid).collect()
+    }
+
     /// I9: every quorum that may be left leads rule R* to commit.
     pub fn demand_commit_survives(&mut self, gid: Gid, evidence: &BTreeMap<NodeId, Evidence>) {
         let majority = self.configured.majority();

@@ -112,20 +112,9 @@ impl World {
         for peer in self.configured.without(node).iter() {
             self.cut(node, peer, false);
         }
-        let answered: Vec<_> = self.checker.told.keys().copied().collect();
-        let committed: Vec<_> = answered
-            .into_iter()
-            .filter(|gid| self.was_answered_commit(*gid))
-            .collect();
+        let committed = self.checker.told_committed();
         self.demand_commits_survive(&committed);
         self.later(20, 900, Event::Restart { node });
-    }
-
-    fn was_answered_commit(&self, gid: protocol::Gid) -> bool {
-        matches!(
-            self.checker.told.get(&gid),
-            Some(protocol::Outcome::Commit { .. })
-        )
     }
 
     pub fn restart(&mut self, node: NodeId) {

@@ -2,20 +2,21 @@
 //!
 //! Nodes run the shipped core. The network is a set of messages that can be delivered at any time, in any order and any number of
 //! times, or never; that covers loss, doubling and reordering. A crash takes away a node's memory, its unflushed WAL and all
-//! messages on its links. Time does not exist: every timer may fire whenever a tick comes, and a tick comes with each suspicion.
+//! messages on its links. Time does not exist: with a tick, which may come at any moment, all timers fire.
 //! The invariants are those of the simulator's checker, which rides along in the state.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt;
 
 use protocol::{
     Config, Core, Decision, Effect, Effects, Fault, GenerationNum, Gid, Input, Lsn, Message,
     NodeId, NodeSet, Record, Recovered, Refusal, Vote,
 };
-use stateright::{Checker as _, Model, Property};
+use stateright::{Checker as _, HasDiscoveries, Model, Property};
 
-use crate::checker::Checker;
+use crate::checker::{Checker, Evidence};
 
-/// What a search covers.
+/// What a search covers. The seeded faults prove that it can find something.
 #[derive(Clone, Copy, Debug)]
 pub struct Scope {
     pub nodes: u8,
@@ -27,7 +28,7 @@ pub struct Scope {
     /// Highest term of a ballot to follow.
     pub term_max: u32,
     pub fault: Option<Fault>,
-    /// Stop after so many states.
+    /// Stop after so many steps, taken or found to lead to a known state.
     pub states_max: usize,
 }
 
@@ -42,6 +43,18 @@ pub struct Findings {
     pub broken: BTreeSet<&'static str>,
     /// Outcomes that some state shows.
     pub reached: BTreeSet<&'static str>,
+}
+
+impl fmt::Display for Findings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let extent = if self.complete { "all" } else { "the first" };
+        write!(f, "{extent} {} states", self.states)?;
+        if self.broken.is_empty() {
+            write!(f, ", all invariants hold")
+        } else {
+            write!(f, ", broken: {:?}", self.broken)
+        }
+    }
 }
 
 /// Names of what must never happen.
@@ -64,15 +77,16 @@ pub fn search(scope: Scope) -> Findings {
     let checker = scope
         .checker()
         .target_state_count(scope.states_max)
+        .finish_when(HasDiscoveries::AnyFailures)
         .spawn_bfs()
         .join();
     let discoveries: BTreeSet<&'static str> = checker.discoveries().into_keys().collect();
-    let (broken, reached) = discoveries
+    let (broken, reached): (BTreeSet<_>, BTreeSet<_>) = discoveries
         .into_iter()
         .partition(|name| INVARIANTS.contains(name));
     Findings {
         states: checker.unique_state_count(),
-        complete: checker.state_count() < scope.states_max,
+        complete: broken.is_empty() && checker.state_count() < scope.states_max,
         broken,
         reached,
     }
@@ -128,11 +142,51 @@ pub enum Step {
     Interrupt(Gid),
     /// The node believes that it has lost the coordinator.
     Suspect(NodeId, Gid),
+    /// Every timer of the node fires.
+    Tick(NodeId),
     Crash(NodeId),
     Restart(NodeId),
 }
 
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            nodes,
+            transactions,
+            crashes,
+            disturbances,
+            term_max,
+            ..
+        } = self;
+        write!(
+            f,
+            "{nodes} nodes, {transactions} transactions, {crashes} crashes, {disturbances} disturbances, terms to {term_max}"
+        )
+    }
+}
+
 impl Scope {
+    /// What is searched by default: a crash, two resolvers, a conflict, and all of them together.
+    pub fn standard(states_max: usize) -> Vec<Self> {
+        let of = |transactions, crashes, disturbances, term_max| Self {
+            nodes: 3,
+            transactions,
+            crashes,
+            disturbances,
+            term_max,
+            fault: None,
+            states_max,
+        };
+        vec![
+            of(1, 0, 0, 2),
+            of(1, 1, 0, 2),
+            of(1, 0, 2, 3),
+            of(1, 1, 2, 3),
+            of(2, 0, 0, 2),
+            of(2, 1, 1, 3),
+        ]
+    }
+
     fn configured(&self) -> NodeSet {
         (1..=self.nodes).filter_map(NodeId::new).collect()
     }
@@ -204,6 +258,7 @@ impl Model for Scope {
             if cluster.crashes < self.crashes {
                 steps.push(Step::Crash(*name));
             }
+            steps.push(Step::Tick(*name));
             for gid in self.gids() {
                 self.actions_on(cluster, *name, node, gid, steps);
             }
@@ -270,6 +325,7 @@ impl Model for Scope {
                     },
                 );
             }
+            Step::Tick(node) => cluster.input(node, Input::Tick),
             Step::Crash(node) => cluster.crash(node),
             Step::Restart(node) => cluster.restart(self, node),
         }
@@ -281,9 +337,7 @@ impl Model for Scope {
             Property::sometimes("commits everywhere", |_, cluster: &Cluster| {
                 cluster.all_finished(Decision::Commit)
             }),
-            Property::sometimes("aborts everywhere", |_, cluster: &Cluster| {
-                cluster.all_finished(Decision::Abort)
-            }),
+            Property::sometimes("aborts", |_, cluster: &Cluster| cluster.some_aborted()),
         ];
         macro_rules! never {
             ($($name:literal)*) => { $(properties.push(Property::always($name, |_, cluster: &Cluster| cluster.keeps($name)));)* };
@@ -372,6 +426,13 @@ impl Cluster {
             .all(|node| node.finished.values().any(|finished| *finished == decision))
     }
 
+    fn some_aborted(&self) -> bool {
+        self.nodes.iter().any(|(name, node)| {
+            let mut ended = node.finished.iter();
+            ended.any(|(gid, decision)| gid.coordinator == *name && *decision == Decision::Abort)
+        })
+    }
+
     fn start(&mut self, scope: &Scope, name: NodeId, recovered: Vec<Recovered>) {
         let Some(node) = self.nodes.get_mut(&name) else {
             return;
@@ -423,6 +484,9 @@ impl Cluster {
         }
         self.network
             .retain(|envelope| envelope.from != name && envelope.to != name);
+        for gid in self.checker.told_committed() {
+            self.demand_commit_survives(gid);
+        }
         let peers: Vec<NodeId> = self
             .nodes
             .keys()
@@ -498,6 +562,9 @@ impl Cluster {
                 let committed = matches!(outcome, protocol::Outcome::Commit { .. });
                 node.waiting.remove(&gid);
                 self.checker.on_told(gid, outcome);
+                if committed {
+                    self.demand_commit_survives(gid);
+                }
                 let decision = if committed {
                     Decision::Commit
                 } else {
@@ -517,6 +584,27 @@ impl Cluster {
             | Effect::PeersFinished { .. }
             | Effect::Event(_) => {}
         }
+    }
+
+    fn demand_commit_survives(&mut self, gid: Gid) {
+        let of = |node: &Node| {
+            let record = node.records.get(&gid);
+            Evidence {
+                decision: node
+                    .finished
+                    .get(&gid)
+                    .copied()
+                    .or(record.and_then(|record| record.decision)),
+                accepted: record.and_then(|record| record.accepted),
+                voted_yes: node.prepared.contains(&gid),
+            }
+        };
+        let evidence = self
+            .nodes
+            .iter()
+            .map(|(name, node)| (*name, of(node)))
+            .collect();
+        self.checker.demand_commit_survives(gid, &evidence);
     }
 
     fn finish(&mut self, name: NodeId, gid: Gid, decision: Decision) {
@@ -575,27 +663,4 @@ const fn is_left_to_simulator(msg: &Message) -> bool {
                 ..
             }
     )
-}
-
-impl Cluster {
-    pub fn parts(&self) -> Vec<u64> {
-        use std::hash::*;
-        fn h<T: Hash>(t: &T) -> u64 {
-            let mut s = DefaultHasher::new();
-            t.hash(&mut s);
-            s.finish()
-        }
-        let mut v: Vec<u64> = self.nodes.values().map(|n| h(n)).collect();
-        v.push(h(&self.network));
-        v.push(h(&self.checker));
-        v
-    }
-}
-impl Cluster {
-    pub fn nth(&self, i: usize) -> String {
-        format!("{:?}", self.network.iter().nth(i))
-    }
-    pub fn viol(&self) -> String {
-        format!("{:?} {:#?}", self.checker.violation(), "")
-    }
 }

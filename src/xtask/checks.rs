@@ -132,16 +132,20 @@ fn complaints(cluster: &Cluster, clients: &mut [Client]) -> Result<Vec<String>> 
     Ok(found)
 }
 
-/// All definitions of a node's database, as pg_dump writes them.
+/// All definitions of a node's database, as pg_dump writes them, but for what is each node's own.
 ///
 /// # Errors
 /// When pg_dump fails.
 pub fn schema(server: &Server) -> Result<String> {
     let mut pg_dump = server.client_program("pg_dump");
     let text = command::capture(pg_dump.args(["--schema-only", "--exclude-schema=mtm"]))?;
-    // Each dump has a random key of its own.
-    let lines = text
-        .lines()
-        .filter(|line| !line.starts_with("\\restrict") && !line.starts_with("\\unrestrict"));
+    let lines = text.lines().filter(|line| !is_own(line));
     Ok(lines.collect::<Vec<_>>().join("\n"))
+}
+
+/// Each dump has a random key, and each node its share of a sequence's numbers.
+fn is_own(line: &str) -> bool {
+    ["\\restrict", "\\unrestrict", "START WITH"]
+        .iter()
+        .any(|start| line.trim_start().starts_with(start))
 }

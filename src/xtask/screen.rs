@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use comfy_table::{Table, presets};
+use comfy_table::{LineStyle, Table, TableStyle};
 use console::{Term, style};
 
 /// Starts a part of a longer run.
@@ -69,18 +69,22 @@ pub fn seconds(duration: Duration) -> String {
     format!("{:.1} s", duration.as_secs_f64())
 }
 
+/// Nothing but a line below the header.
+const UNDERLINED_HEADER: TableStyle =
+    TableStyle::new().header_separator(LineStyle::none().fill('─').junction('─'));
+
 /// A table with a header, indented like everything else.
 pub fn table<R>(header: &[&str], rows: R)
 where
     R: IntoIterator<Item = Vec<String>>,
 {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.load_style(UNDERLINED_HEADER);
     table.set_header(header.iter().copied());
     for row in rows {
         table.add_row(row);
     }
     for line in table.to_string().lines() {
-        println!("  {line}");
+        println!("  {}", line.trim_end());
     }
 }

@@ -37,6 +37,7 @@ pub fn cases() -> Vec<SharedCase> {
         serializable_block_commits,
         set_local_role_does_not_stand_in_the_way,
         commits_of_ordinary_users,
+        denied_access_is_an_error_like_any_other,
         vacuum_and_analyze_stay_local,
     ]
 }
@@ -378,6 +379,23 @@ fn commits_of_ordinary_users(rig: &Rig) -> Result<()> {
     session.run(&format!(
         "DROP OWNED BY {schema}_app; DROP ROLE {schema}_app"
     ))
+}
+
+fn denied_access_is_an_error_like_any_other(rig: &Rig) -> Result<()> {
+    table(rig)?;
+    let role = format!("{}_app", rig.schema());
+    let mut session = rig.session(1)?;
+    session.run(&format!(
+        "CREATE ROLE {role}; GRANT USAGE ON SCHEMA {} TO {role}; SET ROLE {role}",
+        rig.schema()
+    ))?;
+    session.refused_with("42501", "SELECT * FROM t")?;
+    session.refused_with("42501", "INSERT INTO t VALUES (1, 'x')")?;
+    session.refused_with("42501", "SELECT pg_read_file('postgresql.conf')")?;
+    session.run(&format!(
+        "RESET ROLE; DROP OWNED BY {role}; DROP ROLE {role}"
+    ))?;
+    rig.expect("SELECT count(*) FROM t", "0")
 }
 
 fn vacuum_and_analyze_stay_local(rig: &Rig) -> Result<()> {

@@ -39,6 +39,8 @@ pub enum LocalEvent {
 pub enum Question {
     /// The transactions in flight; answered by `Vec<InFlight>`.
     Transactions,
+    /// How many transactions ended in which way; answered by `Vec<Ended>`.
+    Counters,
     /// How a transaction ended; answered by [`Fate`].
     Fate { gid: Gid },
 }
@@ -52,6 +54,17 @@ pub struct InFlight {
     pub resolving: bool,
     pub age_ms: u64,
     pub missing: NodeSet,
+}
+
+/// How many transactions the core has seen end in one way since its start.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Ended {
+    /// Of this node's clients, not of another node's.
+    pub own: bool,
+    pub decision: Decision,
+    /// Who or what decided, in words.
+    pub reason: String,
+    pub count: u64,
 }
 
 /// What the core knows of a transaction.

@@ -5,8 +5,8 @@
 
 use super::start::Decider;
 use super::durable::{Batch, DurableOrder, Tuples};
+use super::event::{self, Ended, Fate, FinishOrder, InFlight, LocalEvent, Question};
 use super::finishing::Finishing;
-use super::event::{self, Fate, FinishOrder, InFlight, LocalEvent, Question};
 use crate::failpoint::{self, Failpoint, hit_in_thread};
 use crate::pg::thread as os_thread;
 use crate::pg::shared::{self, EVENT_BYTES, NodeStatus, outcome, shared};
@@ -551,6 +551,21 @@ impl Arbiter {
                     .collect();
                 shared().board.answer(number, &rows);
             }
+            Question::Counters => {
+                let counters = self.core.counters();
+                let own = counters.own().map(|ended| (true, ended));
+                let foreign = counters.foreign().map(|ended| (false, ended));
+                let rows: Vec<Ended> = own
+                    .chain(foreign)
+                    .map(|(own, (decision, source, count))| Ended {
+                        own,
+                        decision,
+                        reason: reason(source).to_owned(),
+                        count,
+                    })
+                    .collect();
+                shared().board.answer(number, &rows);
+            }
             Question::Fate { gid } => {
                 let fate = match self.core.decision(*gid) {
                     Some(decision) => Fate::Decided(decision),
@@ -569,6 +584,19 @@ impl Arbiter {
                 slot.process.wake();
             }
         }
+    }
+}
+
+/// Why a transaction ended as it did, in the words of `mtm.stat_commits`.
+fn reason(source: Source) -> &'static str {
+    match source {
+        Source::Central => "a majority has precommitted",
+        Source::VotedNo => "a node voted no",
+        Source::Resolver => "this node resolved it",
+        Source::Refused => "this node refused it",
+        Source::Told => "another node said so",
+        Source::Stream => "read in the coordinator's stream",
+        Source::Log => "found in the transaction log",
     }
 }
 

@@ -115,7 +115,7 @@ unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, flags:
         }
         match PREVIOUS_EXECUTOR_START {
             Some(previous) => previous(query, flags),
-            None => pg_sys::standard_ExecutorStart(query, flags),
+            None => raw::standard_ExecutorStart(query, flags),
         }
     }
 }

@@ -46,6 +46,9 @@ unsafe extern "C-unwind" {
         qc: *mut pg_sys::QueryCompletion,
     );
 
+    // executor/executor.h
+    pub fn standard_ExecutorStart(query: *mut pg_sys::QueryDesc, flags: c_int);
+
     // utils/elog.h
     pub fn errstart(level: c_int, domain: *const c_char) -> bool;
     pub fn errcode(code: c_int) -> c_int;

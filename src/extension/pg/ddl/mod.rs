@@ -198,6 +198,9 @@ pub fn end_of_transaction() {
     local_rows::end();
 }
 
+/// `nextval(regclass)` of pg_proc.dat.
+const NEXTVAL: pg_sys::Oid = pg_sys::Oid::from_u32(1574);
+
 unsafe extern "C-unwind" fn object_access(
     access: pg_sys::ObjectAccessType::Type,
     class: pg_sys::Oid,
@@ -212,10 +215,24 @@ unsafe extern "C-unwind" fn object_access(
         }
         if access == pg_sys::ObjectAccessType::OAT_FUNCTION_EXECUTE {
             sequences::note_function(object);
+            if object == NEXTVAL
+                && let Some(environment) = ENVIRONMENT.get()
+            {
+                // Each node has its own positions: alone, they are nothing to commit on all of them.
+                (environment.note_local)();
+            }
+            if refuse::writes_large_objects(object) && is_own_change() {
+                refuse_large_object();
+            }
         } else if touched::is_interesting(access, class) && is_active() {
             note_touched(access, class, object);
         }
     }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn refuse_large_object() {
+    refuse::large_object()
 }
 
 #[pg_guard]

@@ -26,6 +26,23 @@ pub fn mixed() -> ! {
     )
 }
 
+/// OIDs in pg_proc.dat of the functions that write large objects: lo_creat, lo_create, lo_import (both), lo_from_bytea, lo_put, lowrite,
+/// lo_truncate (both), lo_unlink.
+const LARGE_OBJECT_WRITERS: [u32; 10] = [957, 715, 764, 767, 3457, 3460, 955, 1004, 3172, 964];
+
+/// Whether calling the function changes a large object.
+pub fn writes_large_objects(function: pg_sys::Oid) -> bool {
+    LARGE_OBJECT_WRITERS.contains(&function.to_u32())
+}
+
+/// Large objects live in a catalog that is not decoded: written on one node, they would be missing on the others.
+pub fn large_object() -> ! {
+    raise(
+        "large objects are not supported in a multimaster cluster",
+        "Store the data in a column of type bytea.",
+    )
+}
+
 /// Commands that run several transactions cannot be part of one.
 ///
 /// # Safety

@@ -1,0 +1,72 @@
+//! `sim seeds <nodes> <first> <last>`, `sim trace <nodes> <seed>`, `sim model [<steps>]`.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use sim::model::{Scope, search};
+
+const USAGE: &str =
+    "usage: sim seeds <nodes> <first> <last> | sim trace <nodes> <seed> | sim model [<steps>]";
+
+/// Steps that a search takes when none are given: some minutes.
+const MODEL_STEPS: usize = 5_000_000;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let numbers: Option<Vec<u64>> = arguments
+        .iter()
+        .skip(1)
+        .map(|argument| argument.parse().ok())
+        .collect();
+    let holds = match (arguments.first().map(String::as_str), numbers.as_deref()) {
+        (Some("seeds"), Some([nodes, first, last])) => seeds(*nodes as u8, *first, *last),
+        (Some("trace"), Some([nodes, seed])) => trace(*nodes as u8, *seed),
+        (Some("model"), Some([])) => model(MODEL_STEPS),
+        (Some("model"), Some([steps])) => model(*steps as usize),
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    if holds {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn seeds(nodes: u8, first: u64, last: u64) -> bool {
+    match sim::run_seeds(first..last, nodes) {
+        Ok(summary) => {
+            println!(
+                "{} seeds with {nodes} nodes: {} committed, {} aborted, {} unknown; all invariants hold",
+                summary.seeds, summary.committed, summary.aborted, summary.unknown
+            );
+            true
+        }
+        Err(failure) => {
+            println!(
+                "{failure}\nrepeat it with: sim trace {nodes} {}",
+                failure.seed
+            );
+            false
+        }
+    }
+}
+
+fn trace(nodes: u8, seed: u64) -> bool {
+    let (lines, result) = sim::trace_seed(seed, nodes);
+    for line in lines {
+        println!("{line}");
+    }
+    println!("{result:?}");
+    result.is_ok()
+}
+
+fn model(states_max: usize) -> bool {
+    Scope::standard(states_max).into_iter().all(|scope| {
+        let findings = search(scope);
+        println!("{scope}: {findings}");
+        findings.broken.is_empty()
+    })
+}
