@@ -8,6 +8,7 @@ pub mod arbiter;
 pub mod cluster;
 pub mod conflict;
 pub mod decode;
+pub mod failpoint;
 mod fate;
 pub mod guc;
 pub mod pg;
@@ -22,6 +23,8 @@ use pgrx::prelude::*;
 pub extern "C-unwind" fn _PG_init() {
     cluster::preflight::check_preloading();
     guc::register();
+    #[cfg(feature = "failpoints")]
+    pg::failpoint::register();
     cluster::preflight::check_server();
     pg::register(guc::max_workers());
     cluster::set_arbiter_waker(state::wake_arbiter);

@@ -1,34 +1,55 @@
 //! Finishing prepared transactions of this server by order of the arbiter.
 
 use crate::arbiter::event::{FinishOrder, LocalEvent, submit};
+use crate::failpoint::{Failpoint, hit};
 use crate::pg::process::{self, Wait};
 use crate::pg::records::DurableTable;
 use crate::pg::shared::{self, shared};
 use crate::pg::twophase::{self, Finished};
+use protocol::Gid;
+use std::cell::Cell;
 use std::time::Duration;
 
 /// How often a transaction that another process holds at this moment is tried again.
 const BUSY_PAUSE: Duration = Duration::from_millis(2);
 
+thread_local! {
+    /// The transaction that this process is finishing.
+    static IN_HAND: Cell<Option<Gid>> = const { Cell::new(None) };
+}
+
 /// Carries out orders until none is left; true when there was one.
 pub fn finish_all(records: &DurableTable) -> bool {
     let mut any = false;
     while let Some(order) = FinishOrder::take() {
+        IN_HAND.set(Some(order.gid));
         finish(&order, records);
+        IN_HAND.set(None);
+        FinishOrder::put_down();
         any = true;
     }
     any
 }
 
+/// The process ends: what it was finishing is another's to finish.
+pub fn leave() {
+    if let Some(gid) = IN_HAND.take() {
+        FinishOrder::put_down();
+        submit(&LocalEvent::FinishLost { gid });
+    }
+}
+
 fn finish(order: &FinishOrder, records: &DurableTable) {
     let name = order.gid.text(shared().cluster_tag());
     let commit = shared::is_commit(order.decision);
+    hit(Failpoint::FinishBeforeRecord);
     if let Some((tuple, body)) = &order.record
         && let Ok(body) = body.as_slice().try_into()
     {
         // Rides on the flush of the finish (architecture.md, "Exactly once").
         process::in_transaction(|| records.write(&mut [(*tuple, body)]));
     }
+    hit(Failpoint::FinishAfterRecord);
     loop {
         match twophase::finish(&name, commit) {
             Finished::Done | Finished::Unknown => break,
@@ -37,7 +58,9 @@ fn finish(order: &FinishOrder, records: &DurableTable) {
             }
         }
     }
+    hit(Failpoint::FinishAfterFinish);
     submit(&LocalEvent::Finished { gid: order.gid });
+    hit(Failpoint::FinishAfterTelling);
 }
 
 /// Body of the background worker `multimaster finisher`.
@@ -47,7 +70,10 @@ pub fn main() {
     process::connect_to_cluster();
     process::tag_as_applied();
     shared().finisher.set_self();
-    let _cleared = process::at_exit(|| shared().finisher.clear());
+    process::at_exit(|| {
+        leave();
+        shared().finisher.clear();
+    });
     let records = process::in_transaction(|| DurableTable::open(c"records", 0));
     loop {
         finish_all(&records);

@@ -2,6 +2,7 @@
 
 use super::finish;
 use crate::arbiter::event::{LocalEvent, submit};
+use crate::failpoint::{Failpoint, hit};
 use crate::pg::apply_error::{ApplyFailure, attempt};
 use crate::pg::process::{self, Wait};
 use crate::pg::records::DurableTable;
@@ -69,6 +70,7 @@ pub fn main(index: usize) {
 
 /// Leaves the slot in a state in which nobody waits for this process.
 fn leave() {
+    finish::leave();
     let Some(slot) = shared::workers().get(MY_SLOT.load(Ordering::Relaxed)) else { return };
     if slot.state.load(Ordering::Acquire) == worker::BUSY && slot.gid.get().is_none() {
         slot.lost.store(true, Ordering::Release);
@@ -114,18 +116,26 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
 fn report(slot: &WorkerSlot, job: &Job, end: Lsn, result: Result<Applied, ApplyFailure>) {
     let vote = match result {
         Ok(Applied::Prepared) => Vote::Yes,
-        // The origin has rolled it back: nobody waits for a vote.
+        // Its feeder went away and will have it sent again.
         Ok(Applied::Dropped) => return,
+        // The record of it must say where its PREPARE lies, if somebody has asked about it.
+        Ok(Applied::RolledBack) => Vote::No(Refusal::retry("the transaction was rolled back by its origin", "")),
         Err(failure) => Vote::No(refusal(slot, failure)),
     };
     let counter = if vote == Vote::Yes { &shared().counters.applied } else { &shared().counters.refused };
     counter.fetch_add(1, Ordering::Relaxed);
     let gid = job.gid;
+    let (before, after) = match vote {
+        Vote::Yes => (None, Failpoint::ApplyAfterYes),
+        Vote::No(_) => (Some(Failpoint::ApplyBeforeNo), Failpoint::ApplyAfterNo),
+    };
+    before.into_iter().for_each(hit);
     if job.name.starts_with("mtm-") {
         submit(&LocalEvent::Voted { gid, vote, lsn: end });
     } else {
         submit(&LocalEvent::UserVoted { gid, vote });
     }
+    hit(after);
 }
 
 /// What the coordinator's client will read.
@@ -157,7 +167,9 @@ fn refusal(slot: &WorkerSlot, failure: ApplyFailure) -> Refusal {
 /// How an apply without an error ended.
 enum Applied {
     Prepared,
+    /// The origin's stream broke off.
     Dropped,
+    RolledBack,
 }
 
 fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Applied, ApplyFailure> {
@@ -181,6 +193,7 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
                     inbox.slot.gid.set(Some(begun.gid));
                     // From here on there is somebody to answer, whatever happens.
                     let begun = job.insert(begun);
+                    hit(Failpoint::ApplyBegins);
                     wait_for_order(inbox.slot, &begun.deps);
                 }
                 StreamFrame::Ddl(payload) => {
@@ -195,7 +208,7 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
                     if prepare.aborted {
                         applier.abandon();
                         process::abort_transaction();
-                        return Ok(Applied::Dropped);
+                        return Ok(Applied::RolledBack);
                     }
                 }
                 row => applier.apply(&row).map_err(ApplyFailure::from)?,
@@ -211,8 +224,10 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
         return Ok(Applied::Dropped);
     };
     applier.finish().map_err(ApplyFailure::from)?;
+    hit(Failpoint::ApplyBeforePrepare);
     twophase::prepare(&job.name);
     PREPARED.store(true, Ordering::Relaxed);
+    hit(Failpoint::ApplyAfterPrepare);
     Ok(Applied::Prepared)
 }
 

@@ -9,6 +9,8 @@ pub mod commit;
 pub mod ddl;
 pub mod ddl_bridge;
 pub mod decode;
+#[cfg(feature = "failpoints")]
+pub mod failpoint;
 mod fixed_text;
 pub mod hooks;
 pub mod invalidation;
