@@ -21,7 +21,8 @@
 //!   at the start and whenever it has grown, after every `Voted` up to there. What comes again at or below it is skipped.
 //!
 //! Where to read on: `coordinator` and `participant` (the two parts), `resolver` (when something went wrong), `outcome` (after the decision),
-//! `causal` (what may be applied when), `core` (dispatch), `record` (what is durable).
+//! `stranger` (what is not kept), `recovery`, `causal` and
+//! `horizon` (what may be applied when), `core` (dispatch), `record` (what is durable).
 #![forbid(unsafe_code)]
 
 mod causal;
@@ -29,12 +30,17 @@ mod config;
 mod coordinator;
 mod core;
 mod effect;
+mod gid;
+mod horizon;
 mod message;
+mod nodes;
 mod outcome;
 mod participant;
 mod record;
+mod recovery;
 mod resolver;
 mod site;
+mod stranger;
 mod txn;
 mod types;
 mod view;

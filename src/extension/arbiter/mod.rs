@@ -50,9 +50,10 @@ pub fn main() {
     process::attach_signals();
     process::stay_local();
     shared().arbiter.set_self();
+    process::at_exit(leave);
     start::find_database();
     process::connect(pgrx::pg_sys::Oid::from(shared().database.load(Ordering::Acquire)));
-    let Some(identity) = start::await_identity() else { return };
+    let Some(identity) = start::await_identity() else { process::exit_to_restart() };
     let state = start::recover(&identity);
     let (to_main, requests) = crossbeam_channel::unbounded();
     let (replies, from_main) = mpsc::unbounded_channel();
@@ -72,6 +73,16 @@ pub fn main() {
         start::run_thread(identity, settings, state.decider, thread::MainLink { queue: to_main }, from_main)
     });
     main.run(handle);
+    // Also when an administrator ended it: a node without an arbiter is none. A server that shuts down does not start it again.
+    process::exit_to_restart();
+}
+
+/// However this process ends, backends must not take it for alive.
+fn leave() {
+    shared().arbiter.clear();
+    if shared().node_id().is_some() {
+        shared().set_status(NodeStatus::Starting);
+    }
 }
 
 impl MainThread {
@@ -100,8 +111,7 @@ impl MainThread {
                 }
             }
         }
-        shared().arbiter.clear();
-        shared().set_status(NodeStatus::Disabled);
+        leave();
         match network.join() {
             Ok(Ok(())) => {}
             Ok(Err(message)) => pgrx::warning!("multimaster arbiter stops: {message}"),

@@ -145,6 +145,8 @@ impl Arbiter {
         self.carry_out(first.drain());
         self.adopt_waiting_backends();
         let wake = os_thread::wake_readiness()?;
+        // An earlier life of this process may have died between draining the descriptor and saying so.
+        accept_wakes();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -153,7 +155,7 @@ impl Arbiter {
                     let mut ready = ready?;
                     os_thread::drain_wake_fd();
                     ready.clear_ready();
-                    shared().wake_pending.store(false, Ordering::Release);
+                    accept_wakes();
                 }
                 Some(event) = mesh_events.recv() => {
                     self.on_mesh(event);
@@ -178,6 +180,12 @@ impl Arbiter {
             if let Some(gid) = slot.gid.get()
                 && slot.outcome.load(Ordering::Acquire) == outcome::WAITING
             {
+                if slot.user_prepare.load(Ordering::Relaxed) {
+                    // Its votes died with that life. Nobody may act on it before its user does, so it can still be rolled back.
+                    self.waiting.insert(gid, Waiting { backend: index as u32, since: Instant::now() });
+                    self.answer_user(gid, UserTally::Refused(votes_lost()));
+                    continue;
+                }
                 self.on_local(LocalEvent::Committing { gid, backend: index as u32, wait_peers: true });
             }
         }
@@ -442,7 +450,7 @@ impl Arbiter {
             Effect::PeersFinished { gid } => {
                 if let Some(waiting) = self.waiting.remove(&gid) {
                     let slot = &shared::backends()[waiting.backend as usize];
-                    slot.peers_finished.store(true, Ordering::Release);
+                    slot.peers_finished.store(gid.xid, Ordering::Release);
                     shared::wake_proc(waiting.backend as usize);
                 }
             }
@@ -502,8 +510,11 @@ impl Arbiter {
 
     fn report(&self, event: &Event) {
         match event {
-            // Every transaction has one: not for the log.
-            Event::Decided { source: Source::Central | Source::Told | Source::VotedNo, .. } => {}
+            // Every transaction has one, and conflicts are ordinary: not for the log.
+            Event::Decided {
+                source: Source::Central | Source::Told | Source::VotedNo | Source::Refused,
+                ..
+            } => {}
             event => self.main.log(LogLevel::Info, format!("{event:?}")),
         }
     }
@@ -576,6 +587,13 @@ fn reason(source: Source) -> &'static str {
     }
 }
 
+/// From here on a queued event needs a write to the eventfd again.
+///
+/// A swap, not a store: the look into the queue that follows must not overtake it, or an event queued in between would wake nobody.
+fn accept_wakes() {
+    shared().wake_pending.swap(false, Ordering::SeqCst);
+}
+
 /// Tag of a heartbeat's extra: the nodes that the sender talks to and whose streams it receives, as a bit set.
 const RECEIVING_TAG: u16 = 1;
 
@@ -586,6 +604,10 @@ fn view_of(heartbeat: &Heartbeat) -> NodeSet {
         .find(|(tag, _)| *tag == RECEIVING_TAG)
         .and_then(|(_, bytes)| Some(NodeSet::from_bits(u16::from_le_bytes(bytes.as_slice().try_into().ok()?))))
         .unwrap_or_default()
+}
+
+fn votes_lost() -> Refusal {
+    Refusal::retry("the arbiter of this node was restarted while the transaction was being prepared", "")
 }
 
 fn unreachable_peer(peer: NodeId) -> Refusal {

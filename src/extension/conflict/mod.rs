@@ -35,7 +35,7 @@ const VICTIM_PATIENCE: Duration = Duration::from_millis(500);
 enum Blocker {
     Committing(Gid),
     UserPrepared(String),
-    Running(i32),
+    Running,
     /// It has been told to give way.
     Victim(i32),
 }
@@ -111,7 +111,7 @@ impl Monitor {
         match backend.stage.load(Ordering::Acquire) {
             // Between its PREPARE and its announcement it has no gid to compare yet: look again.
             stage::COMMITTING => backend.gid.get().map(Blocker::Committing),
-            stage::RUNNING => Some(Blocker::Running(holder.pid)),
+            stage::RUNNING => Some(Blocker::Running),
             stage::VICTIM => Some(Blocker::Victim(holder.pid)),
             _ => None,
         }
@@ -140,14 +140,14 @@ impl Monitor {
                     cancel_worker(slot, transaction, &Refusal::retry(message, String::new()));
                 }
             }
-            Blocker::Running(pid) if self.grace_is_over(index, transaction, holder) => {
+            Blocker::Running if self.grace_is_over(index, transaction, holder) => {
                 shared().counters.conflicts_running.fetch_add(1, Ordering::Relaxed);
                 let message = format!(
                     "canceling transaction because it blocks a committing transaction of node {}",
                     gid.coordinator.get()
                 );
                 let detail = target_detail(slot);
-                if locks::cancel_running(pid, &Refusal::retry(message, detail.as_str())) {
+                if locks::cancel_running(holder, &Refusal::retry(message, detail.as_str())) {
                     remember("running", None, Some(gid), &detail);
                 }
             }
@@ -158,7 +158,7 @@ impl Monitor {
             Blocker::Victim(pid) if self.waited(index, transaction, holder) >= VICTIM_PATIENCE => {
                 locks::end_session(pid);
             }
-            Blocker::Running(_) | Blocker::UserPrepared(_) | Blocker::Victim(_) => {}
+            Blocker::Running | Blocker::UserPrepared(_) | Blocker::Victim(_) => {}
         }
     }
 

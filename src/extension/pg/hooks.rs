@@ -5,7 +5,7 @@
 //! must come first in `shared_preload_libraries`: transaction callbacks run last-registered-first, and one that ran after ours would
 //! see an empty transaction and could raise an error for what is already committed.
 
-use super::shared::{self, stage};
+use super::shared;
 use super::{commit, ddl_bridge, process, raw, user_2pc, victim};
 use pgrx::pg_sys;
 use std::cell::Cell;
@@ -28,8 +28,6 @@ thread_local! {
     static FOOTPRINT: Cell<Footprint> = const { Cell::new(Footprint { wrote: false, harmless: false }) };
     /// Nesting of commands that run transactions of their own (VACUUM, ...).
     static LOCAL_DEPTH: Cell<u32> = const { Cell::new(0) };
-    /// The transaction that such a command left behind stays local too.
-    static LOCAL_TRANSACTION: Cell<bool> = const { Cell::new(false) };
     /// Portals will restore a context and owner of a subtransaction that is gone: repair them (see `release_savepoints`).
     static REPAIR_CONTEXT: Cell<bool> = const { Cell::new(false) };
 }
@@ -58,7 +56,8 @@ pub fn note_harmless() {
 
 /// Whether commits of this process can be global at all.
 pub fn in_cluster() -> bool {
-    if !shared::exists() || process::is_local_process() {
+    // A standby takes no writes, and its arbiter starts when it is promoted.
+    if !shared::exists() || process::is_local_process() || process::is_standby() {
         return false;
     }
     wait_for_identity();
@@ -81,6 +80,18 @@ fn wait_for_identity() {
     }
 }
 
+/// The same, and a cancel ends the wait with an error.
+unsafe fn wait_for_identity_or_cancel() {
+    if !shared::exists() || process::is_local_process() || process::is_standby() {
+        return;
+    }
+    while !shared::shared().identity_known.load(Ordering::Acquire) && has_proc() {
+        process::wait_latch(std::time::Duration::from_millis(20), process::Wait::Work);
+        // SAFETY: the caller's frames own nothing with a destructor.
+        unsafe { raw::check_for_interrupts() };
+    }
+}
+
 /// Whether the running transaction must be committed on all nodes.
 ///
 /// It has an xid and wrote WAL, and that is not explained by row locks, sequences or temporary objects alone. C code that writes tables behind
@@ -93,11 +104,15 @@ unsafe fn needs_global_commit() -> bool {
         }
         let footprint = FOOTPRINT.get();
         LOCAL_DEPTH.get() == 0
-            && !LOCAL_TRANSACTION.get()
+            // A session that ends drops its temporary tables.
+            && !pg_sys::proc_exit_inprogress
             && pg_sys::XactLastRecEnd != 0
             && (footprint.wrote || !footprint.harmless)
             && pg_sys::MyXactFlags as u32 & pg_sys::XACT_FLAGS_NEEDIMMEDIATECOMMIT == 0
-            && in_cluster()
+            && {
+                wait_for_identity_or_cancel();
+                in_cluster()
+            }
     }
 }
 
@@ -156,15 +171,11 @@ unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _a
             }
             pg_sys::XactEvent::XACT_EVENT_COMMIT | pg_sys::XactEvent::XACT_EVENT_PREPARE => {
                 end_of_transaction();
-                if LOCAL_DEPTH.get() == 0 {
-                    LOCAL_TRANSACTION.set(false);
-                }
             }
             pg_sys::XactEvent::XACT_EVENT_ABORT => {
-                end_of_transaction();
                 commit::reset();
+                end_of_transaction();
                 LOCAL_DEPTH.set(0);
-                LOCAL_TRANSACTION.set(false);
                 REPAIR_CONTEXT.set(false);
             }
             _ => {}
@@ -176,16 +187,33 @@ fn end_of_transaction() {
     FOOTPRINT.set(Footprint::default());
     ddl_bridge::end_of_transaction();
     if !commit::in_sequence() && shared::exists() && has_proc() {
-        let slot = shared::my_backend();
-        if slot.stage.load(Ordering::Relaxed) != stage::RUNNING {
-            slot.stage.store(stage::RUNNING, Ordering::Release);
-        }
+        shared::my_backend().end_transaction();
     }
 }
 
 fn has_proc() -> bool {
     // SAFETY: a plain pointer of this process.
     unsafe { !pg_sys::MyProc.is_null() }
+}
+
+/// Refuses DROP DATABASE of the cluster's own database, from whatever database it is said.
+unsafe fn keep_cluster_database(node: *mut pg_sys::Node) {
+    // SAFETY: the node's tag says what it is; the caller's frame owns nothing.
+    unsafe {
+        if (*node).type_ != pg_sys::NodeTag::T_DropdbStmt || !shared::exists() {
+            return;
+        }
+        let cluster = shared::shared().database.load(Ordering::Relaxed);
+        let database = raw::get_database_oid((*node.cast::<pg_sys::DropdbStmt>()).dbname, true);
+        if cluster != 0 && database.to_u32() == cluster {
+            commit::raise(
+                pgrx::PgSqlErrorCode::ERRCODE_OBJECT_IN_USE as i32,
+                c"cannot drop the database of a multimaster cluster",
+                c"This node replicates it.",
+                c"To take the node out of the cluster, stop the server and remove its data directory.",
+            );
+        }
+    }
 }
 
 /// Commands that run transactions of their own, or touch only this server.
@@ -223,10 +251,12 @@ unsafe extern "C-unwind" fn utility(
     unsafe {
         let node = (*pstmt).utilityStmt;
         let is_transaction = (*node).type_ == pg_sys::NodeTag::T_TransactionStmt;
+        wait_for_identity_or_cancel();
         let in_cluster = in_cluster();
         if !is_transaction {
             victim::check();
         }
+        keep_cluster_database(node);
         if is_transaction && in_cluster && run_transaction_command(node.cast()) {
             return;
         }
@@ -246,7 +276,8 @@ unsafe extern "C-unwind" fn utility(
         ddl_bridge::after_utility(plan, pstmt);
         if local {
             LOCAL_DEPTH.set(LOCAL_DEPTH.get() - 1);
-            LOCAL_TRANSACTION.set(true);
+            // What it did in the transaction it leaves behind is local. In a pipeline, others may follow in the same transaction.
+            note_harmless();
         }
         if is_transaction && in_cluster {
             user_2pc::after_command(node.cast());

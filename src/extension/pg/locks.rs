@@ -136,21 +136,25 @@ pub fn prepared_names() -> BTreeMap<u32, String> {
     })
 }
 
-/// Makes the running transaction of a process a victim: it can only end with SQLSTATE 40001. A statement that runs is cancelled; a session
-/// between two statements learns at the next one. False when it has begun to commit, or is gone, or is a victim already.
-pub fn cancel_running(pid: i32, refusal: &Refusal) -> bool {
+/// Makes the running transaction of a holder a victim: it can only end with SQLSTATE 40001. A statement that runs is cancelled; a session
+/// between two statements learns at the next one. False when it has begun to commit, or is over, or is a victim already.
+pub fn cancel_running(holder: Holder, refusal: &Refusal) -> bool {
     // SAFETY: allProcs as above; the handler of SIGINT only sets a flag, which a session between two statements ignores.
     unsafe {
-        let proc_ = pg_sys::BackendPidGetProc(pid);
+        let proc_ = pg_sys::BackendPidGetProc(holder.pid);
         if proc_.is_null() {
             return false;
         }
-        let is_autovacuum = (*proc_).statusFlags & pg_sys::PROC_IS_AUTOVACUUM as u8 != 0;
-        let Some(slot) = shared::backends().get((*proc_).pgprocno as usize) else { return false };
-        if !is_autovacuum && !slot.make_victim(refusal) {
-            return false;
+        let interrupt = || libc::kill(holder.pid, libc::SIGINT) == 0;
+        if (*proc_).statusFlags & pg_sys::PROC_IS_AUTOVACUUM as u8 != 0 {
+            return interrupt();
         }
-        libc::kill(pid, libc::SIGINT) == 0
+        // Session locks have no transaction.
+        let still_running =
+            || holder.local_xid == 0 || std::ptr::read_volatile(&raw const (*proc_).lxid) == holder.local_xid;
+        shared::backends()
+            .get((*proc_).pgprocno as usize)
+            .is_some_and(|slot| slot.make_victim(refusal, still_running, interrupt))
     }
 }
 

@@ -19,6 +19,12 @@ pub fn is_local_process() -> bool {
     NEVER_GLOBAL.load(Ordering::Relaxed)
 }
 
+/// Whether the server is a standby or still recovers.
+pub fn is_standby() -> bool {
+    // SAFETY: reads shared memory once, then a flag of this process.
+    unsafe { raw::RecoveryInProgress() }
+}
+
 /// Sleeps without looking at interrupts, milliseconds.
 pub fn pause_ms(ms: u64) {
     std::thread::sleep(Duration::from_millis(ms));
@@ -103,6 +109,12 @@ pub fn reload() {
 /// Ends this process in the way that makes the postmaster restart all processes with fresh shared memory.
 pub fn crash_server() -> ! {
     std::process::abort()
+}
+
+/// Ends a background worker so that the postmaster starts it again. A plain return would be taken for the end of its work.
+pub fn exit_to_restart() -> ! {
+    // SAFETY: the exit callbacks run; nothing else of this process does.
+    unsafe { pg_sys::proc_exit(1) }
 }
 
 /// Whether the backend was asked to cancel or to go away. Looks only.

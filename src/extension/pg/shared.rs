@@ -71,6 +71,16 @@ impl ProcCell {
         self.0.store(0, Ordering::Release);
     }
 
+    /// Takes an empty cell for the calling process; false when another process is in it.
+    pub fn claim(&self) -> bool {
+        self.0.compare_exchange(0, my_proc_number() as u32 + 1, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    /// Empties the cell, if the calling process is in it; says whether it was.
+    pub fn release(&self) -> bool {
+        self.0.compare_exchange(my_proc_number() as u32 + 1, 0, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
     /// Sets the process's latch, if there is a process. Callable from any thread.
     pub fn wake(&self) {
         let number = self.0.load(Ordering::Acquire);
@@ -190,24 +200,68 @@ pub struct BackendSlot {
     pub stage: AtomicU32,
     /// Written by the tokio thread, reset by the backend before it announces its commit.
     pub outcome: AtomicU32,
-    pub peers_finished: AtomicBool,
+    /// `xid` of the last transaction of this backend that every member is known to have finished.
+    pub peers_finished: AtomicU64,
     pub gid: GidCell,
+    /// `gid` is a user's own PREPARE TRANSACTION: votes are counted, nothing is decided.
+    pub user_prepare: AtomicBool,
     /// The tokio thread's reason of an abort, or the monitor's for a victim.
     pub refusal: RefusalCell,
 }
 
 impl BackendSlot {
     /// Claims the backend's running transaction as a victim of the conflict rule; false when it has begun to commit.
-    pub fn make_victim(&self, refusal: &Refusal) -> bool {
+    ///
+    /// While it is being marked, the backend can neither begin to commit nor leave the transaction. So `still_running` is the truth about the
+    /// transaction that gets marked, and the signal that `interrupt` sends cannot hit the next one.
+    pub fn make_victim(
+        &self,
+        refusal: &Refusal,
+        still_running: impl FnOnce() -> bool,
+        interrupt: impl FnOnce() -> bool,
+    ) -> bool {
         let claimed = self
             .stage
             .compare_exchange(stage::RUNNING, stage::MARKING, Ordering::AcqRel, Ordering::Acquire)
             .is_ok();
-        if claimed {
-            self.refusal.set(refusal);
-            self.stage.store(stage::VICTIM, Ordering::Release);
+        if !claimed {
+            return false;
         }
-        claimed
+        if !still_running() {
+            self.stage.store(stage::RUNNING, Ordering::Release);
+            return false;
+        }
+        self.refusal.set(refusal);
+        let interrupted = interrupt();
+        self.stage.store(stage::VICTIM, Ordering::Release);
+        interrupted
+    }
+
+    /// Whether the backend's own transaction must die. Waits while that is just being written.
+    pub fn is_victim(&self) -> bool {
+        loop {
+            match self.stage.load(Ordering::Acquire) {
+                stage::MARKING => std::hint::spin_loop(),
+                stage => return stage == stage::VICTIM,
+            }
+        }
+    }
+
+    /// The backend's transaction has ended, one way or the other.
+    pub fn end_transaction(&self) {
+        loop {
+            match self.stage.load(Ordering::Acquire) {
+                stage::RUNNING => return,
+                stage::MARKING => std::hint::spin_loop(),
+                seen => {
+                    let changed =
+                        self.stage.compare_exchange(seen, stage::RUNNING, Ordering::AcqRel, Ordering::Acquire);
+                    if changed.is_ok() {
+                        return;
+                    }
+                }
+            }
+        }
     }
 }
 
