@@ -32,10 +32,7 @@ enum Current {
     None,
     Feeding(Feed),
     /// It came before: its frames are dropped, and a vote that is still wanted is sent again.
-    Skipping {
-        prepared: bool,
-        gid: Gid,
-    },
+    Skipping { prepared: bool, gid: Gid },
 }
 
 /// State of one stream.
@@ -74,14 +71,9 @@ pub fn main(peer: NodeId) {
         Ok(None) => return,
         Err(error) => return pgrx::warning!("multimaster cannot read its catalog: {error}"),
     };
-    let Some(target) = identity.nodes.iter().find(|other| other.id == peer) else {
-        return;
-    };
+    let Some(target) = identity.nodes.iter().find(|other| other.id == peer) else { return };
     let mut receiver = Receiver::recover(peer, node);
-    let mut stream = match Stream::connect(
-        &target.conninfo,
-        &format!("multimaster node {}", identity.node_id.get()),
-    ) {
+    let mut stream = match Stream::connect(&target.conninfo, &format!("multimaster node {}", identity.node_id.get())) {
         Ok(stream) => stream,
         Err(error) => return pgrx::log!("multimaster receiver of node {}: {error}", peer.get()),
     };
@@ -158,10 +150,7 @@ impl Receiver {
                     process::wait_latch_or_socket(socket, STATUS_INTERVAL, Wait::Stream);
                 }
                 Received::End => {
-                    pgrx::log!(
-                        "multimaster receiver of node {}: the stream ended",
-                        self.peer.get()
-                    );
+                    pgrx::log!("multimaster receiver of node {}: the stream ended", self.peer.get());
                     return;
                 }
             }
@@ -188,10 +177,7 @@ impl Receiver {
                 }
                 self.reply_wanted |= message[17] != 0;
             }
-            _ => pgrx::error!(
-                "multimaster receiver of node {}: unknown replication message",
-                self.peer.get()
-            ),
+            _ => pgrx::error!("multimaster receiver of node {}: unknown replication message", self.peer.get()),
         }
         self.node.received.store(self.seen.0, Ordering::Relaxed);
     }
@@ -226,10 +212,7 @@ impl Receiver {
 
     fn begin(&mut self, message: &Message<'_>) {
         let Some(Ok(StreamFrame::Begin(begin))) = message.frames().next() else {
-            pgrx::error!(
-                "multimaster receiver of node {}: a transaction without its head",
-                self.peer.get()
-            );
+            pgrx::error!("multimaster receiver of node {}: a transaction without its head", self.peer.get());
         };
         let gid = begin.gid;
         hit(Failpoint::ReceiverBegins);
@@ -256,11 +239,7 @@ impl Receiver {
             Current::Skipping { prepared, gid } => {
                 hit(Failpoint::ReceiverSkips);
                 if prepared {
-                    submit(&LocalEvent::Voted {
-                        gid,
-                        vote: Vote::Yes,
-                        lsn: at,
-                    });
+                    submit(&LocalEvent::Voted { gid, vote: Vote::Yes, lsn: at });
                 }
                 self.progress.pass(at);
             }
@@ -277,16 +256,9 @@ impl Receiver {
                 Ok(StreamFrame::RollbackPrepared(end)) => {
                     self.on_outcome(end.gid, end.name.as_bytes(), Decision::Abort, end.end_lsn)
                 }
-                Ok(StreamFrame::FinishUser(finish)) => {
-                    self.finish_user(finish.name.as_bytes(), finish.commit, finish.lsn)
-                }
-                Ok(_) => pgrx::error!(
-                    "multimaster receiver of node {}: a change outside of a transaction",
-                    self.peer.get()
-                ),
-                Err(error) => {
-                    pgrx::error!("multimaster receiver of node {}: {error}", self.peer.get())
-                }
+                Ok(StreamFrame::FinishUser(finish)) => self.finish_user(finish.name.as_bytes(), finish.commit, finish.lsn),
+                Ok(_) => pgrx::error!("multimaster receiver of node {}: a change outside of a transaction", self.peer.get()),
+                Err(error) => pgrx::error!("multimaster receiver of node {}: {error}", self.peer.get()),
             }
         }
     }
@@ -305,8 +277,7 @@ impl Receiver {
     /// A user's COMMIT or ROLLBACK PREPARED. Its PREPARE came earlier in some stream; where that is still under way, it is waited for.
     fn finish_user(&mut self, name: &[u8], commit: bool, end: Lsn) {
         while !self.progress.is_idle() {
-            self.progress
-                .advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
+            self.progress.advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
             process::wait_latch(Duration::from_millis(5), Wait::Worker);
             process::check_interrupts();
         }
@@ -322,22 +293,12 @@ impl Receiver {
     /// Stores the mark if it has moved, and tells the peer.
     fn tell(&mut self, stream: &mut Stream) {
         if feed::lost_one() {
-            pgrx::error!(
-                "an apply worker went away; the stream of node {} starts again from {}",
-                self.peer.get(),
-                self.stored
-            );
+            pgrx::error!("an apply worker went away; the stream of node {} starts again from {}", self.peer.get(), self.stored);
         }
-        let mark = self
-            .progress
-            .advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
+        let mark = self.progress.advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
         let quiet = self.told_at.elapsed();
         // A walsender that stops with its server asks again and again until everything it sent is confirmed.
-        let pause = if self.reply_wanted {
-            STATUS_INTERVAL_ASKED
-        } else {
-            STATUS_INTERVAL
-        };
+        let pause = if self.reply_wanted { STATUS_INTERVAL_ASKED } else { STATUS_INTERVAL };
         if mark > self.stored && self.stored_at.elapsed() >= pause {
             let row = (u32::from(self.peer.get()), body_of(mark.0));
             hit(Failpoint::MarkBeforeStore);
@@ -348,10 +309,7 @@ impl Receiver {
             self.stored = mark;
             self.stored_at = Instant::now();
             self.node.mark.store(mark.0, Ordering::Release);
-            submit(&LocalEvent::MarkStored {
-                node: self.peer,
-                lsn: mark,
-            });
+            submit(&LocalEvent::MarkStored { node: self.peer, lsn: mark });
         } else if !self.reply_wanted && quiet < KEEPALIVE_INTERVAL {
             return;
         }

@@ -21,10 +21,7 @@ impl Tuples {
     pub fn new(taken: impl IntoIterator<Item = (Gid, u32)>) -> Tuples {
         let by_gid: BTreeMap<Gid, u32> = taken.into_iter().collect();
         let used: BTreeSet<u32> = by_gid.values().copied().collect();
-        Tuples {
-            by_gid,
-            free: (0..RECORDS_MAX).filter(|id| !used.contains(id)).collect(),
-        }
+        Tuples { by_gid, free: (0..RECORDS_MAX).filter(|id| !used.contains(id)).collect() }
     }
 
     /// The transaction's tuple, taking a free one at first use; none when all are taken. The lowest free one is taken, so that

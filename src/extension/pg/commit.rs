@@ -83,12 +83,7 @@ fn current_gid() -> Option<Gid> {
     };
     let shared = shared::shared();
     (xid != 0).then_some(())?;
-    Some(Gid {
-        coordinator: shared.node_id()?,
-        xid,
-        generation: shared.generation(),
-        started_at,
-    })
+    Some(Gid { coordinator: shared.node_id()?, xid, generation: shared.generation(), started_at })
 }
 
 /// The part of the gid that is known before COMMIT; assigns the transaction its xid.
@@ -108,12 +103,7 @@ pub fn identifying_text() -> Option<String> {
     }
     super::hooks::note_harmless();
     let gid = current_gid()?;
-    Some(format!(
-        "mtm-{:08x}-{}-{}",
-        shared::shared().cluster_tag().0,
-        gid.coordinator.get(),
-        gid.xid
-    ))
+    Some(format!("mtm-{:08x}-{}-{}", shared::shared().cluster_tag().0, gid.coordinator.get(), gid.xid))
 }
 
 /// The name of a transaction as PostgreSQL's functions want it.
@@ -161,20 +151,14 @@ pub unsafe fn commit_globally() {
                 hit_in_backend(Failpoint::BackendAfterRollback);
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Finished { gid });
-                shared::shared()
-                    .counters
-                    .aborts
-                    .fetch_add(1, Ordering::Relaxed);
+                shared::shared().counters.aborts.fetch_add(1, Ordering::Relaxed);
                 leave();
                 raise_refusal_at(if session.new_temp_schema { PgLogLevel::FATAL } else { PgLogLevel::ERROR });
             }
             _ => {
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Abandoned { gid });
-                shared::shared()
-                    .counters
-                    .unknown
-                    .fetch_add(1, Ordering::Relaxed);
+                shared::shared().counters.unknown.fetch_add(1, Ordering::Relaxed);
                 leave();
                 raise_unknown(name.as_ptr());
             }
@@ -202,10 +186,7 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
             USER_PREPARING.set(Some(gid));
             shared::my_backend().user_prepare.store(true, Ordering::Relaxed);
             shared::my_backend().gid.set(Some(gid));
-            submit(&LocalEvent::UserPreparing {
-                gid,
-                backend: shared::my_backend_index(),
-            });
+            submit(&LocalEvent::UserPreparing { gid, backend: shared::my_backend_index() });
         });
         let result = await_outcome(gid);
         USER_PREPARING.set(None);
@@ -362,11 +343,7 @@ fn reset_outcome() {
 fn announce(gid: Gid, wait_peers: bool) {
     UNFINISHED.set(Some(gid));
     shared::my_backend().gid.set(Some(gid));
-    submit(&LocalEvent::Committing {
-        gid,
-        backend: shared::my_backend_index(),
-        wait_peers,
-    });
+    submit(&LocalEvent::Committing { gid, backend: shared::my_backend_index(), wait_peers });
 }
 
 /// Waits until the arbiter knows the outcome. A cancel, a timeout or a terminate does not end the wait: it starts the resolver, and the client
@@ -438,11 +415,7 @@ unsafe fn refuse_unless_online() {
     let mut message = FixedText::<256>::new();
     let mut detail = FixedText::<256>::new();
     let _ = write!(message, "this node is {} and cannot commit", status.name());
-    let _ = write!(
-        detail,
-        "Nodes it is connected with: {}.",
-        shared::connected_nodes()
-    );
+    let _ = write!(detail, "Nodes it is connected with: {}.", shared::connected_nodes());
     // SAFETY: as raise_refusal.
     unsafe {
         raise(
@@ -494,20 +467,14 @@ pub fn sqlstate_number(sqlstate: [u8; 5]) -> i32 {
     sqlstate
         .iter()
         .enumerate()
-        .fold(0, |number, (place, letter)| {
-            number | (i32::from(letter.wrapping_sub(b'0') & 0x3f) << (6 * place))
-        })
+        .fold(0, |number, (place, letter)| number | (i32::from(letter.wrapping_sub(b'0') & 0x3f) << (6 * place)))
 }
 
 unsafe fn raise_unknown(name: *const c_char) {
     let mut message = FixedText::<512>::new();
     // SAFETY: a zero-terminated name of at most 199 bytes.
     let shown = unsafe { CStr::from_ptr(name) };
-    let _ = write!(
-        message,
-        "outcome of transaction \"{}\" is not known yet",
-        shown.to_str().unwrap_or("?")
-    );
+    let _ = write!(message, "outcome of transaction \"{}\" is not known yet", shown.to_str().unwrap_or("?"));
     // SAFETY: as raise_refusal.
     unsafe {
         raise(
@@ -540,11 +507,7 @@ unsafe fn raise_at(level: PgLogLevel, code: i32, message: &CStr, detail: &CStr, 
             if !hint.is_empty() {
                 raw::errhint(c"%s".as_ptr(), hint.as_ptr());
             }
-            raw::errfinish(
-                c"commit.rs".as_ptr(),
-                line!() as i32,
-                c"multimaster".as_ptr(),
-            );
+            raw::errfinish(c"commit.rs".as_ptr(), line!() as i32, c"multimaster".as_ptr());
         }
     }
 }

@@ -16,7 +16,5 @@ pub fn register() {
 }
 
 fn own_node() -> NodeId {
-    shared::shared()
-        .node_id()
-        .expect("a node that replicates has a number")
+    shared::shared().node_id().expect("a node that replicates has a number")
 }
