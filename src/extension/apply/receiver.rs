@@ -8,16 +8,19 @@ use crate::cluster::{Identity, slot_name};
 use crate::failpoint::{Failpoint, hit};
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
+use crate::pg::remote::Connection;
 use crate::pg::shared::{self, NodeShared, shared};
 use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
 use crate::pg::{clock, locks};
-use protocol::{Decision, Gid, Lsn, NodeId, Record, Refusal, Vote};
+use protocol::{Decision, Gid, Lsn, NodeId, Record, Vote};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use wire::stream::{Message, StreamFrame};
 
+/// How long the peer is given to tell the end of its WAL.
+const POSITION_PATIENCE: Duration = Duration::from_secs(5);
 /// How often the mark is stored and the peer is told, while it moves.
 const STATUS_INTERVAL: Duration = Duration::from_millis(200);
 /// The same while the peer asks for an answer.
@@ -50,7 +53,7 @@ struct Receiver {
     prepared: BTreeSet<Gid>,
     ended: BTreeSet<Gid>,
     /// Those of them whose PREPARE lies nobody knows where in the stream: see `place`.
-    unplaced: Vec<(Gid, Vote)>,
+    unplaced: Vec<Gid>,
     stored_at: Instant,
     told_at: Instant,
     seen: Lsn,
@@ -78,6 +81,9 @@ pub fn main(peer: NodeId) {
         return;
     };
     let mut receiver = Receiver::recover(peer, node);
+    if let Err(error) = place(&receiver.unplaced, &target.conninfo) {
+        return pgrx::log!("multimaster receiver of node {}: {error}", peer.get());
+    }
     let mut stream = match Stream::connect(
         &target.conninfo,
         &format!("multimaster node {}", identity.node_id.get()),
@@ -178,13 +184,11 @@ impl Receiver {
             Some(b'w') if message.len() > DATA_HEADER_BYTES => {
                 let at = Lsn(number(message, 1));
                 self.seen = self.seen.max(Lsn(number(message, 9)));
-                self.place();
                 self.on_data(at, &message[DATA_HEADER_BYTES..]);
             }
             Some(b'k') if message.len() >= 18 => {
                 let end = Lsn(number(message, 1));
                 self.seen = self.seen.max(end);
-                self.place();
                 if matches!(self.current, Current::None) {
                     self.progress.pass(end);
                 }
@@ -196,19 +200,6 @@ impl Receiver {
             ),
         }
         self.node.received.store(self.seen.0, Ordering::Relaxed);
-    }
-
-    /// Tells the arbiter behind which position of the stream the transactions found at the start are certainly prepared: the peer had flushed each
-    /// PREPARE before this server could know of it, so before it sent what has just come. Without that, nobody could ever say that the mark has
-    /// passed a PREPARE that is not sent again.
-    fn place(&mut self) {
-        for (gid, vote) in std::mem::take(&mut self.unplaced) {
-            submit(&LocalEvent::Voted {
-                gid,
-                vote,
-                lsn: self.seen,
-            });
-        }
     }
 
     /// `at` is the end of the PREPARE for the message that ends a transaction.
@@ -368,28 +359,37 @@ impl Receiver {
     }
 }
 
-/// Transactions whose place in the stream no record tells, with what this server has to say about each.
-fn unplaced(prepared: &BTreeSet<Gid>, records: &BTreeMap<Gid, Record>) -> Vec<(Gid, Vote)> {
+/// Transactions found at the start whose place in the stream no record tells.
+fn unplaced(prepared: &BTreeSet<Gid>, records: &BTreeMap<Gid, Record>) -> Vec<Gid> {
     let is_placed = |gid: &Gid| {
         records
             .get(gid)
             .is_some_and(|record| record.prepare_lsn > Lsn::ZERO)
     };
-    let ended = records
-        .values()
-        .filter(|record| record.decision.is_some())
-        .map(|record| record.gid);
-    let refused = || Vote::No(Refusal::retry("the transaction has ended on this node", ""));
-    prepared
-        .iter()
-        .map(|gid| (*gid, Vote::Yes))
-        .chain(
-            ended
-                .filter(|gid| !prepared.contains(gid))
-                .map(|gid| (gid, refused())),
-        )
-        .filter(|(gid, _)| !is_placed(gid))
-        .collect()
+    let all: BTreeSet<Gid> = prepared.iter().chain(records.keys()).copied().collect();
+    all.into_iter().filter(|gid| !is_placed(gid)).collect()
+}
+
+/// Tells the arbiter a position behind which these transactions are certainly prepared in the peer's WAL: the peer had flushed each PREPARE before
+/// this server could know of it, so the end of its WAL now is beyond all of them. Without that, nobody could ever say that the mark has
+/// passed a PREPARE that is not sent again, and its record would stay for ever.
+fn place(unplaced: &[Gid], conninfo: &str) -> Result<(), String> {
+    if unplaced.is_empty() {
+        return Ok(());
+    }
+    let connection = Connection::open(conninfo, "multimaster receiver", POSITION_PATIENCE)
+        .map_err(|error| error.0)?;
+    let rows = connection
+        .query("SELECT (pg_catalog.pg_current_wal_flush_lsn() - '0/0'::pg_catalog.pg_lsn)::pg_catalog.text", 1)
+        .map_err(|error| error.0)?;
+    let end = rows
+        .first()
+        .and_then(|row| row.first()?.as_deref()?.parse().ok());
+    let lsn = Lsn(end.ok_or("the peer did not tell the end of its WAL")?);
+    for gid in unplaced {
+        submit(&LocalEvent::PrepareBefore { gid: *gid, lsn });
+    }
+    Ok(())
 }
 
 /// A standby status update: written, flushed and applied positions, time, no reply wanted.
