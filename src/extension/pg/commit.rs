@@ -67,7 +67,12 @@ fn current_gid() -> Option<Gid> {
     };
     let shared = shared::shared();
     (xid != 0).then_some(())?;
-    Some(Gid { coordinator: shared.node_id()?, xid, generation: shared.generation(), started_at })
+    Some(Gid {
+        coordinator: shared.node_id()?,
+        xid,
+        generation: shared.generation(),
+        started_at,
+    })
 }
 
 /// The part of the gid that is known before COMMIT; assigns the transaction its xid.
@@ -82,12 +87,20 @@ pub fn identifying_text() -> Option<String> {
             let trace = 0u8;
             pg_sys::XLogBeginInsert();
             pg_sys::XLogRegisterData((&raw const trace).cast_mut().cast(), 1);
-            pg_sys::XLogFlush(pg_sys::XLogInsert(pg_sys::RmgrIds::RM_XLOG_ID as u8, pg_sys::XLOG_NOOP as u8));
+            pg_sys::XLogFlush(pg_sys::XLogInsert(
+                pg_sys::RmgrIds::RM_XLOG_ID as u8,
+                pg_sys::XLOG_NOOP as u8,
+            ));
         }
     }
     super::hooks::note_harmless();
     let gid = current_gid()?;
-    Some(format!("mtm-{:08x}-{}-{}", shared::shared().cluster_tag().0, gid.coordinator.get(), gid.xid))
+    Some(format!(
+        "mtm-{:08x}-{}-{}",
+        shared::shared().cluster_tag().0,
+        gid.coordinator.get(),
+        gid.xid
+    ))
 }
 
 /// The name of a transaction as PostgreSQL's functions want it.
@@ -127,7 +140,10 @@ pub unsafe fn commit_globally() {
                 if wait_peers {
                     await_peers();
                 }
-                shared::shared().counters.commits.fetch_add(1, Ordering::Relaxed);
+                shared::shared()
+                    .counters
+                    .commits
+                    .fetch_add(1, Ordering::Relaxed);
                 hit_in_backend(Failpoint::BackendBeforeAnswer);
             }
             outcome::ABORT => {
@@ -136,14 +152,20 @@ pub unsafe fn commit_globally() {
                 hit_in_backend(Failpoint::BackendAfterRollback);
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Finished { gid });
-                shared::shared().counters.aborts.fetch_add(1, Ordering::Relaxed);
+                shared::shared()
+                    .counters
+                    .aborts
+                    .fetch_add(1, Ordering::Relaxed);
                 leave();
                 raise_refusal();
             }
             _ => {
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Abandoned { gid });
-                shared::shared().counters.unknown.fetch_add(1, Ordering::Relaxed);
+                shared::shared()
+                    .counters
+                    .unknown
+                    .fetch_add(1, Ordering::Relaxed);
                 leave();
                 raise_unknown(name.as_ptr());
             }
@@ -170,7 +192,10 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
         // The votes are counted from the moment the PREPARE can be seen.
         prepare_under(name, || {
             shared::my_backend().gid.set(Some(gid));
-            submit(&LocalEvent::UserPreparing { gid, backend: shared::my_backend_index() });
+            submit(&LocalEvent::UserPreparing {
+                gid,
+                backend: shared::my_backend_index(),
+            });
         });
         let result = await_outcome(gid);
         leave();
@@ -210,7 +235,9 @@ unsafe fn claim_commit() {
 
 fn leave() {
     IN_SEQUENCE.set(false);
-    shared::my_backend().stage.store(stage::RUNNING, Ordering::Release);
+    shared::my_backend()
+        .stage
+        .store(stage::RUNNING, Ordering::Release);
 }
 
 /// Steps 1 to 4. Returns whether the transaction had sent a NOTIFY.
@@ -269,7 +296,11 @@ fn reset_outcome() {
 fn announce(gid: Gid, wait_peers: bool) {
     UNFINISHED.set(Some(gid));
     shared::my_backend().gid.set(Some(gid));
-    submit(&LocalEvent::Committing { gid, backend: shared::my_backend_index(), wait_peers });
+    submit(&LocalEvent::Committing {
+        gid,
+        backend: shared::my_backend_index(),
+        wait_peers,
+    });
 }
 
 /// Waits until the arbiter knows the outcome. A cancel, a timeout or a terminate does not end the wait: it starts the resolver, and the client
@@ -341,7 +372,11 @@ unsafe fn refuse_unless_online() {
     let mut message = FixedText::<256>::new();
     let mut detail = FixedText::<256>::new();
     let _ = write!(message, "this node is {} and cannot commit", status.name());
-    let _ = write!(detail, "Nodes it is connected with: {}.", shared::connected_nodes());
+    let _ = write!(
+        detail,
+        "Nodes it is connected with: {}.",
+        shared::connected_nodes()
+    );
     // SAFETY: as raise_refusal.
     unsafe {
         raise(
@@ -387,14 +422,20 @@ pub fn sqlstate_number(sqlstate: [u8; 5]) -> i32 {
     sqlstate
         .iter()
         .enumerate()
-        .fold(0, |number, (place, letter)| number | (i32::from(letter.wrapping_sub(b'0') & 0x3f) << (6 * place)))
+        .fold(0, |number, (place, letter)| {
+            number | (i32::from(letter.wrapping_sub(b'0') & 0x3f) << (6 * place))
+        })
 }
 
 unsafe fn raise_unknown(name: *const c_char) {
     let mut message = FixedText::<512>::new();
     // SAFETY: a zero-terminated name of at most 199 bytes.
     let shown = unsafe { CStr::from_ptr(name) };
-    let _ = write!(message, "outcome of transaction \"{}\" is not known yet", shown.to_str().unwrap_or("?"));
+    let _ = write!(
+        message,
+        "outcome of transaction \"{}\" is not known yet",
+        shown.to_str().unwrap_or("?")
+    );
     // SAFETY: as raise_refusal.
     unsafe {
         raise(
@@ -422,7 +463,11 @@ pub unsafe fn raise(code: i32, message: &CStr, detail: &CStr, hint: &CStr) {
             if !hint.is_empty() {
                 raw::errhint(c"%s".as_ptr(), hint.as_ptr());
             }
-            raw::errfinish(c"commit.rs".as_ptr(), line!() as i32, c"multimaster".as_ptr());
+            raw::errfinish(
+                c"commit.rs".as_ptr(),
+                line!() as i32,
+                c"multimaster".as_ptr(),
+            );
         }
     }
 }
