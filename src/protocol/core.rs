@@ -9,7 +9,7 @@ use crate::message::Message;
 use crate::recovery::recover;
 use crate::site::{Site, Turn};
 use crate::txn::Txn;
-use crate::types::{Ballot, Csn, Decision, Gid, Lsn, Millis, NodeId, NodeSet, Verdict};
+use crate::types::{Ballot, Csn, Decision, Gid, Lsn, Millis, NodeId, NodeSet, Verdict, Vote};
 use crate::view::{Counters, TransactionView};
 
 /// The commit protocol of one node: inputs in, effects out. See the crate's documentation.
@@ -58,7 +58,8 @@ impl Core {
             Input::LinkUp { peer, epoch } => self.on_link_up(now, peer, epoch, out),
             Input::LinkDown { peer } => self.on_link_down(now, peer, out),
             Input::Committing { gid, wait_peers } => {
-                self.own(gid, now).entry(gid, now, out, |txn, turn| {
+                self.own(gid, now);
+                self.entry(gid, now, out, |txn, turn| {
                     txn.on_committing(turn, wait_peers)
                 });
             }
@@ -67,25 +68,22 @@ impl Core {
                 vote,
                 prepare_lsn,
             } => {
-                assert!(
-                    gid.coordinator != self.site.node(),
-                    "no node applies its own transaction"
-                );
-                self.txns.entry(gid).or_insert_with(|| Txn::new(gid, now));
-                self.entry(gid, now, out, |txn, turn| {
-                    txn.on_voted(turn, vote, prepare_lsn)
-                });
+                self.on_voted(now, gid, vote, prepare_lsn, out);
             }
             Input::StreamOutcome { gid, decision } => {
                 self.entry(gid, now, out, |txn, turn| {
                     txn.on_stream_outcome(turn, decision)
                 });
             }
+            Input::PrepareBefore { gid, lsn } => {
+                self.entry(gid, now, out, |txn, _| txn.on_prepare_before(lsn));
+            }
             Input::Finished { gid } => self.entry(gid, now, out, Txn::on_finished_here),
             Input::Interrupted { gid } => self.entry(gid, now, out, Txn::on_interrupted),
             Input::Abandoned { gid } => {
                 let known = self.txns.contains_key(&gid);
-                self.own(gid, now).entry(gid, now, out, |txn, turn| {
+                self.own(gid, now);
+                self.entry(gid, now, out, |txn, turn| {
                     if !known {
                         txn.look_up(turn);
                     }
@@ -131,16 +129,18 @@ impl Core {
         self.site.causal.settled(node)
     }
 
-    /// Makes sure that a transaction of this node is known.
-    fn own(&mut self, gid: Gid, now: Millis) -> &mut Self {
+    /// Makes sure that a transaction of this node is known, unless it has ended everywhere.
+    fn own(&mut self, gid: Gid, now: Millis) {
+        let node = self.site.node();
         assert!(
-            gid.coordinator == self.site.node(),
+            gid.coordinator == node,
             "a backend commits transactions of its own node"
         );
-        self.txns
-            .entry(gid)
-            .or_insert_with(|| Txn::new_own(gid, now, Backend::Unknown));
-        self
+        if self.site.forgotten.get(gid).is_none() {
+            self.txns
+                .entry(gid)
+                .or_insert_with(|| Txn::new_own(gid, now, Backend::Unknown));
+        }
     }
 
     /// Lets a known transaction act, and forgets it if that was its last act.
@@ -195,6 +195,22 @@ impl Core {
         for gid in gids {
             self.forget(gid, out);
         }
+    }
+
+    fn on_voted(&mut self, now: Millis, gid: Gid, vote: Vote, lsn: Lsn, out: &mut Effects) {
+        let node = self.site.node();
+        assert!(
+            gid.coordinator != node,
+            "no node applies its own transaction"
+        );
+        if !self.txns.contains_key(&gid) {
+            if self.site.mark_covers(gid.coordinator, lsn) {
+                let reason = "a PREPARE below the stored mark was not skipped";
+                return out.event(Event::Rejected { from: node, reason });
+            }
+            self.txns.insert(gid, Txn::new(gid, now));
+        }
+        self.entry(gid, now, out, |txn, turn| txn.on_voted(turn, vote, lsn));
     }
 
     fn on_mark_passed(&mut self, origin: NodeId, lsn: Lsn, out: &mut Effects) {
@@ -302,9 +318,7 @@ impl Core {
             Message::Vote { gid, .. } if gid.coordinator != config.node => {
                 Err("its vote is for another node")
             }
-            Message::Vote { .. } if !config.members.contains(from) => {
-                Err("it votes and is no member")
-            }
+            Message::Vote { .. } if !config.peers().contains(from) => Err("it has no vote"),
             Message::Status { ballot, .. } | Message::Propose { ballot, .. }
                 if ballot.node == Some(from) =>
             {

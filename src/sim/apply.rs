@@ -28,7 +28,37 @@ impl World {
         if let Some(memory) = self.memory_mut(to) {
             memory.received.insert(origin, confirmed);
         }
+        self.bound_prepares(origin, to);
         self.pump(origin, to);
+    }
+
+    /// What was found at the start may not come again.
+    fn bound_prepares(&mut self, origin: NodeId, to: NodeId) {
+        let Some(end) = self
+            .servers
+            .get(&origin)
+            .map(|server| server.disk.stream.len())
+        else {
+            return;
+        };
+        let Some(disk) = self.servers.get(&to).map(|server| &server.disk) else {
+            return;
+        };
+        let found = disk
+            .records
+            .keys()
+            .chain(&disk.prepared)
+            .filter(|gid| gid.coordinator == origin);
+        let found: Vec<Gid> = found.copied().collect();
+        for gid in found {
+            self.input(
+                to,
+                Input::PrepareBefore {
+                    gid,
+                    lsn: Lsn(end as u64),
+                },
+            );
+        }
     }
 
     pub fn pump_all(&mut self, origin: NodeId) {
@@ -105,7 +135,7 @@ impl World {
         }
         match item {
             StreamItem::Outcome(gid, decision) => {
-                self.input(to, Input::StreamOutcome { gid, decision })
+                self.input(to, Input::StreamOutcome { gid, decision });
             }
             StreamItem::Prepare(gid) => self.on_prepare(to, gid, lsn, deps),
         }
@@ -145,6 +175,13 @@ impl World {
     fn vote(&mut self, node: NodeId, gid: Gid, lsn: Lsn, vote: Vote) {
         if let Some(memory) = self.memory_mut(node) {
             memory.applying.remove(&gid);
+        }
+        self.tell_vote(node, gid, lsn, vote);
+    }
+
+    /// The worker's word reaches the core; from then on the mark may pass.
+    pub fn tell_vote(&mut self, node: NodeId, gid: Gid, lsn: Lsn, vote: Vote) {
+        if let Some(memory) = self.memory_mut(node) {
             memory.dealt.insert((gid.coordinator, lsn));
         }
         self.input(
@@ -268,19 +305,20 @@ impl World {
         server.flush_all(checker);
         server.disk.prepared.insert(gid);
         checker.on_prepared(node, gid, None);
-        let memory = self.memory_mut(node).map(|memory| {
+        if let Some(memory) = &mut server.memory {
             memory.applying.remove(&gid);
-            memory.dealt.insert((gid.coordinator, lsn));
-        });
-        if memory.is_some() {
-            // The worker's word takes a moment to reach the core; a resolver may ask in between.
-            let input = Input::Voted {
-                gid,
-                vote: Vote::Yes,
-                prepare_lsn: lsn,
-            };
-            self.later(0, 10, Event::Input { node, life, input });
         }
+        // The worker's word takes a moment to reach the core; a resolver may ask in between.
+        self.later(
+            0,
+            10,
+            Event::Prepared {
+                node,
+                life,
+                gid,
+                lsn,
+            },
+        );
     }
 
     pub fn store_marks(&mut self, node: NodeId) {

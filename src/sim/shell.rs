@@ -1,6 +1,6 @@
 //! What the shell around a core does: inputs of all kinds, sessions, finishes. Streams and applies are in `apply`.
 
-use protocol::{Decision, GenerationNum, Gid, Input, NodeId, Outcome};
+use protocol::{Decision, GenerationNum, Gid, Input, NodeId, Outcome, Vote};
 
 use crate::event::{ApplyStep, Event, SessionStep};
 use crate::server::{Session, StreamItem};
@@ -31,7 +31,7 @@ impl World {
                 self.on_stream(connection, origin, to, lsn, deps);
             }
             Event::Loop { node, life, .. }
-            | Event::Input { node, life, .. }
+            | Event::Prepared { node, life, .. }
             | Event::Tick { node, life }
             | Event::Flushed { node, life, .. }
             | Event::Session { node, life, .. }
@@ -52,7 +52,7 @@ impl World {
         let life = self.life(node);
         match event {
             Event::Loop { msg, .. } => self.input(node, Input::Message { from: node, msg }),
-            Event::Input { input, .. } => self.input(node, input),
+            Event::Prepared { gid, lsn, .. } => self.tell_vote(node, gid, lsn, Vote::Yes),
             Event::LinkDown { peer, link, .. } => self.lose_link(node, peer, link),
             Event::Tick { .. } => {
                 self.input(node, Input::Tick);

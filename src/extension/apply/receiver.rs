@@ -8,16 +8,19 @@ use crate::cluster::{Identity, slot_name};
 use crate::failpoint::{Failpoint, hit};
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
+use crate::pg::remote::Connection;
 use crate::pg::shared::{self, NodeShared, shared};
 use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
 use crate::pg::{clock, locks};
-use protocol::{Decision, Gid, Lsn, NodeId, Record, Refusal, Vote};
+use protocol::{Decision, Gid, Lsn, NodeId, Record, Vote};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use wire::stream::{Message, StreamFrame};
 
+/// How long the peer is given to tell the end of its WAL.
+const POSITION_PATIENCE: Duration = Duration::from_secs(5);
 /// How often the mark is stored and the peer is told, while it moves.
 const STATUS_INTERVAL: Duration = Duration::from_millis(200);
 /// The same while the peer asks for an answer.
@@ -32,7 +35,10 @@ enum Current {
     None,
     Feeding(Feed),
     /// It came before: its frames are dropped, and a vote that is still wanted is sent again.
-    Skipping { prepared: bool, gid: Gid },
+    Skipping {
+        prepared: bool,
+        gid: Gid,
+    },
 }
 
 /// State of one stream.
@@ -47,7 +53,7 @@ struct Receiver {
     prepared: BTreeSet<Gid>,
     ended: BTreeSet<Gid>,
     /// Those of them whose PREPARE lies nobody knows where in the stream: see `place`.
-    unplaced: Vec<(Gid, Vote)>,
+    unplaced: Vec<Gid>,
     stored_at: Instant,
     told_at: Instant,
     seen: Lsn,
@@ -71,9 +77,17 @@ pub fn main(peer: NodeId) {
         Ok(None) => return,
         Err(error) => return pgrx::warning!("multimaster cannot read its catalog: {error}"),
     };
-    let Some(target) = identity.nodes.iter().find(|other| other.id == peer) else { return };
+    let Some(target) = identity.nodes.iter().find(|other| other.id == peer) else {
+        return;
+    };
     let mut receiver = Receiver::recover(peer, node);
-    let mut stream = match Stream::connect(&target.conninfo, &format!("multimaster node {}", identity.node_id.get())) {
+    if let Err(error) = place(&receiver.unplaced, &target.conninfo) {
+        return pgrx::log!("multimaster receiver of node {}: {error}", peer.get());
+    }
+    let mut stream = match Stream::connect(
+        &target.conninfo,
+        &format!("multimaster node {}", identity.node_id.get()),
+    ) {
         Ok(stream) => stream,
         Err(error) => return pgrx::log!("multimaster receiver of node {}: {error}", peer.get()),
     };
@@ -120,8 +134,10 @@ impl Receiver {
                 .collect();
             (marks, stored, records)
         });
-        let ended =
-            records.values().filter(|record| record.decision.is_some() || !record.voted_yes).map(|record| record.gid);
+        let ended = records
+            .values()
+            .filter(|record| record.decision.is_some() || !record.voted_yes)
+            .map(|record| record.gid);
         node.mark.store(stored.0, Ordering::Release);
         Receiver {
             peer,
@@ -150,7 +166,10 @@ impl Receiver {
                     process::wait_latch_or_socket(socket, STATUS_INTERVAL, Wait::Stream);
                 }
                 Received::End => {
-                    pgrx::log!("multimaster receiver of node {}: the stream ended", self.peer.get());
+                    pgrx::log!(
+                        "multimaster receiver of node {}: the stream ended",
+                        self.peer.get()
+                    );
                     return;
                 }
             }
@@ -165,30 +184,22 @@ impl Receiver {
             Some(b'w') if message.len() > DATA_HEADER_BYTES => {
                 let at = Lsn(number(message, 1));
                 self.seen = self.seen.max(Lsn(number(message, 9)));
-                self.place();
                 self.on_data(at, &message[DATA_HEADER_BYTES..]);
             }
             Some(b'k') if message.len() >= 18 => {
                 let end = Lsn(number(message, 1));
                 self.seen = self.seen.max(end);
-                self.place();
                 if matches!(self.current, Current::None) {
                     self.progress.pass(end);
                 }
                 self.reply_wanted |= message[17] != 0;
             }
-            _ => pgrx::error!("multimaster receiver of node {}: unknown replication message", self.peer.get()),
+            _ => pgrx::error!(
+                "multimaster receiver of node {}: unknown replication message",
+                self.peer.get()
+            ),
         }
         self.node.received.store(self.seen.0, Ordering::Relaxed);
-    }
-
-    /// Tells the arbiter behind which position of the stream the transactions found at the start are certainly prepared: the peer had flushed each
-    /// PREPARE before this server could know of it, so before it sent what has just come. Without that, nobody could ever say that the mark has
-    /// passed a PREPARE that is not sent again.
-    fn place(&mut self) {
-        for (gid, vote) in std::mem::take(&mut self.unplaced) {
-            submit(&LocalEvent::Voted { gid, vote, lsn: self.seen });
-        }
     }
 
     /// `at` is the end of the PREPARE for the message that ends a transaction.
@@ -212,7 +223,10 @@ impl Receiver {
 
     fn begin(&mut self, message: &Message<'_>) {
         let Some(Ok(StreamFrame::Begin(begin))) = message.frames().next() else {
-            pgrx::error!("multimaster receiver of node {}: a transaction without its head", self.peer.get());
+            pgrx::error!(
+                "multimaster receiver of node {}: a transaction without its head",
+                self.peer.get()
+            );
         };
         let gid = begin.gid;
         hit(Failpoint::ReceiverBegins);
@@ -239,7 +253,11 @@ impl Receiver {
             Current::Skipping { prepared, gid } => {
                 hit(Failpoint::ReceiverSkips);
                 if prepared {
-                    submit(&LocalEvent::Voted { gid, vote: Vote::Yes, lsn: at });
+                    submit(&LocalEvent::Voted {
+                        gid,
+                        vote: Vote::Yes,
+                        lsn: at,
+                    });
                 }
                 self.progress.pass(at);
             }
@@ -256,9 +274,16 @@ impl Receiver {
                 Ok(StreamFrame::RollbackPrepared(end)) => {
                     self.on_outcome(end.gid, end.name.as_bytes(), Decision::Abort, end.end_lsn)
                 }
-                Ok(StreamFrame::FinishUser(finish)) => self.finish_user(finish.name.as_bytes(), finish.commit, finish.lsn),
-                Ok(_) => pgrx::error!("multimaster receiver of node {}: a change outside of a transaction", self.peer.get()),
-                Err(error) => pgrx::error!("multimaster receiver of node {}: {error}", self.peer.get()),
+                Ok(StreamFrame::FinishUser(finish)) => {
+                    self.finish_user(finish.name.as_bytes(), finish.commit, finish.lsn)
+                }
+                Ok(_) => pgrx::error!(
+                    "multimaster receiver of node {}: a change outside of a transaction",
+                    self.peer.get()
+                ),
+                Err(error) => {
+                    pgrx::error!("multimaster receiver of node {}: {error}", self.peer.get())
+                }
             }
         }
     }
@@ -277,7 +302,8 @@ impl Receiver {
     /// A user's COMMIT or ROLLBACK PREPARED. Its PREPARE came earlier in some stream; where that is still under way, it is waited for.
     fn finish_user(&mut self, name: &[u8], commit: bool, end: Lsn) {
         while !self.progress.is_idle() {
-            self.progress.advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
+            self.progress
+                .advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
             process::wait_latch(Duration::from_millis(5), Wait::Worker);
             process::check_interrupts();
         }
@@ -293,12 +319,22 @@ impl Receiver {
     /// Stores the mark if it has moved, and tells the peer.
     fn tell(&mut self, stream: &mut Stream) {
         if feed::lost_one() {
-            pgrx::error!("an apply worker went away; the stream of node {} starts again from {}", self.peer.get(), self.stored);
+            pgrx::error!(
+                "an apply worker went away; the stream of node {} starts again from {}",
+                self.peer.get(),
+                self.stored
+            );
         }
-        let mark = self.progress.advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
+        let mark = self
+            .progress
+            .advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
         let quiet = self.told_at.elapsed();
         // A walsender that stops with its server asks again and again until everything it sent is confirmed.
-        let pause = if self.reply_wanted { STATUS_INTERVAL_ASKED } else { STATUS_INTERVAL };
+        let pause = if self.reply_wanted {
+            STATUS_INTERVAL_ASKED
+        } else {
+            STATUS_INTERVAL
+        };
         if mark > self.stored && self.stored_at.elapsed() >= pause {
             let row = (u32::from(self.peer.get()), body_of(mark.0));
             hit(Failpoint::MarkBeforeStore);
@@ -309,7 +345,10 @@ impl Receiver {
             self.stored = mark;
             self.stored_at = Instant::now();
             self.node.mark.store(mark.0, Ordering::Release);
-            submit(&LocalEvent::MarkStored { node: self.peer, lsn: mark });
+            submit(&LocalEvent::MarkStored {
+                node: self.peer,
+                lsn: mark,
+            });
         } else if !self.reply_wanted && quiet < KEEPALIVE_INTERVAL {
             return;
         }
@@ -320,17 +359,37 @@ impl Receiver {
     }
 }
 
-/// Transactions whose place in the stream no record tells, with what this server has to say about each.
-fn unplaced(prepared: &BTreeSet<Gid>, records: &BTreeMap<Gid, Record>) -> Vec<(Gid, Vote)> {
-    let is_placed = |gid: &Gid| records.get(gid).is_some_and(|record| record.prepare_lsn > Lsn::ZERO);
-    let ended = records.values().filter(|record| record.decision.is_some()).map(|record| record.gid);
-    let refused = || Vote::No(Refusal::retry("the transaction has ended on this node", ""));
-    prepared
-        .iter()
-        .map(|gid| (*gid, Vote::Yes))
-        .chain(ended.filter(|gid| !prepared.contains(gid)).map(|gid| (gid, refused())))
-        .filter(|(gid, _)| !is_placed(gid))
-        .collect()
+/// Transactions found at the start whose place in the stream no record tells.
+fn unplaced(prepared: &BTreeSet<Gid>, records: &BTreeMap<Gid, Record>) -> Vec<Gid> {
+    let is_placed = |gid: &Gid| {
+        records
+            .get(gid)
+            .is_some_and(|record| record.prepare_lsn > Lsn::ZERO)
+    };
+    let all: BTreeSet<Gid> = prepared.iter().chain(records.keys()).copied().collect();
+    all.into_iter().filter(|gid| !is_placed(gid)).collect()
+}
+
+/// Tells the arbiter a position behind which these transactions are certainly prepared in the peer's WAL: the peer had flushed each PREPARE before
+/// this server could know of it, so the end of its WAL now is beyond all of them. Without that, nobody could ever say that the mark has
+/// passed a PREPARE that is not sent again, and its record would stay for ever.
+fn place(unplaced: &[Gid], conninfo: &str) -> Result<(), String> {
+    if unplaced.is_empty() {
+        return Ok(());
+    }
+    let connection = Connection::open(conninfo, "multimaster receiver", POSITION_PATIENCE)
+        .map_err(|error| error.0)?;
+    let rows = connection
+        .query("SELECT (pg_catalog.pg_current_wal_flush_lsn() - '0/0'::pg_catalog.pg_lsn)::pg_catalog.text", 1)
+        .map_err(|error| error.0)?;
+    let end = rows
+        .first()
+        .and_then(|row| row.first()?.as_deref()?.parse().ok());
+    let lsn = Lsn(end.ok_or("the peer did not tell the end of its WAL")?);
+    for gid in unplaced {
+        submit(&LocalEvent::PrepareBefore { gid: *gid, lsn });
+    }
+    Ok(())
 }
 
 /// A standby status update: written, flushed and applied positions, time, no reply wanted.

@@ -28,7 +28,8 @@ unsafe extern "C-unwind" fn rewrite(data: *mut pg_sys::ErrorData) {
             (*data).sqlerrcode = PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32;
             (*data).message = pg_sys::MemoryContextStrdup((*data).assoc_context, message.as_ptr());
             if !detail.is_empty() {
-                (*data).detail = pg_sys::MemoryContextStrdup((*data).assoc_context, detail.as_ptr());
+                (*data).detail =
+                    pg_sys::MemoryContextStrdup((*data).assoc_context, detail.as_ptr());
             }
         }
         if let Some(previous) = PREVIOUS {
@@ -63,5 +64,8 @@ fn is_victims_error(data: &pg_sys::ErrorData) -> bool {
 
 fn reason() -> Option<(CString, CString)> {
     let refusal = shared::my_backend().refusal.get()?;
-    Some((CString::new(refusal.message()).ok()?, CString::new(refusal.detail()).ok()?))
+    Some((
+        CString::new(refusal.message()).ok()?,
+        CString::new(refusal.detail()).ok()?,
+    ))
 }
