@@ -164,14 +164,12 @@ impl Receiver {
         match message.first() {
             Some(b'w') if message.len() > DATA_HEADER_BYTES => {
                 let at = Lsn(number(message, 1));
-                self.seen = self.seen.max(Lsn(number(message, 9)));
-                self.place();
+                self.see(Lsn(number(message, 9)));
                 self.on_data(at, &message[DATA_HEADER_BYTES..]);
             }
             Some(b'k') if message.len() >= 18 => {
                 let end = Lsn(number(message, 1));
-                self.seen = self.seen.max(end);
-                self.place();
+                self.see(end);
                 if matches!(self.current, Current::None) {
                     self.progress.pass(end);
                 }
@@ -179,12 +177,16 @@ impl Receiver {
             }
             _ => pgrx::error!("multimaster receiver of node {}: unknown replication message", self.peer.get()),
         }
-        self.node.received.store(self.seen.0, Ordering::Relaxed);
     }
 
-    /// Tells the arbiter behind which position of the stream the transactions found at the start are certainly prepared: the peer had flushed each
-    /// PREPARE before this server could know of it, so before it sent what has just come. Without that, nobody could ever say that the mark has
-    /// passed a PREPARE that is not sent again.
+    /// The peer's WAL reaches this far.
+    fn see(&mut self, end: Lsn) {
+        self.seen = self.seen.max(end);
+        self.node.received.fetch_max(self.seen.0, Ordering::AcqRel);
+        self.place();
+    }
+
+    /// See [`unplaced`].
     fn place(&mut self) {
         for (gid, vote) in std::mem::take(&mut self.unplaced) {
             submit(&LocalEvent::Voted { gid, vote, lsn: self.seen });
@@ -320,8 +322,11 @@ impl Receiver {
     }
 }
 
-/// Transactions whose place in the stream no record tells, with what this server has to say about each.
-fn unplaced(prepared: &BTreeSet<Gid>, records: &BTreeMap<Gid, Record>) -> Vec<(Gid, Vote)> {
+/// Transactions of peers whose place in the stream no record tells, with what this server has to say about each.
+///
+/// Without a place nobody could ever say that the mark has passed a PREPARE that is not sent again. The peer had flushed each PREPARE before this
+/// server could know of it: whatever end of the peer's WAL is heard of later lies behind it.
+pub fn unplaced(prepared: &BTreeSet<Gid>, records: &BTreeMap<Gid, Record>) -> Vec<(Gid, Vote)> {
     let is_placed = |gid: &Gid| records.get(gid).is_some_and(|record| record.prepare_lsn > Lsn::ZERO);
     let ended = records.values().filter(|record| record.decision.is_some()).map(|record| record.gid);
     let refused = || Vote::No(Refusal::retry("the transaction has ended on this node", ""));

@@ -2,9 +2,10 @@
 
 use super::RESTART_PAUSE;
 use super::durable::{RECORDS_MAX, Tuples};
-use super::event;
+use super::event::{self, LocalEvent};
 use super::net_config::{NetSettings, millis, start_mesh};
 use super::thread::{Arbiter, FromMain, MainLink};
+use crate::apply::receiver;
 use crate::cluster::Identity;
 use crate::cluster::identity::ClusterState;
 use crate::failpoint::{Failpoint, hit};
@@ -13,7 +14,7 @@ use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::shared;
 use crate::pg::{catalog_scan, ddl, locks, sequences};
-use protocol::{Config, Core, Effects, GenerationNum, Gid, NodeId, Record, Recovered};
+use protocol::{Config, Core, Effects, GenerationNum, Gid, Lsn, NodeId, Record, Recovered};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -138,11 +139,28 @@ pub fn recover(identity: &Identity) -> RecoveredState {
     let epoch = next_epoch(identity.node_id);
     hit(Failpoint::StartAfterEpoch);
     publish(identity);
+    place(&found, &prepared, identity.node_id);
     let config = config(identity, epoch);
     let tuples = Tuples::new(found.iter().map(|(gid, (tuple, _))| (*gid, *tuple)));
     let mut effects = Effects::new();
     let core = Core::new(config, recovered(&found, &prepared), 0, &mut effects);
     RecoveredState { decider: Decider { core, tuples, effects }, records }
+}
+
+/// Receivers that outlived the last arbiter know of no new one: what they would tell it is told here.
+fn place(found: &BTreeMap<Gid, (u32, Record)>, prepared: &[Gid], node: NodeId) {
+    let records = found.iter().filter(|(gid, _)| gid.coordinator != node).map(|(gid, (_, record))| (*gid, *record));
+    let prepared = prepared.iter().copied().filter(|gid| gid.coordinator != node);
+    for (gid, vote) in receiver::unplaced(&prepared.collect(), &records.collect()) {
+        let lsn = Lsn(shared().node(gid.coordinator).received.load(Ordering::Acquire));
+        if lsn > Lsn::ZERO {
+            event::submit(&LocalEvent::Voted { gid, vote, lsn });
+        }
+    }
+    for peer in shared().configured_nodes().without(node).iter() {
+        let lsn = Lsn(shared().node(peer).mark.load(Ordering::Acquire));
+        event::submit(&LocalEvent::MarkStored { node: peer, lsn });
+    }
 }
 
 fn recovered(found: &BTreeMap<Gid, (u32, Record)>, prepared: &[Gid]) -> Vec<Recovered> {
