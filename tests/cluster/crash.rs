@@ -95,11 +95,15 @@ fn arm(server: &Server, value: &str) -> Result<()> {
 }
 
 fn coordinator_dies_at_every_failpoint(installation: &Installation) -> Result<()> {
-    with_quick_cluster(installation, |cluster| die_at_all(cluster, "coordinator", COORDINATOR))
+    with_quick_cluster(installation, |cluster| {
+        die_at_all(cluster, "coordinator", COORDINATOR)
+    })
 }
 
 fn participant_dies_at_every_failpoint(installation: &Installation) -> Result<()> {
-    with_quick_cluster(installation, |cluster| die_at_all(cluster, "participant", PARTICIPANT))
+    with_quick_cluster(installation, |cluster| {
+        die_at_all(cluster, "participant", PARTICIPANT)
+    })
 }
 
 /// Visits all points of a role (and of both) on a node.
@@ -154,7 +158,9 @@ fn die_at(
 fn await_death(cluster: &mut Cluster, node: usize, disturbed: bool) -> Result<()> {
     let coordinator = cluster.nodes[COORDINATOR].conninfo();
     wait_for("the failpoint to be passed", HIT_LIMIT, || {
-        if disturbed && let Ok(mut client) = postgres::Client::connect(&coordinator, postgres::NoTls) {
+        if disturbed
+            && let Ok(mut client) = postgres::Client::connect(&coordinator, postgres::NoTls)
+        {
             // Fails when it is this very server that dies.
             let _ = client.batch_execute(
                 "SELECT pg_cancel_backend(pid) FROM pg_stat_activity
@@ -203,7 +209,12 @@ fn die_at_start(
     let server = &mut cluster.nodes[node];
     let outcome = server
         .kill()
-        .and_then(|()| server.configure(&settings(&[("multimaster.failpoint", &format!("{name}=crash"))])))
+        .and_then(|()| {
+            server.configure(&settings(&[(
+                "multimaster.failpoint",
+                &format!("{name}=crash"),
+            )]))
+        })
         .and_then(|()| die_again(server))
         .and_then(|()| server.configure(&settings(&[("multimaster.failpoint", "")])))
         .and_then(|()| server.start());
@@ -218,7 +229,13 @@ fn die_again(server: &mut Server) -> Result<()> {
     for _ in 0..START_ATTEMPTS {
         // It may die before it takes connections.
         let _ = server.start();
-        if wait_for("the failpoint", START_HIT_LIMIT, || Ok(!server.is_running())).is_ok() {
+        if wait_for(
+            "the failpoint",
+            START_HIT_LIMIT,
+            || Ok(!server.is_running()),
+        )
+        .is_ok()
+        {
             return Ok(());
         }
         server.kill()?;

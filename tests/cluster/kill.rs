@@ -76,7 +76,12 @@ fn any_process_may_be_killed_at_any_moment(installation: &Installation) -> Resul
     })
 }
 
-fn kill_one(cluster: &mut Cluster, ledger: &mut Ledger, dice: &mut Dice, victim: Victim) -> Result<()> {
+fn kill_one(
+    cluster: &mut Cluster,
+    ledger: &mut Ledger,
+    dice: &mut Dice,
+    victim: Victim,
+) -> Result<()> {
     let load = ledger.load(cluster, &[0, 0, 1, 1, 2, 2], dice);
     std::thread::sleep(Duration::from_millis(150 + dice.below(400)));
     let node = dice.below(3) as usize;
@@ -84,7 +89,9 @@ fn kill_one(cluster: &mut Cluster, ledger: &mut Ledger, dice: &mut Dice, victim:
         Victim::Process(kind) => kill_process(cluster, node, kind),
         Victim::Terminated(kind) => terminate(cluster, node, kind),
         Victim::Postmaster => kill_postmaster(cluster, node),
-        Victim::Node => cluster.nodes[node].kill().and_then(|()| start(cluster, node)),
+        Victim::Node => cluster.nodes[node]
+            .kill()
+            .and_then(|()| start(cluster, node)),
         Victim::AllNodes => kill_all(cluster),
     };
     std::thread::sleep(Duration::from_millis(100 + dice.below(200)));
@@ -118,14 +125,19 @@ fn signal_kill(pid: &str) -> Result<()> {
 
 fn terminate(cluster: &Cluster, node: usize, kind: &str) -> Result<()> {
     let victims = processes(cluster, node, kind)?;
-    Session::new(cluster.connect(node)?).run(&format!("SELECT pg_terminate_backend({})", victims[0]))
+    Session::new(cluster.connect(node)?)
+        .run(&format!("SELECT pg_terminate_backend({})", victims[0]))
 }
 
 /// Its children notice, one after the other.
 fn kill_postmaster(cluster: &mut Cluster, node: usize) -> Result<()> {
-    let pid = cluster.nodes[node].postmaster().context("the server does not run")?;
+    let pid = cluster.nodes[node]
+        .postmaster()
+        .context("the server does not run")?;
     signal_kill(&pid.to_string())?;
-    wait_for("the postmaster's end", START_LIMIT, || Ok(!cluster.nodes[node].is_running()))?;
+    wait_for("the postmaster's end", START_LIMIT, || {
+        Ok(!cluster.nodes[node].is_running())
+    })?;
     start(cluster, node)
 }
 

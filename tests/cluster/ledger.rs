@@ -167,7 +167,8 @@ fn await_whole(cluster: &Cluster) -> Result<()> {
         let mut session = Session::new(node.connect()?);
         let mut left = String::new();
         let emptied = wait_for("nothing in flight", WHOLE_LIMIT, || {
-            left = session.text("SELECT gid, role, state, ballot, missing FROM mtm.transactions")?;
+            left =
+                session.text("SELECT gid, role, state, ballot, missing FROM mtm.transactions")?;
             Ok(left.is_empty())
         });
         emptied.with_context(|| format!("{} still has\n{left}", node.name))?;
@@ -185,12 +186,18 @@ fn await_whole(cluster: &Cluster) -> Result<()> {
 fn check_sums(session: &mut Session) -> Result<()> {
     let sum = session.text("SELECT sum(balance) FROM account")?;
     let expected = ACCOUNTS * OPENING_BALANCE;
-    ensure!(sum == expected.to_string(), "the accounts hold {sum} instead of {expected}");
+    ensure!(
+        sum == expected.to_string(),
+        "the accounts hold {sum} instead of {expected}"
+    );
     let tallies = session.text(
         "SELECT client, t.n, k.n FROM tally t FULL JOIN (SELECT client, count(*) AS n FROM token GROUP BY 1) k USING (client)
          WHERE coalesce(t.n, 0) <> coalesce(k.n, 0)",
     )?;
-    ensure!(tallies.is_empty(), "tallies and tokens differ (client, tally, tokens):\n{tallies}");
+    ensure!(
+        tallies.is_empty(),
+        "tallies and tokens differ (client, tally, tokens):\n{tallies}"
+    );
     Ok(())
 }
 
@@ -198,7 +205,9 @@ fn tokens(session: &mut Session) -> Result<BTreeMap<(u64, u64), u64>> {
     let mut found = BTreeMap::new();
     for row in session.query("SELECT client, n FROM token", &[])? {
         let (client, number): (i64, i64) = (row.get(0), row.get(1));
-        *found.entry((client.cast_unsigned(), number.cast_unsigned())).or_default() += 1;
+        *found
+            .entry((client.cast_unsigned(), number.cast_unsigned()))
+            .or_default() += 1;
     }
     Ok(found)
 }
@@ -218,14 +227,23 @@ fn check(cluster: &Cluster, attempt: &Attempt, found: u64) -> Result<()> {
                 );
             }
             match told[0].as_str() {
-                "committed" => ensure!(told.iter().all(|word| word == "committed"), "nodes say {told:?}"),
-                "aborted" => ensure!(told.iter().all(|word| word == "aborted"), "nodes say {told:?}"),
+                "committed" => ensure!(
+                    told.iter().all(|word| word == "committed"),
+                    "nodes say {told:?}"
+                ),
+                "aborted" => ensure!(
+                    told.iter().all(|word| word == "aborted"),
+                    "nodes say {told:?}"
+                ),
                 _ => bail!("nodes say {told:?}"),
             }
             u64::from(told[0] == "committed")
         }
     };
-    ensure!(found == expected, "its token is there {found} times instead of {expected}");
+    ensure!(
+        found == expected,
+        "its token is there {found} times instead of {expected}"
+    );
     Ok(())
 }
 
@@ -254,7 +272,12 @@ fn write(conninfo: &str, stop: &AtomicBool, mut dice: Dice) -> Vec<Attempt> {
 }
 
 fn transfer(session: &mut Client, client: u64, number: u64, dice: &mut Dice) -> Attempt {
-    let mut attempt = Attempt { client, number, gid: None, answer: Answer::Refused };
+    let mut attempt = Attempt {
+        client,
+        number,
+        gid: None,
+        answer: Answer::Refused,
+    };
     attempt.gid = begin(session);
     let (from, to) = (1 + dice.below(ACCOUNTS), 1 + dice.below(ACCOUNTS));
     let amount = dice.below(100);
@@ -273,7 +296,9 @@ fn transfer(session: &mut Client, client: u64, number: u64, dice: &mut Dice) -> 
 
 /// Begins a transaction and learns its name.
 fn begin(session: &mut Client) -> Option<String> {
-    let messages = session.simple_query("BEGIN; SELECT mtm.current_gid()").ok()?;
+    let messages = session
+        .simple_query("BEGIN; SELECT mtm.current_gid()")
+        .ok()?;
     messages.iter().find_map(|message| match message {
         SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
         _ => None,

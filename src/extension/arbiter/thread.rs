@@ -13,7 +13,7 @@ use crate::pg::shared::{self, EVENT_BYTES, NodeStatus, outcome, shared};
 use mesh::{MeshEvent, MeshHandle};
 use super::user_votes::{UserTally, UserVotes};
 use protocol::{
-    Core, Decision, Effect, Effects, Event, Gid, Input, Message, Millis, NodeId, NodeSet, Outcome, Refusal, Source, Vote,
+    Core, Decision, Effect, Effects, Event, Gid, Input, Lsn, Message, Millis, NodeId, NodeSet, Outcome, Refusal, Source, Vote,
 };
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::Ordering;
@@ -25,6 +25,8 @@ use wire::frame::Heartbeat;
 const TICK: Duration = Duration::from_millis(20);
 /// Transactions in flight that a view shows at most; they fit the board.
 const IN_FLIGHT_SHOWN: usize = 2000;
+/// A transaction that has ended and whose PREPARE has not come by then is given a place in the stream.
+const PLACED_AFTER_MS: Millis = 2000;
 /// Local events handled before the sockets get their turn.
 const EVENTS_PER_TURN: usize = 256;
 
@@ -349,8 +351,21 @@ impl Arbiter {
     fn on_tick(&mut self) {
         self.refresh_status();
         self.input(Input::Tick);
+        self.place();
         self.finishing.push_delayed();
         self.send_batch(true);
+    }
+
+    /// Whoever knew of a transaction knew it after its PREPARE was flushed: what has been received since then reaches beyond it.
+    fn place(&mut self) {
+        let unplaced: Vec<Gid> = self.core.unplaced(self.now(), PLACED_AFTER_MS).collect();
+        for gid in unplaced {
+            let received = Lsn(shared().node(gid.coordinator).received.load(Ordering::Acquire));
+            if received > Lsn::ZERO {
+                let vote = Vote::No(Refusal::retry("the transaction has ended on this node", ""));
+                self.input(Input::Voted { gid, vote, prepare_lsn: received });
+            }
+        }
     }
 
     /// The nodes whose arbiter we talk to and whose stream we receive.
