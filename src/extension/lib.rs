@@ -15,9 +15,6 @@ pub mod pg;
 mod state;
 pub mod views;
 
-#[cfg(feature = "testing")]
-mod testing;
-
 ::pgrx::pg_module_magic!();
 
 use pgrx::prelude::*;
@@ -32,8 +29,6 @@ pub extern "C-unwind" fn _PG_init() {
     cluster::preflight::check_server();
     pg::register(guc::max_workers());
     cluster::set_arbiter_waker(state::wake_arbiter);
-    #[cfg(feature = "testing")]
-    testing::set_environment();
     decode::set_environment(state::decode_environment());
     views::set_source(&state::SOURCE);
 }

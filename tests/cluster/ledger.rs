@@ -157,7 +157,6 @@ fn await_whole(cluster: &Cluster) -> Result<()> {
         wait_for(&format!("{} to be online", node.name), WHOLE_LIMIT, || {
             let status = node
                 .connect()
-                .map_err(anyhow::Error::from)
                 .and_then(|client| Session::new(client).text("SELECT status FROM mtm.status()"));
             Ok(status.is_ok_and(|status| status == "online"))
         })?;

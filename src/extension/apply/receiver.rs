@@ -12,8 +12,8 @@ use crate::pg::shared::{self, NodeShared, shared};
 use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
 use crate::pg::{clock, locks};
-use protocol::{Decision, Gid, Lsn, NodeId, Record, Refusal, Vote};
-use std::collections::{BTreeMap, BTreeSet};
+use protocol::{Decision, Gid, Lsn, NodeId, Record, Vote};
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use wire::stream::{Message, StreamFrame};
@@ -32,7 +32,10 @@ enum Current {
     None,
     Feeding(Feed),
     /// It came before: its frames are dropped, and a vote that is still wanted is sent again.
-    Skipping { prepared: bool, gid: Gid },
+    Skipping {
+        prepared: bool,
+        gid: Gid,
+    },
 }
 
 /// State of one stream.
@@ -46,8 +49,6 @@ struct Receiver {
     /// Transactions of this peer that this server knows already; what is not in here and comes is new.
     prepared: BTreeSet<Gid>,
     ended: BTreeSet<Gid>,
-    /// Those of them whose PREPARE lies nobody knows where in the stream: see `place`.
-    unplaced: Vec<(Gid, Vote)>,
     stored_at: Instant,
     told_at: Instant,
     seen: Lsn,
@@ -71,9 +72,14 @@ pub fn main(peer: NodeId) {
         Ok(None) => return,
         Err(error) => return pgrx::warning!("multimaster cannot read its catalog: {error}"),
     };
-    let Some(target) = identity.nodes.iter().find(|other| other.id == peer) else { return };
+    let Some(target) = identity.nodes.iter().find(|other| other.id == peer) else {
+        return;
+    };
     let mut receiver = Receiver::recover(peer, node);
-    let mut stream = match Stream::connect(&target.conninfo, &format!("multimaster node {}", identity.node_id.get())) {
+    let mut stream = match Stream::connect(
+        &target.conninfo,
+        &format!("multimaster node {}", identity.node_id.get()),
+    ) {
         Ok(stream) => stream,
         Err(error) => return pgrx::log!("multimaster receiver of node {}: {error}", peer.get()),
     };
@@ -108,20 +114,19 @@ impl Receiver {
             .map(|(_, gid)| gid)
             .filter(|gid| gid.coordinator == peer)
             .collect();
-        let (marks, stored, records) = process::in_transaction(|| {
+        let (marks, stored, ended) = process::in_transaction(|| {
             let marks = DurableTable::open(c"marks", MARK_ROWS);
             let stored = Lsn(number_in(&marks.read_all()[peer.get() as usize]));
-            let records: BTreeMap<Gid, Record> = DurableTable::open(c"records", 0)
+            let ended = DurableTable::open(c"records", 0)
                 .read_all()
                 .iter()
                 .filter_map(|body| Record::from_bytes(body).ok())
                 .filter(|record| record.gid.coordinator == peer)
-                .map(|record| (record.gid, record))
+                .filter(|record| record.decision.is_some() || !record.voted_yes)
+                .map(|record| record.gid)
                 .collect();
-            (marks, stored, records)
+            (marks, stored, ended)
         });
-        let ended =
-            records.values().filter(|record| record.decision.is_some() || !record.voted_yes).map(|record| record.gid);
         node.mark.store(stored.0, Ordering::Release);
         Receiver {
             peer,
@@ -130,9 +135,8 @@ impl Receiver {
             progress: Progress::new(stored),
             stored,
             current: Current::None,
-            unplaced: unplaced(&prepared, &records),
-            ended: ended.collect(),
             prepared,
+            ended,
             stored_at: Instant::now(),
             told_at: Instant::now(),
             seen: stored,
@@ -150,7 +154,10 @@ impl Receiver {
                     process::wait_latch_or_socket(socket, STATUS_INTERVAL, Wait::Stream);
                 }
                 Received::End => {
-                    pgrx::log!("multimaster receiver of node {}: the stream ended", self.peer.get());
+                    pgrx::log!(
+                        "multimaster receiver of node {}: the stream ended",
+                        self.peer.get()
+                    );
                     return;
                 }
             }
@@ -175,7 +182,10 @@ impl Receiver {
                 }
                 self.reply_wanted |= message[17] != 0;
             }
-            _ => pgrx::error!("multimaster receiver of node {}: unknown replication message", self.peer.get()),
+            _ => pgrx::error!(
+                "multimaster receiver of node {}: unknown replication message",
+                self.peer.get()
+            ),
         }
     }
 
@@ -183,14 +193,6 @@ impl Receiver {
     fn see(&mut self, end: Lsn) {
         self.seen = self.seen.max(end);
         self.node.received.fetch_max(self.seen.0, Ordering::AcqRel);
-        self.place();
-    }
-
-    /// See [`unplaced`].
-    fn place(&mut self) {
-        for (gid, vote) in std::mem::take(&mut self.unplaced) {
-            submit(&LocalEvent::Voted { gid, vote, lsn: self.seen });
-        }
     }
 
     /// `at` is the end of the PREPARE for the message that ends a transaction.
@@ -214,7 +216,10 @@ impl Receiver {
 
     fn begin(&mut self, message: &Message<'_>) {
         let Some(Ok(StreamFrame::Begin(begin))) = message.frames().next() else {
-            pgrx::error!("multimaster receiver of node {}: a transaction without its head", self.peer.get());
+            pgrx::error!(
+                "multimaster receiver of node {}: a transaction without its head",
+                self.peer.get()
+            );
         };
         let gid = begin.gid;
         hit(Failpoint::ReceiverBegins);
@@ -241,7 +246,11 @@ impl Receiver {
             Current::Skipping { prepared, gid } => {
                 hit(Failpoint::ReceiverSkips);
                 if prepared {
-                    submit(&LocalEvent::Voted { gid, vote: Vote::Yes, lsn: at });
+                    submit(&LocalEvent::Voted {
+                        gid,
+                        vote: Vote::Yes,
+                        lsn: at,
+                    });
                 }
                 self.progress.pass(at);
             }
@@ -258,9 +267,16 @@ impl Receiver {
                 Ok(StreamFrame::RollbackPrepared(end)) => {
                     self.on_outcome(end.gid, end.name.as_bytes(), Decision::Abort, end.end_lsn)
                 }
-                Ok(StreamFrame::FinishUser(finish)) => self.finish_user(finish.name.as_bytes(), finish.commit, finish.lsn),
-                Ok(_) => pgrx::error!("multimaster receiver of node {}: a change outside of a transaction", self.peer.get()),
-                Err(error) => pgrx::error!("multimaster receiver of node {}: {error}", self.peer.get()),
+                Ok(StreamFrame::FinishUser(finish)) => {
+                    self.finish_user(finish.name.as_bytes(), finish.commit, finish.lsn)
+                }
+                Ok(_) => pgrx::error!(
+                    "multimaster receiver of node {}: a change outside of a transaction",
+                    self.peer.get()
+                ),
+                Err(error) => {
+                    pgrx::error!("multimaster receiver of node {}: {error}", self.peer.get())
+                }
             }
         }
     }
@@ -279,7 +295,8 @@ impl Receiver {
     /// A user's COMMIT or ROLLBACK PREPARED. Its PREPARE came earlier in some stream; where that is still under way, it is waited for.
     fn finish_user(&mut self, name: &[u8], commit: bool, end: Lsn) {
         while !self.progress.is_idle() {
-            self.progress.advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
+            self.progress
+                .advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
             process::wait_latch(Duration::from_millis(5), Wait::Worker);
             process::check_interrupts();
         }
@@ -295,12 +312,22 @@ impl Receiver {
     /// Stores the mark if it has moved, and tells the peer.
     fn tell(&mut self, stream: &mut Stream) {
         if feed::lost_one() {
-            pgrx::error!("an apply worker went away; the stream of node {} starts again from {}", self.peer.get(), self.stored);
+            pgrx::error!(
+                "an apply worker went away; the stream of node {} starts again from {}",
+                self.peer.get(),
+                self.stored
+            );
         }
-        let mark = self.progress.advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
+        let mark = self
+            .progress
+            .advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
         let quiet = self.told_at.elapsed();
         // A walsender that stops with its server asks again and again until everything it sent is confirmed.
-        let pause = if self.reply_wanted { STATUS_INTERVAL_ASKED } else { STATUS_INTERVAL };
+        let pause = if self.reply_wanted {
+            STATUS_INTERVAL_ASKED
+        } else {
+            STATUS_INTERVAL
+        };
         if mark > self.stored && self.stored_at.elapsed() >= pause {
             let row = (u32::from(self.peer.get()), body_of(mark.0));
             hit(Failpoint::MarkBeforeStore);
@@ -311,7 +338,10 @@ impl Receiver {
             self.stored = mark;
             self.stored_at = Instant::now();
             self.node.mark.store(mark.0, Ordering::Release);
-            submit(&LocalEvent::MarkStored { node: self.peer, lsn: mark });
+            submit(&LocalEvent::MarkStored {
+                node: self.peer,
+                lsn: mark,
+            });
         } else if !self.reply_wanted && quiet < KEEPALIVE_INTERVAL {
             return;
         }
@@ -320,22 +350,6 @@ impl Receiver {
         self.reply_wanted = false;
         self.told_at = Instant::now();
     }
-}
-
-/// Transactions of peers whose place in the stream no record tells, with what this server has to say about each.
-///
-/// Without a place nobody could ever say that the mark has passed a PREPARE that is not sent again. The peer had flushed each PREPARE before this
-/// server could know of it: whatever end of the peer's WAL is heard of later lies behind it.
-pub fn unplaced(prepared: &BTreeSet<Gid>, records: &BTreeMap<Gid, Record>) -> Vec<(Gid, Vote)> {
-    let is_placed = |gid: &Gid| records.get(gid).is_some_and(|record| record.prepare_lsn > Lsn::ZERO);
-    let ended = records.values().filter(|record| record.decision.is_some()).map(|record| record.gid);
-    let refused = || Vote::No(Refusal::retry("the transaction has ended on this node", ""));
-    prepared
-        .iter()
-        .map(|gid| (*gid, Vote::Yes))
-        .chain(ended.filter(|gid| !prepared.contains(gid)).map(|gid| (gid, refused())))
-        .filter(|(gid, _)| !is_placed(gid))
-        .collect()
 }
 
 /// A standby status update: written, flushed and applied positions, time, no reply wanted.

@@ -71,27 +71,43 @@ pub fn main(index: usize) {
 /// Leaves the slot in a state in which nobody waits for this process.
 fn leave() {
     finish::leave();
-    let Some(slot) = shared::workers().get(MY_SLOT.load(Ordering::Relaxed)) else { return };
+    let Some(slot) = shared::workers().get(MY_SLOT.load(Ordering::Relaxed)) else {
+        return;
+    };
     if slot.state.load(Ordering::Acquire) == worker::BUSY && slot.gid.get().is_none() {
         slot.lost.store(true, Ordering::Release);
     } else if let Some(gid) = slot.gid.get() {
         let vote = if PREPARED.load(Ordering::Relaxed) {
             Vote::Yes
         } else {
-            Vote::No(Refusal::retry("the process that applied the transaction was terminated", ""))
+            Vote::No(Refusal::retry(
+                "the process that applied the transaction was terminated",
+                "",
+            ))
         };
-        submit(&LocalEvent::Voted { gid, vote, lsn: Lsn(PREPARE_AT.load(Ordering::Relaxed)) });
+        submit(&LocalEvent::Voted {
+            gid,
+            vote,
+            lsn: Lsn(PREPARE_AT.load(Ordering::Relaxed)),
+        });
     }
     slot.gid.set(None);
     slot.process.clear();
-    slot.jobs_done.store(slot.jobs_given.load(Ordering::Acquire), Ordering::Release);
+    slot.jobs_done
+        .store(slot.jobs_given.load(Ordering::Acquire), Ordering::Release);
     slot.feeder.wake();
     slot.state.store(worker::FREE, Ordering::Release);
 }
 
 /// One transaction from its first message to the vote.
 fn run_job(slot: &'static WorkerSlot, index: usize) {
-    let mut inbox = Inbox { slot, index, buffer: Vec::new(), taken: 0, ended: false };
+    let mut inbox = Inbox {
+        slot,
+        index,
+        buffer: Vec::new(),
+        taken: 0,
+        ended: false,
+    };
     PREPARED.store(false, Ordering::Relaxed);
     slot.applying.fetch_add(1, Ordering::AcqRel);
     process::forget_cancel();
@@ -108,7 +124,8 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
     inbox.skip_rest();
     shared::ring(index).reset();
     slot.gid.set(None);
-    slot.jobs_done.store(slot.jobs_given.load(Ordering::Acquire), Ordering::Release);
+    slot.jobs_done
+        .store(slot.jobs_given.load(Ordering::Acquire), Ordering::Release);
     slot.feeder.wake();
     slot.state.store(worker::IDLE, Ordering::Release);
 }
@@ -119,10 +136,17 @@ fn report(slot: &WorkerSlot, job: &Job, end: Lsn, result: Result<Applied, ApplyF
         // Its feeder went away and will have it sent again.
         Ok(Applied::Dropped) => return,
         // The record of it must say where its PREPARE lies, if somebody has asked about it.
-        Ok(Applied::RolledBack) => Vote::No(Refusal::retry("the transaction was rolled back by its origin", "")),
+        Ok(Applied::RolledBack) => Vote::No(Refusal::retry(
+            "the transaction was rolled back by its origin",
+            "",
+        )),
         Err(failure) => Vote::No(refusal(slot, failure)),
     };
-    let counter = if vote == Vote::Yes { &shared().counters.applied } else { &shared().counters.refused };
+    let counter = if vote == Vote::Yes {
+        &shared().counters.applied
+    } else {
+        &shared().counters.refused
+    };
     counter.fetch_add(1, Ordering::Relaxed);
     let gid = job.gid;
     let (before, after) = match vote {
@@ -131,7 +155,11 @@ fn report(slot: &WorkerSlot, job: &Job, end: Lsn, result: Result<Applied, ApplyF
     };
     before.into_iter().for_each(hit);
     if job.name.starts_with("mtm-") {
-        submit(&LocalEvent::Voted { gid, vote, lsn: end });
+        submit(&LocalEvent::Voted {
+            gid,
+            vote,
+            lsn: end,
+        });
     } else {
         submit(&LocalEvent::UserVoted { gid, vote });
     }
@@ -154,11 +182,20 @@ fn refusal(slot: &WorkerSlot, failure: ApplyFailure) -> Refusal {
         crate::conflict::remember("committing", slot.gid.get(), slot.winner.get(), target);
         return Refusal::retry(reason.message(), place);
     }
-    let detail = if failure.detail.is_empty() { place } else { format!("{place} {}", failure.detail) };
+    let detail = if failure.detail.is_empty() {
+        place
+    } else {
+        format!("{place} {}", failure.detail)
+    };
     match &failure.sqlstate {
-        [b'2', b'3', ..] | [b'4', b'0', ..] | b"55P03" | b"57014" | b"57P01" => Refusal::retry(failure.message, detail),
+        [b'2', b'3', ..] | [b'4', b'0', ..] | b"55P03" | b"57014" | b"57P01" => {
+            Refusal::retry(failure.message, detail)
+        }
         other => {
-            pgrx::warning!("multimaster could not apply a transaction: {} ({detail})", failure.message);
+            pgrx::warning!(
+                "multimaster could not apply a transaction: {} ({detail})",
+                failure.message
+            );
             Refusal::new(*other, failure.message, detail)
         }
     }
@@ -233,7 +270,10 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
 
 /// Waits until everything the transaction can have seen is finished here (architecture.md, "Causal order").
 fn wait_for_order(slot: &WorkerSlot, deps: &[(NodeId, Csn)]) {
-    let settled = || deps.iter().all(|(node, csn)| shared().node(*node).settled.load(Ordering::Acquire) >= csn.0);
+    let settled = || {
+        deps.iter()
+            .all(|(node, csn)| shared().node(*node).settled.load(Ordering::Acquire) >= csn.0)
+    };
     if settled() {
         return;
     }
@@ -249,7 +289,10 @@ impl Inbox {
     /// Reads the next message into `message`; false when the feeder broke off.
     fn next(&mut self, message: &mut Vec<u8>) -> bool {
         message.clear();
-        let Some(length) = self.take(4).map(|bytes| u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])) else {
+        let Some(length) = self
+            .take(4)
+            .map(|bytes| u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+        else {
             return false;
         };
         match self.take(length as usize) {

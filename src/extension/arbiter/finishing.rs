@@ -5,6 +5,7 @@
 
 use super::event::FinishOrder;
 use protocol::Gid;
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
 
 #[derive(Default)]
@@ -20,16 +21,21 @@ impl Finishing {
     /// Gives an order, now or when the one that is out for the same transaction has been carried out.
     pub fn give(&mut self, order: FinishOrder) {
         let gid = order.gid;
-        if self.given.contains_key(&gid) {
-            self.next.insert(gid, order);
-        } else {
-            self.given.insert(gid, order);
-            self.push(gid);
+        match self.given.entry(gid) {
+            Entry::Occupied(_) => {
+                self.next.insert(gid, order);
+            }
+            Entry::Vacant(free) => {
+                free.insert(order);
+                self.push(gid);
+            }
         }
     }
 
     fn push(&mut self, gid: Gid) {
-        let Some(order) = self.given.get(&gid) else { return };
+        let Some(order) = self.given.get(&gid) else {
+            return;
+        };
         if !self.delayed.is_empty() || !order.push() {
             self.delayed.push_back(gid);
         }

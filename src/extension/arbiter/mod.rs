@@ -11,7 +11,7 @@ mod start;
 mod thread;
 mod user_votes;
 
-pub use start::{MARK_ROWS, find, body_of, number_in};
+pub use start::{MARK_ROWS, body_of, find, number_in};
 
 use crate::failpoint::{Failpoint, hit};
 use crate::guc;
@@ -54,9 +54,14 @@ pub fn main() {
     #[cfg(feature = "failpoints")]
     crate::pg::failpoint::arm_as_configured();
     shared().arbiter.set_self();
+    process::at_exit(leave);
     start::find_database();
-    process::connect(pgrx::pg_sys::Oid::from(shared().database.load(Ordering::Acquire)));
-    let Some(identity) = start::await_identity() else { process::exit_to_restart() };
+    process::connect(pgrx::pg_sys::Oid::from(
+        shared().database.load(Ordering::Acquire),
+    ));
+    let Some(identity) = start::await_identity() else {
+        process::exit_to_restart()
+    };
     let state = start::recover(&identity);
     let (to_main, requests) = crossbeam_channel::unbounded();
     let (replies, from_main) = mpsc::unbounded_channel();
@@ -73,11 +78,25 @@ pub fn main() {
     shared().arbiter.set_self();
     shared().set_status(NodeStatus::Starting);
     let handle = os_thread::spawn_without_signals("multimaster-net", move || {
-        start::run_thread(identity, settings, state.decider, thread::MainLink { queue: to_main }, from_main)
+        start::run_thread(
+            identity,
+            settings,
+            state.decider,
+            thread::MainLink { queue: to_main },
+            from_main,
+        )
     });
     main.run(handle);
-    // Whoever ended it, an arbiter has to be there again: a server that stops does not restart it.
-    process::exit_to_restart()
+    // Also when an administrator ended it: a node without an arbiter is none. A server that shuts down does not start it again.
+    process::exit_to_restart();
+}
+
+/// However this process ends, backends must not take it for alive.
+fn leave() {
+    shared().arbiter.clear();
+    if shared().node_id().is_some() {
+        shared().set_status(NodeStatus::Starting);
+    }
 }
 
 impl MainThread {
@@ -95,8 +114,13 @@ impl MainThread {
             self.grow_pool();
             if process::sighup_pending() {
                 process::reload();
-                let (send_ms, recv_ms) = (millis(guc::heartbeat_send_timeout()), millis(guc::heartbeat_recv_timeout()));
-                let _ = self.replies.send(FromMain::Reconfigure { send_ms, recv_ms });
+                let (send_ms, recv_ms) = (
+                    millis(guc::heartbeat_send_timeout()),
+                    millis(guc::heartbeat_recv_timeout()),
+                );
+                let _ = self
+                    .replies
+                    .send(FromMain::Reconfigure { send_ms, recv_ms });
             }
             if process::terminate_pending() {
                 let deadline = *stop_at.get_or_insert_with(|| Instant::now() + FAREWELL);
@@ -106,8 +130,7 @@ impl MainThread {
                 }
             }
         }
-        shared().arbiter.clear();
-        shared().set_status(NodeStatus::Disabled);
+        leave();
         match network.join() {
             Ok(Ok(())) => {}
             Ok(Err(message)) => pgrx::warning!("multimaster arbiter stops: {message}"),
@@ -130,8 +153,14 @@ impl MainThread {
                     waiting.extend(batch.waiting);
                 }
                 ToMain::LookUp(gid) => self.look_up(gid),
-                ToMain::Log(LogRecord { level: LogLevel::Info, text }) => pgrx::log!("multimaster: {text}"),
-                ToMain::Log(LogRecord { level: LogLevel::Warning, text }) => pgrx::warning!("multimaster: {text}"),
+                ToMain::Log(LogRecord {
+                    level: LogLevel::Info,
+                    text,
+                }) => pgrx::log!("multimaster: {text}"),
+                ToMain::Log(LogRecord {
+                    level: LogLevel::Warning,
+                    text,
+                }) => pgrx::warning!("multimaster: {text}"),
             }
         }
         if writes.is_empty() {
@@ -157,13 +186,21 @@ impl MainThread {
     /// Starts apply workers while fewer than wanted exist.
     fn grow_pool(&mut self) {
         let slots = shared::workers();
-        let alive = slots.iter().filter(|slot| slot.state.load(Ordering::Acquire) != worker::FREE).count();
+        let alive = slots
+            .iter()
+            .filter(|slot| slot.state.load(Ordering::Acquire) != worker::FREE)
+            .count();
         let wanted = shared().workers_wanted.swap(0, Ordering::AcqRel).max(0) as usize;
         let target = WORKERS_READY.max(alive + wanted).min(slots.len());
         for _ in alive..target {
             let free = slots.iter().position(|slot| {
                 slot.state
-                    .compare_exchange(worker::FREE, worker::STARTING, Ordering::AcqRel, Ordering::Acquire)
+                    .compare_exchange(
+                        worker::FREE,
+                        worker::STARTING,
+                        Ordering::AcqRel,
+                        Ordering::Acquire,
+                    )
                     .is_ok()
             });
             let Some(index) = free else { return };
@@ -178,5 +215,7 @@ impl MainThread {
 
 /// Whether some backend still waits for the outcome of its commit.
 fn somebody_commits() -> bool {
-    shared::backends().iter().any(|slot| slot.gid.get().is_some())
+    shared::backends()
+        .iter()
+        .any(|slot| slot.gid.get().is_some())
 }

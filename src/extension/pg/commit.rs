@@ -16,7 +16,7 @@ use super::{fixed_text::FixedText, raw, twophase};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit_in_backend};
 use crate::guc;
-use pgrx::pg_sys;
+use pgrx::{PgLogLevel, pg_sys};
 use protocol::Gid;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char};
@@ -40,6 +40,17 @@ thread_local! {
     static ON_DISK: Cell<pg_sys::TransactionId> = const { Cell::new(pg_sys::InvalidTransactionId) };
     /// Announced to the arbiter and not finished by this backend yet.
     static UNFINISHED: Cell<Option<Gid>> = const { Cell::new(None) };
+    /// A user's own PREPARE TRANSACTION, announced to the arbiter and not answered yet.
+    static USER_PREPARING: Cell<Option<Gid>> = const { Cell::new(None) };
+}
+
+/// Whose PREPARE it is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Preparing {
+    /// COMMIT: the transaction ends with this session, so what core's PREPARE refuses for the sake of another one can be allowed.
+    Commit,
+    /// The user's own PREPARE TRANSACTION: core's rules.
+    User,
 }
 
 /// True while this backend runs the sequence.
@@ -54,6 +65,11 @@ pub fn reset() {
         shared::my_backend().gid.set(None);
         submit(&LocalEvent::Abandoned { gid });
     }
+    if let Some(gid) = USER_PREPARING.take() {
+        // The PREPARE failed: nobody waits for the votes any more.
+        shared::my_backend().gid.set(None);
+        submit(&LocalEvent::Interrupted { gid });
+    }
 }
 
 /// The gid of the running transaction of this backend, which must have an xid.
@@ -67,7 +83,12 @@ fn current_gid() -> Option<Gid> {
     };
     let shared = shared::shared();
     (xid != 0).then_some(())?;
-    Some(Gid { coordinator: shared.node_id()?, xid, generation: shared.generation(), started_at })
+    Some(Gid {
+        coordinator: shared.node_id()?,
+        xid,
+        generation: shared.generation(),
+        started_at,
+    })
 }
 
 /// The part of the gid that is known before COMMIT; assigns the transaction its xid.
@@ -82,12 +103,20 @@ pub fn identifying_text() -> Option<String> {
             let trace = 0u8;
             pg_sys::XLogBeginInsert();
             pg_sys::XLogRegisterData((&raw const trace).cast_mut().cast(), 1);
-            pg_sys::XLogFlush(pg_sys::XLogInsert(pg_sys::RmgrIds::RM_XLOG_ID as u8, pg_sys::XLOG_NOOP as u8));
+            pg_sys::XLogFlush(pg_sys::XLogInsert(
+                pg_sys::RmgrIds::RM_XLOG_ID as u8,
+                pg_sys::XLOG_NOOP as u8,
+            ));
         }
     }
     super::hooks::note_harmless();
     let gid = current_gid()?;
-    Some(format!("mtm-{:08x}-{}-{}", shared::shared().cluster_tag().0, gid.coordinator.get(), gid.xid))
+    Some(format!(
+        "mtm-{:08x}-{}-{}",
+        shared::shared().cluster_tag().0,
+        gid.coordinator.get(),
+        gid.xid
+    ))
 }
 
 /// The name of a transaction as PostgreSQL's functions want it.
@@ -110,9 +139,8 @@ pub unsafe fn commit_globally() {
     let name = text_of(gid);
     // SAFETY: the sequence of the module's head, each call as its own code path in xact.c makes it.
     unsafe {
-        refuse_unless_online();
         IN_SEQUENCE.set(true);
-        let notified = prepare_under(name.as_ptr(), || {});
+        let session = prepare_under(name.as_ptr(), Preparing::Commit, || {});
         let wait_peers = guc::wait_peer_commits();
         hit_in_backend(Failpoint::BackendAfterPrepare);
         announce(gid, wait_peers);
@@ -125,9 +153,12 @@ pub unsafe fn commit_globally() {
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Finished { gid });
                 if wait_peers {
-                    await_peers();
+                    await_peers(gid);
                 }
-                shared::shared().counters.commits.fetch_add(1, Ordering::Relaxed);
+                shared::shared()
+                    .counters
+                    .commits
+                    .fetch_add(1, Ordering::Relaxed);
                 hit_in_backend(Failpoint::BackendBeforeAnswer);
             }
             outcome::ABORT => {
@@ -136,21 +167,31 @@ pub unsafe fn commit_globally() {
                 hit_in_backend(Failpoint::BackendAfterRollback);
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Finished { gid });
-                shared::shared().counters.aborts.fetch_add(1, Ordering::Relaxed);
+                shared::shared()
+                    .counters
+                    .aborts
+                    .fetch_add(1, Ordering::Relaxed);
                 leave();
-                raise_refusal();
+                raise_refusal_at(if session.new_temp_schema {
+                    PgLogLevel::FATAL
+                } else {
+                    PgLogLevel::ERROR
+                });
             }
             _ => {
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Abandoned { gid });
-                shared::shared().counters.unknown.fetch_add(1, Ordering::Relaxed);
+                shared::shared()
+                    .counters
+                    .unknown
+                    .fetch_add(1, Ordering::Relaxed);
                 leave();
                 raise_unknown(name.as_ptr());
             }
         }
         leave();
-        pg_sys::QueryCancelPending = 0;
-        if notified {
+        forget_late_cancel();
+        if session.notified {
             // The signal of the first NOTIFY came while the transaction was still in progress: signal the listeners again from the empty one.
             raw::Async_Notify(c"multimaster".as_ptr(), c"".as_ptr());
         }
@@ -165,17 +206,24 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
     let Some(gid) = current_gid() else { return };
     // SAFETY: as commit_globally.
     unsafe {
-        refuse_unless_online();
         IN_SEQUENCE.set(true);
         // The votes are counted from the moment the PREPARE can be seen.
-        prepare_under(name, || {
+        prepare_under(name, Preparing::User, || {
+            USER_PREPARING.set(Some(gid));
+            shared::my_backend()
+                .user_prepare
+                .store(true, Ordering::Relaxed);
             shared::my_backend().gid.set(Some(gid));
-            submit(&LocalEvent::UserPreparing { gid, backend: shared::my_backend_index() });
+            submit(&LocalEvent::UserPreparing {
+                gid,
+                backend: shared::my_backend_index(),
+            });
         });
         let result = await_outcome(gid);
+        USER_PREPARING.set(None);
         leave();
         match result {
-            outcome::COMMIT => {}
+            outcome::COMMIT => forget_late_cancel(),
             outcome::ABORT => {
                 IN_SEQUENCE.set(true);
                 finish(name, false);
@@ -210,30 +258,48 @@ unsafe fn claim_commit() {
 
 fn leave() {
     IN_SEQUENCE.set(false);
-    shared::my_backend().stage.store(stage::RUNNING, Ordering::Release);
+    shared::my_backend().end_transaction();
 }
 
-/// Steps 1 to 4. Returns whether the transaction had sent a NOTIFY.
+/// A cancel that came while votes were awaited was meant for this command, which has succeeded: it must not hit what core does to end it.
+///
+/// A procedure goes on after its COMMIT: there the cancel stays, and ends the procedure.
+unsafe fn forget_late_cancel() {
+    // SAFETY: plain variables of this process; a portal's fields are valid while it is active.
+    unsafe {
+        let portal = pg_sys::ActivePortal;
+        if portal.is_null()
+            || (*portal).commandTag != pg_sys::CommandTag::CMDTAG_CALL
+                && (*portal).commandTag != pg_sys::CommandTag::CMDTAG_DO
+        {
+            pg_sys::QueryCancelPending = 0;
+        }
+    }
+}
+
+/// Steps 1 to 4.
 ///
 /// `before_prepare` runs right before the PREPARE; it must not raise.
-unsafe fn prepare_under(name: *const c_char, before_prepare: impl FnOnce()) -> bool {
+unsafe fn prepare_under(
+    name: *const c_char,
+    preparing: Preparing,
+    before_prepare: impl FnOnce(),
+) -> SessionWork {
     // SAFETY: see commit_globally.
     unsafe {
         raw::PrepareTransactionBlock(name);
+        refuse_unless_online();
         loop {
             raw::AfterTriggerFireDeferred();
-            if !raw::PreCommit_Portals(false) {
+            if preparing == Preparing::User || !raw::PreCommit_Portals(false) {
                 break;
             }
         }
         crate::pg::ddl_bridge::before_prepare();
-        raw::PreCommit_Notify();
-        let notified = holds_notify_lock();
-        raw::AtCommit_Notify();
-        if pg_sys::MyXactFlags as u32 & pg_sys::XACT_FLAGS_ACCESSEDTEMPNAMESPACE != 0 {
-            raw::PreCommit_on_commit_actions();
-            pg_sys::MyXactFlags &= !(pg_sys::XACT_FLAGS_ACCESSEDTEMPNAMESPACE as i32);
-        }
+        let session = match preparing {
+            Preparing::Commit => detach_from_session(),
+            Preparing::User => SessionWork::default(),
+        };
         // Until here, deferred triggers may have waited for anybody: to the conflict rule the transaction was still running.
         claim_commit();
         reset_outcome();
@@ -241,7 +307,53 @@ unsafe fn prepare_under(name: *const c_char, before_prepare: impl FnOnce()) -> b
         hit_in_backend(Failpoint::BackendBeforePrepare);
         raw::CommitTransactionCommand();
         raw::StartTransactionCommand();
-        notified
+        session
+    }
+}
+
+/// What a transaction did that concerns its session.
+#[derive(Clone, Copy, Default)]
+struct SessionWork {
+    /// It sent a NOTIFY.
+    notified: bool,
+    /// It created the schema of the session's temporary objects.
+    new_temp_schema: bool,
+}
+
+/// Step 3: does now what COMMIT would do about notifications and temporary objects.
+unsafe fn detach_from_session() -> SessionWork {
+    // SAFETY: see commit_globally.
+    unsafe {
+        let mut work = SessionWork::default();
+        raw::PreCommit_Notify();
+        work.notified = holds_notify_lock();
+        raw::AtCommit_Notify();
+        if pg_sys::MyXactFlags as u32 & pg_sys::XACT_FLAGS_ACCESSEDTEMPNAMESPACE != 0 {
+            work.new_temp_schema = created_temp_schema();
+            raw::PreCommit_on_commit_actions();
+            pg_sys::MyXactFlags &= !(pg_sys::XACT_FLAGS_ACCESSEDTEMPNAMESPACE as i32);
+        }
+        work
+    }
+}
+
+/// Whether the schema of this session's temporary objects was created by the running transaction.
+///
+/// That happens once in the life of a process slot of the server. PREPARE makes the session believe in the schema for good, so after a veto
+/// it would create objects in a schema that does not exist: such a session is ended.
+unsafe fn created_temp_schema() -> bool {
+    // SAFETY: a catalog look-up in a transaction; the tuple is released before anything can raise.
+    unsafe {
+        let (mut schema, mut toast) = (pg_sys::Oid::INVALID, pg_sys::Oid::INVALID);
+        raw::GetTempNamespaceState(&mut schema, &mut toast);
+        let key = pg_sys::Datum::from(schema.to_u32());
+        let tuple = raw::SearchSysCache1(pg_sys::SysCacheIdentifier::NAMESPACEOID as i32, key);
+        if tuple.is_null() {
+            return false;
+        }
+        let creator = (*(*tuple).t_data).t_choice.t_heap.t_xmin;
+        raw::ReleaseSysCache(tuple);
+        raw::TransactionIdIsCurrentTransactionId(creator)
     }
 }
 
@@ -262,14 +374,18 @@ unsafe fn holds_notify_lock() -> bool {
 fn reset_outcome() {
     let slot = shared::my_backend();
     slot.outcome.store(outcome::WAITING, Ordering::Relaxed);
-    slot.peers_finished.store(false, Ordering::Relaxed);
+    slot.user_prepare.store(false, Ordering::Relaxed);
 }
 
 /// Tells the arbiter that the PREPARE is durable and that this backend waits.
 fn announce(gid: Gid, wait_peers: bool) {
     UNFINISHED.set(Some(gid));
     shared::my_backend().gid.set(Some(gid));
-    submit(&LocalEvent::Committing { gid, backend: shared::my_backend_index(), wait_peers });
+    submit(&LocalEvent::Committing {
+        gid,
+        backend: shared::my_backend_index(),
+        wait_peers,
+    });
 }
 
 /// Waits until the arbiter knows the outcome. A cancel, a timeout or a terminate does not end the wait: it starts the resolver, and the client
@@ -297,9 +413,9 @@ fn await_outcome(gid: Gid) -> u32 {
 }
 
 /// Waits until every member has finished the transaction too. An interrupt ends this wait: the commit is done either way.
-fn await_peers() {
+fn await_peers(gid: Gid) {
     let slot = shared::my_backend();
-    while !slot.peers_finished.load(Ordering::Acquire) && !process::interrupt_pending() {
+    while slot.peers_finished.load(Ordering::Acquire) != gid.xid && !process::interrupt_pending() {
         if shared::shared().status() != shared::NodeStatus::Online {
             break;
         }
@@ -341,7 +457,11 @@ unsafe fn refuse_unless_online() {
     let mut message = FixedText::<256>::new();
     let mut detail = FixedText::<256>::new();
     let _ = write!(message, "this node is {} and cannot commit", status.name());
-    let _ = write!(detail, "Nodes it is connected with: {}.", shared::connected_nodes());
+    let _ = write!(
+        detail,
+        "Nodes it is connected with: {}.",
+        shared::connected_nodes()
+    );
     // SAFETY: as raise_refusal.
     unsafe {
         raise(
@@ -358,12 +478,18 @@ unsafe fn refuse_unless_online() {
 /// # Safety
 /// The caller's frames own nothing with a destructor.
 pub unsafe fn raise_refusal() {
+    // SAFETY: as the caller promises.
+    unsafe { raise_refusal_at(PgLogLevel::ERROR) }
+}
+
+unsafe fn raise_refusal_at(level: PgLogLevel) {
     let mut message = FixedText::<1024>::new();
     let mut detail = FixedText::<1024>::new();
     let code = copy_refusal(&mut message, &mut detail);
     // SAFETY: the texts live in this frame and are plain arrays.
     unsafe {
-        raise(
+        raise_at(
+            level,
             code,
             message.as_c_str(),
             detail.as_c_str(),
@@ -387,14 +513,20 @@ pub fn sqlstate_number(sqlstate: [u8; 5]) -> i32 {
     sqlstate
         .iter()
         .enumerate()
-        .fold(0, |number, (place, letter)| number | (i32::from(letter.wrapping_sub(b'0') & 0x3f) << (6 * place)))
+        .fold(0, |number, (place, letter)| {
+            number | (i32::from(letter.wrapping_sub(b'0') & 0x3f) << (6 * place))
+        })
 }
 
 unsafe fn raise_unknown(name: *const c_char) {
     let mut message = FixedText::<512>::new();
     // SAFETY: a zero-terminated name of at most 199 bytes.
     let shown = unsafe { CStr::from_ptr(name) };
-    let _ = write!(message, "outcome of transaction \"{}\" is not known yet", shown.to_str().unwrap_or("?"));
+    let _ = write!(
+        message,
+        "outcome of transaction \"{}\" is not known yet",
+        shown.to_str().unwrap_or("?")
+    );
     // SAFETY: as raise_refusal.
     unsafe {
         raise(
@@ -411,9 +543,14 @@ unsafe fn raise_unknown(name: *const c_char) {
 /// # Safety
 /// The caller's frames own nothing with a destructor.
 pub unsafe fn raise(code: i32, message: &CStr, detail: &CStr, hint: &CStr) {
-    // SAFETY: ereport(ERROR) spelled out; the format strings take one string each.
+    // SAFETY: as the caller promises.
+    unsafe { raise_at(PgLogLevel::ERROR, code, message, detail, hint) }
+}
+
+unsafe fn raise_at(level: PgLogLevel, code: i32, message: &CStr, detail: &CStr, hint: &CStr) {
+    // SAFETY: ereport() spelled out; the format strings take one string each.
     unsafe {
-        if raw::errstart(pgrx::PgLogLevel::ERROR as i32, std::ptr::null()) {
+        if raw::errstart(level as i32, std::ptr::null()) {
             raw::errcode(code);
             raw::errmsg_internal(c"%s".as_ptr(), message.as_ptr());
             if !detail.is_empty() {
@@ -422,7 +559,11 @@ pub unsafe fn raise(code: i32, message: &CStr, detail: &CStr, hint: &CStr) {
             if !hint.is_empty() {
                 raw::errhint(c"%s".as_ptr(), hint.as_ptr());
             }
-            raw::errfinish(c"commit.rs".as_ptr(), line!() as i32, c"multimaster".as_ptr());
+            raw::errfinish(
+                c"commit.rs".as_ptr(),
+                line!() as i32,
+                c"multimaster".as_ptr(),
+            );
         }
     }
 }

@@ -5,7 +5,7 @@
 //! must come first in `shared_preload_libraries`: transaction callbacks run last-registered-first, and one that ran after ours would
 //! see an empty transaction and could raise an error for what is already committed.
 
-use super::shared::{self, stage};
+use super::shared;
 use super::{commit, ddl_bridge, process, raw, user_2pc, victim};
 use pgrx::pg_sys;
 use std::cell::Cell;
@@ -28,8 +28,6 @@ thread_local! {
     static FOOTPRINT: Cell<Footprint> = const { Cell::new(Footprint { wrote: false, harmless: false }) };
     /// Nesting of commands that run transactions of their own (VACUUM, ...).
     static LOCAL_DEPTH: Cell<u32> = const { Cell::new(0) };
-    /// The transaction that such a command left behind stays local too.
-    static LOCAL_TRANSACTION: Cell<bool> = const { Cell::new(false) };
     /// Portals will restore a context and owner of a subtransaction that is gone: repair them (see `release_savepoints`).
     static REPAIR_CONTEXT: Cell<bool> = const { Cell::new(false) };
 }
@@ -48,17 +46,24 @@ pub fn register() {
 
 /// Notes that the running transaction wrote something that must be replicated.
 pub fn note_write() {
-    FOOTPRINT.set(Footprint { wrote: true, ..FOOTPRINT.get() });
+    FOOTPRINT.set(Footprint {
+        wrote: true,
+        ..FOOTPRINT.get()
+    });
 }
 
 /// Notes an explanation for the transaction's WAL that needs no replication.
 pub fn note_harmless() {
-    FOOTPRINT.set(Footprint { harmless: true, ..FOOTPRINT.get() });
+    FOOTPRINT.set(Footprint {
+        harmless: true,
+        ..FOOTPRINT.get()
+    });
 }
 
 /// Whether commits of this process can be global at all.
 pub fn in_cluster() -> bool {
-    if !shared::exists() || process::is_local_process() {
+    // A standby takes no writes, and its arbiter starts when it is promoted.
+    if !shared::exists() || process::is_local_process() || process::is_standby() {
         return false;
     }
     wait_for_identity();
@@ -76,8 +81,23 @@ pub fn in_cluster() -> bool {
 
 /// Right after the server's start it is not known yet whether it belongs to a cluster: wait for the arbiter to find out.
 fn wait_for_identity() {
-    while !shared::shared().identity_known.load(Ordering::Acquire) && has_proc() && !process::terminate_pending() {
+    while !shared::shared().identity_known.load(Ordering::Acquire)
+        && has_proc()
+        && !process::terminate_pending()
+    {
         process::wait_latch(std::time::Duration::from_millis(20), process::Wait::Work);
+    }
+}
+
+/// The same, and a cancel ends the wait with an error.
+unsafe fn wait_for_identity_or_cancel() {
+    if !shared::exists() || process::is_local_process() || process::is_standby() {
+        return;
+    }
+    while !shared::shared().identity_known.load(Ordering::Acquire) && has_proc() {
+        process::wait_latch(std::time::Duration::from_millis(20), process::Wait::Work);
+        // SAFETY: the caller's frames own nothing with a destructor.
+        unsafe { raw::check_for_interrupts() };
     }
 }
 
@@ -88,16 +108,21 @@ fn wait_for_identity() {
 unsafe fn needs_global_commit() -> bool {
     // SAFETY: reads this backend's transaction state.
     unsafe {
-        if raw::GetTopTransactionIdIfAny() == pg_sys::InvalidTransactionId || commit::in_sequence() {
+        if raw::GetTopTransactionIdIfAny() == pg_sys::InvalidTransactionId || commit::in_sequence()
+        {
             return false;
         }
         let footprint = FOOTPRINT.get();
         LOCAL_DEPTH.get() == 0
-            && !LOCAL_TRANSACTION.get()
+            // A session that ends drops its temporary tables.
+            && !pg_sys::proc_exit_inprogress
             && pg_sys::XactLastRecEnd != 0
             && (footprint.wrote || !footprint.harmless)
             && pg_sys::MyXactFlags as u32 & pg_sys::XACT_FLAGS_NEEDIMMEDIATECOMMIT == 0
-            && in_cluster()
+            && {
+                wait_for_identity_or_cancel();
+                in_cluster()
+            }
     }
 }
 
@@ -124,12 +149,18 @@ unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, flags:
 unsafe fn note_plan_writes(plan: &pg_sys::PlannedStmt) {
     // SAFETY: resultRelations are range table indexes of this plan; the relations are locked by it.
     unsafe {
-        let count = if plan.resultRelations.is_null() { 0 } else { (*plan.resultRelations).length };
+        let count = if plan.resultRelations.is_null() {
+            0
+        } else {
+            (*plan.resultRelations).length
+        };
         let mut permanent = count == 0;
         for position in 0..count {
             let index = (*(*plan.resultRelations).elements.add(position as usize)).int_value;
-            let entry = (*(*plan.rtable).elements.add(index as usize - 1)).ptr_value as *const pg_sys::RangeTblEntry;
-            permanent |= pg_sys::get_rel_persistence((*entry).relid) == pg_sys::RELPERSISTENCE_PERMANENT as c_char;
+            let entry = (*(*plan.rtable).elements.add(index as usize - 1)).ptr_value
+                as *const pg_sys::RangeTblEntry;
+            permanent |= pg_sys::get_rel_persistence((*entry).relid)
+                == pg_sys::RELPERSISTENCE_PERMANENT as c_char;
         }
         if permanent {
             note_write();
@@ -139,7 +170,10 @@ unsafe fn note_plan_writes(plan: &pg_sys::PlannedStmt) {
     }
 }
 
-unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _argument: *mut c_void) {
+unsafe extern "C-unwind" fn transaction_event(
+    event: pg_sys::XactEvent::Type,
+    _argument: *mut c_void,
+) {
     // SAFETY: called by xact.c; see commit_globally for the nested sequence.
     unsafe {
         match event {
@@ -156,15 +190,11 @@ unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _a
             }
             pg_sys::XactEvent::XACT_EVENT_COMMIT | pg_sys::XactEvent::XACT_EVENT_PREPARE => {
                 end_of_transaction();
-                if LOCAL_DEPTH.get() == 0 {
-                    LOCAL_TRANSACTION.set(false);
-                }
             }
             pg_sys::XactEvent::XACT_EVENT_ABORT => {
-                end_of_transaction();
                 commit::reset();
+                end_of_transaction();
                 LOCAL_DEPTH.set(0);
-                LOCAL_TRANSACTION.set(false);
                 REPAIR_CONTEXT.set(false);
             }
             _ => {}
@@ -176,10 +206,7 @@ fn end_of_transaction() {
     FOOTPRINT.set(Footprint::default());
     ddl_bridge::end_of_transaction();
     if !commit::in_sequence() && shared::exists() && has_proc() {
-        let slot = shared::my_backend();
-        if slot.stage.load(Ordering::Relaxed) != stage::RUNNING {
-            slot.stage.store(stage::RUNNING, Ordering::Release);
-        }
+        shared::my_backend().end_transaction();
     }
 }
 
@@ -188,15 +215,45 @@ fn has_proc() -> bool {
     unsafe { !pg_sys::MyProc.is_null() }
 }
 
+/// Refuses DROP DATABASE of the cluster's own database, from whatever database it is said.
+unsafe fn keep_cluster_database(node: *mut pg_sys::Node) {
+    // SAFETY: the node's tag says what it is; the caller's frame owns nothing.
+    unsafe {
+        if (*node).type_ != pg_sys::NodeTag::T_DropdbStmt || !shared::exists() {
+            return;
+        }
+        let cluster = shared::shared().database.load(Ordering::Relaxed);
+        let database = raw::get_database_oid((*node.cast::<pg_sys::DropdbStmt>()).dbname, true);
+        if cluster != 0 && database.to_u32() == cluster {
+            commit::raise(
+                pgrx::PgSqlErrorCode::ERRCODE_OBJECT_IN_USE as i32,
+                c"cannot drop the database of a multimaster cluster",
+                c"This node replicates it.",
+                c"To take the node out of the cluster, stop the server and remove its data directory.",
+            );
+        }
+    }
+}
+
 /// Commands that run transactions of their own, or touch only this server.
 unsafe fn is_local_command(node: *mut pg_sys::Node) -> bool {
     use pg_sys::NodeTag::*;
     // SAFETY: the node's tag says what it is.
     unsafe {
         match (*node).type_ {
-            T_VacuumStmt | T_ClusterStmt | T_ReindexStmt | T_CreatedbStmt | T_DropdbStmt | T_CreateTableSpaceStmt
-            | T_DropTableSpaceStmt | T_AlterTableSpaceOptionsStmt | T_AlterSystemStmt | T_CreateSubscriptionStmt
-            | T_AlterSubscriptionStmt | T_DropSubscriptionStmt | T_CheckPointStmt => true,
+            T_VacuumStmt
+            | T_ClusterStmt
+            | T_ReindexStmt
+            | T_CreatedbStmt
+            | T_DropdbStmt
+            | T_CreateTableSpaceStmt
+            | T_DropTableSpaceStmt
+            | T_AlterTableSpaceOptionsStmt
+            | T_AlterSystemStmt
+            | T_CreateSubscriptionStmt
+            | T_AlterSubscriptionStmt
+            | T_DropSubscriptionStmt
+            | T_CheckPointStmt => true,
             T_IndexStmt => (*node.cast::<pg_sys::IndexStmt>()).concurrent,
             T_DropStmt => (*node.cast::<pg_sys::DropStmt>()).concurrent,
             T_TransactionStmt => matches!(
@@ -223,10 +280,12 @@ unsafe extern "C-unwind" fn utility(
     unsafe {
         let node = (*pstmt).utilityStmt;
         let is_transaction = (*node).type_ == pg_sys::NodeTag::T_TransactionStmt;
+        wait_for_identity_or_cancel();
         let in_cluster = in_cluster();
         if !is_transaction {
             victim::check();
         }
+        keep_cluster_database(node);
         if is_transaction && in_cluster && run_transaction_command(node.cast()) {
             return;
         }
@@ -238,15 +297,32 @@ unsafe extern "C-unwind" fn utility(
         }
         let plan = ddl_bridge::before_utility(pstmt, query_string, context);
         match PREVIOUS_UTILITY {
-            Some(previous) => previous(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc),
-            None => {
-                raw::standard_ProcessUtility(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc)
-            }
+            Some(previous) => previous(
+                pstmt,
+                query_string,
+                read_only_tree,
+                context,
+                params,
+                query_env,
+                dest,
+                qc,
+            ),
+            None => raw::standard_ProcessUtility(
+                pstmt,
+                query_string,
+                read_only_tree,
+                context,
+                params,
+                query_env,
+                dest,
+                qc,
+            ),
         }
         ddl_bridge::after_utility(plan, pstmt);
         if local {
             LOCAL_DEPTH.set(LOCAL_DEPTH.get() - 1);
-            LOCAL_TRANSACTION.set(true);
+            // What it did in the transaction it leaves behind is local. In a pipeline, others may follow in the same transaction.
+            note_harmless();
         }
         if is_transaction && in_cluster {
             user_2pc::after_command(node.cast());
@@ -263,7 +339,10 @@ unsafe fn run_transaction_command(statement: *mut pg_sys::TransactionStmt) -> bo
             TRANS_STMT_COMMIT => commit_block((*statement).chain),
             TRANS_STMT_PREPARE => {
                 user_2pc::check_name((*statement).gid);
-                if !raw::IsTransactionBlock() || raw::IsAbortedTransactionBlockState() || !needs_global_commit() {
+                if !raw::IsTransactionBlock()
+                    || raw::IsAbortedTransactionBlockState()
+                    || !needs_global_commit()
+                {
                     return false;
                 }
                 raw::disable_timeout(raw::STATEMENT_TIMEOUT, false);
@@ -284,7 +363,10 @@ unsafe fn run_transaction_command(statement: *mut pg_sys::TransactionStmt) -> bo
 unsafe fn commit_block(chain: bool) -> bool {
     // SAFETY: as utility().
     unsafe {
-        if !raw::IsTransactionBlock() || raw::IsAbortedTransactionBlockState() || !needs_global_commit() {
+        if !raw::IsTransactionBlock()
+            || raw::IsAbortedTransactionBlockState()
+            || !needs_global_commit()
+        {
             return false;
         }
         // finish_xact_command() disarms it before the commit work; without that, deferred triggers are cancelled that core would let run.
@@ -298,7 +380,8 @@ unsafe fn commit_block(chain: bool) -> bool {
             }
         }
         release_savepoints();
-        let (isolation, read_only, deferrable) = (raw::XactIsoLevel, raw::XactReadOnly, raw::XactDeferrable);
+        let (isolation, read_only, deferrable) =
+            (raw::XactIsoLevel, raw::XactReadOnly, raw::XactDeferrable);
         commit::commit_globally();
         if chain {
             // A new empty block with the same characteristics, which core's own COMMIT AND CHAIN then ends.

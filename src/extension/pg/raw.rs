@@ -57,14 +57,28 @@ unsafe extern "C-unwind" {
     pub fn errhint(format: *const c_char, ...) -> c_int;
     pub fn errfinish(file: *const c_char, line: c_int, function: *const c_char);
 
+    // access/xlog.h, catalog/namespace.h, utils/syscache.h
+    pub fn RecoveryInProgress() -> bool;
+    pub fn GetTempNamespaceState(namespace: *mut pg_sys::Oid, toast: *mut pg_sys::Oid);
+    pub fn SearchSysCache1(cache: c_int, key: pg_sys::Datum) -> pg_sys::HeapTuple;
+    pub fn ReleaseSysCache(tuple: pg_sys::HeapTuple);
+    pub fn TransactionIdIsCurrentTransactionId(xid: pg_sys::TransactionId) -> bool;
+    pub fn get_database_oid(name: *const c_char, missing_ok: bool) -> pg_sys::Oid;
+
     // storage/latch.h: touch shared memory and kill(2) only, so SetLatch may also be called from a thread that is not PostgreSQL's.
     pub fn SetLatch(latch: *mut pg_sys::Latch);
     pub fn ResetLatch(latch: *mut pg_sys::Latch);
-    pub fn WaitLatch(latch: *mut pg_sys::Latch, events: c_int, timeout: c_long, wait_event: u32) -> c_int;
+    pub fn WaitLatch(
+        latch: *mut pg_sys::Latch,
+        events: c_int,
+        timeout: c_long,
+        wait_event: u32,
+    ) -> c_int;
 
     // tcop/tcopprot.h: signal handlers
     pub fn die(signal: c_int);
     pub fn StatementCancelHandler(signal: c_int);
+    pub fn ProcessInterrupts();
 
     // utils/timeout.h
     pub fn disable_timeout(id: u32, keep_indicator: bool);
@@ -76,6 +90,19 @@ unsafe extern "C-unwind" {
         size: usize,
         transactional: bool,
     ) -> pg_sys::XLogRecPtr;
+}
+
+/// `CHECK_FOR_INTERRUPTS()`: raises a pending cancel or terminate by `longjmp`.
+///
+/// # Safety
+/// The caller's frames own nothing with a destructor.
+pub unsafe fn check_for_interrupts() {
+    // SAFETY: a flag that signal handlers of this process set; volatile in C.
+    unsafe {
+        if std::ptr::read_volatile(&raw const pg_sys::InterruptPending) != 0 {
+            ProcessInterrupts();
+        }
+    }
 }
 
 /// `STATEMENT_TIMEOUT` of utils/timeout.h, the same in 15 to 18.

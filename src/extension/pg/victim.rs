@@ -4,10 +4,9 @@
 //! the client that error becomes 40001 with the reason. Where the server is set not to log errors (`log_min_messages` above `error`) the
 //! hook is not called, and the client reads core's own words. A session between two statements is told at the next one.
 
-use super::shared::{self, stage};
+use super::shared;
 use pgrx::{PgSqlErrorCode, pg_sys};
 use std::ffi::CString;
-use std::sync::atomic::Ordering;
 
 static mut PREVIOUS: pg_sys::emit_log_hook_type = None;
 
@@ -29,7 +28,8 @@ unsafe extern "C-unwind" fn rewrite(data: *mut pg_sys::ErrorData) {
             (*data).sqlerrcode = PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32;
             (*data).message = pg_sys::MemoryContextStrdup((*data).assoc_context, message.as_ptr());
             if !detail.is_empty() {
-                (*data).detail = pg_sys::MemoryContextStrdup((*data).assoc_context, detail.as_ptr());
+                (*data).detail =
+                    pg_sys::MemoryContextStrdup((*data).assoc_context, detail.as_ptr());
             }
         }
         if let Some(previous) = PREVIOUS {
@@ -43,7 +43,7 @@ unsafe extern "C-unwind" fn rewrite(data: *mut pg_sys::ErrorData) {
 /// # Safety
 /// From the hooks: raises by `longjmp`.
 pub unsafe fn check() {
-    if shared::exists() && shared::my_backend().stage.load(Ordering::Relaxed) == stage::VICTIM {
+    if shared::exists() && shared::my_backend().is_victim() {
         // SAFETY: as the caller promises.
         unsafe { super::commit::raise_refusal() };
     }
@@ -59,10 +59,13 @@ fn is_victims_error(data: &pg_sys::ErrorData) -> bool {
     }
     // SAFETY: a plain pointer of this process.
     let attached = unsafe { !pg_sys::MyProc.is_null() };
-    attached && shared::my_backend().stage.load(Ordering::Acquire) == stage::VICTIM
+    attached && shared::my_backend().is_victim()
 }
 
 fn reason() -> Option<(CString, CString)> {
     let refusal = shared::my_backend().refusal.get()?;
-    Some((CString::new(refusal.message()).ok()?, CString::new(refusal.detail()).ok()?))
+    Some((
+        CString::new(refusal.message()).ok()?,
+        CString::new(refusal.detail()).ok()?,
+    ))
 }
