@@ -22,9 +22,10 @@ use pgrx::prelude::*;
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
     cluster::preflight::check_preloading();
-    guc::register();
+    // guc::register() reserves the prefix of the settings at its end.
     #[cfg(feature = "failpoints")]
     pg::failpoint::register();
+    guc::register();
     cluster::preflight::check_server();
     pg::register(guc::max_workers());
     cluster::set_arbiter_waker(state::wake_arbiter);

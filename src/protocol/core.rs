@@ -106,6 +106,18 @@ impl Core {
             .map(move |txn| TransactionView::of(txn, &self.site, now))
     }
 
+    /// Ended transactions of other nodes that this node has known for so long without a place in the stream: their PREPARE was answered in an
+    /// earlier life of this node, or is never sent. Without [`Input::PrepareBefore`] they could never be forgotten.
+    pub fn unplaced(&self, now: Millis, longer_than: Millis) -> impl Iterator<Item = Gid> + '_ {
+        let is_unplaced = move |txn: &&Txn| {
+            txn.own.is_none()
+                && txn.is_done()
+                && txn.record.prepare_lsn == Lsn::ZERO
+                && now.saturating_sub(txn.since) > longer_than
+        };
+        self.txns.values().filter(is_unplaced).map(Txn::gid)
+    }
+
     pub const fn counters(&self) -> &Counters {
         &self.site.counters
     }

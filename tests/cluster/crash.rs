@@ -25,6 +25,9 @@ pub fn cases() -> Vec<OwnCase> {
 const SEED_VARIABLE: &str = "MULTIMASTER_TEST_SEED";
 /// A point that is not passed by then is not on the path that it names.
 const HIT_LIMIT: Duration = Duration::from_secs(15);
+/// The same for a point of the start, before another attempt.
+const START_HIT_LIMIT: Duration = Duration::from_secs(4);
+const START_ATTEMPTS: u32 = 6;
 /// Load before and after the fault.
 const LOAD: Duration = Duration::from_millis(150);
 /// Nodes (from 0) with the clients: two of them, so that the first takes part in others' transactions as well.
@@ -212,18 +215,32 @@ fn die_at_start(
                 &format!("{name}=crash"),
             )]))
         })
-        .and_then(|()| {
-            // It may die before it takes connections.
-            let _ = server.start();
-            wait_for("the failpoint to be passed", HIT_LIMIT, || {
-                Ok(!server.is_running())
-            })
-        })
+        .and_then(|()| die_again(server))
         .and_then(|()| server.configure(&settings(&[("multimaster.failpoint", "")])))
         .and_then(|()| server.start());
     ledger.close(load)?;
     outcome?;
     ledger.audit(cluster)
+}
+
+/// Starts the server until it dies at its failpoint. Some points are passed only when there is something to be done again: then it is
+/// killed once more under load.
+fn die_again(server: &mut Server) -> Result<()> {
+    for _ in 0..START_ATTEMPTS {
+        // It may die before it takes connections.
+        let _ = server.start();
+        if wait_for(
+            "the failpoint",
+            START_HIT_LIMIT,
+            || Ok(!server.is_running()),
+        )
+        .is_ok()
+        {
+            return Ok(());
+        }
+        server.kill()?;
+    }
+    bail!("the failpoint was not passed")
 }
 
 /// Nothing may depend on how long something takes, and a process that fails with an error is replaced.

@@ -14,7 +14,7 @@ use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
 use crate::pg::{clock, locks};
 use protocol::{Decision, Gid, Lsn, NodeId, Record, Vote};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use wire::stream::{Message, StreamFrame};
@@ -54,8 +54,6 @@ struct Receiver {
     /// Transactions of this peer that this server knows already; what is not in here and comes is new.
     prepared: BTreeSet<Gid>,
     ended: BTreeSet<Gid>,
-    /// Those of them whose PREPARE lies nobody knows where in the stream: see `place`.
-    unplaced: Vec<Gid>,
     stored_at: Instant,
     told_at: Instant,
     seen: Lsn,
@@ -94,7 +92,7 @@ pub fn main(peer: NodeId) {
         pgrx::warning!("multimaster receiver of node {}: {error}", peer.get());
         return process::pause_ms(REFUSED_PAUSE_MS);
     }
-    place(&receiver.unplaced, ends.wal);
+    node.peer_end.store(ends.wal.0, Ordering::Release);
     let mut stream = match Stream::connect(
         &target.conninfo,
         &format!("multimaster node {}", identity.node_id.get()),
@@ -133,22 +131,19 @@ impl Receiver {
             .map(|(_, gid)| gid)
             .filter(|gid| gid.coordinator == peer)
             .collect();
-        let (marks, stored, records) = process::in_transaction(|| {
+        let (marks, stored, ended) = process::in_transaction(|| {
             let marks = DurableTable::open(c"marks", MARK_ROWS);
             let stored = Lsn(number_in(&marks.read_all()[peer.get() as usize]));
-            let records: BTreeMap<Gid, Record> = DurableTable::open(c"records", 0)
+            let ended = DurableTable::open(c"records", 0)
                 .read_all()
                 .iter()
                 .filter_map(|body| Record::from_bytes(body).ok())
                 .filter(|record| record.gid.coordinator == peer)
-                .map(|record| (record.gid, record))
+                .filter(|record| record.decision.is_some() || !record.voted_yes)
+                .map(|record| record.gid)
                 .collect();
-            (marks, stored, records)
+            (marks, stored, ended)
         });
-        let ended = records
-            .values()
-            .filter(|record| record.decision.is_some() || !record.voted_yes)
-            .map(|record| record.gid);
         node.mark.store(stored.0, Ordering::Release);
         Receiver {
             peer,
@@ -157,9 +152,8 @@ impl Receiver {
             progress: Progress::new(stored),
             stored,
             current: Current::None,
-            unplaced: unplaced(&prepared, &records),
-            ended: ended.collect(),
             prepared,
+            ended,
             stored_at: Instant::now(),
             told_at: Instant::now(),
             seen: stored,
@@ -194,12 +188,12 @@ impl Receiver {
         match message.first() {
             Some(b'w') if message.len() > DATA_HEADER_BYTES => {
                 let at = Lsn(number(message, 1));
-                self.seen = self.seen.max(Lsn(number(message, 9)));
+                self.see(Lsn(number(message, 9)));
                 self.on_data(at, &message[DATA_HEADER_BYTES..]);
             }
             Some(b'k') if message.len() >= 18 => {
                 let end = Lsn(number(message, 1));
-                self.seen = self.seen.max(end);
+                self.see(end);
                 if matches!(self.current, Current::None) {
                     self.progress.pass(end);
                 }
@@ -210,7 +204,12 @@ impl Receiver {
                 self.peer.get()
             ),
         }
-        self.node.received.store(self.seen.0, Ordering::Relaxed);
+    }
+
+    /// The peer's WAL reaches this far.
+    fn see(&mut self, end: Lsn) {
+        self.seen = self.seen.max(end);
+        self.node.received.fetch_max(self.seen.0, Ordering::AcqRel);
     }
 
     /// `at` is the end of the PREPARE for the message that ends a transaction.
@@ -367,29 +366,6 @@ impl Receiver {
         hit(Failpoint::MarkAfterConfirm);
         self.reply_wanted = false;
         self.told_at = Instant::now();
-    }
-}
-
-/// Transactions found at the start whose place in the stream no record tells.
-fn unplaced(prepared: &BTreeSet<Gid>, records: &BTreeMap<Gid, Record>) -> Vec<Gid> {
-    let is_placed = |gid: &Gid| {
-        records
-            .get(gid)
-            .is_some_and(|record| record.prepare_lsn > Lsn::ZERO)
-    };
-    let all: BTreeSet<Gid> = prepared.iter().chain(records.keys()).copied().collect();
-    all.into_iter().filter(|gid| !is_placed(gid)).collect()
-}
-
-/// Tells the arbiter a position behind which these transactions are certainly prepared in the peer's WAL: the peer had flushed each PREPARE before
-/// this server could know of it, so the end of its WAL now is beyond all of them. Without that, nobody could ever say that the mark has
-/// passed a PREPARE that is not sent again, and its record would stay for ever.
-fn place(unplaced: &[Gid], end: Lsn) {
-    for gid in unplaced {
-        submit(&LocalEvent::PrepareBefore {
-            gid: *gid,
-            lsn: end,
-        });
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::RESTART_PAUSE;
 use super::durable::{RECORDS_MAX, Tuples};
-use super::event;
+use super::event::{self, LocalEvent};
 use super::net_config::{NetSettings, millis, start_mesh};
 use super::slots;
 use super::thread::{Arbiter, FromMain, MainLink};
@@ -14,7 +14,7 @@ use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::shared;
 use crate::pg::{catalog_scan, ddl, locks, sequences};
-use protocol::{Config, Core, Effects, GenerationNum, Gid, NodeId, Record, Recovered};
+use protocol::{Config, Core, Effects, GenerationNum, Gid, Lsn, NodeId, Record, Recovered};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -160,6 +160,7 @@ pub fn recover(identity: &Identity) -> RecoveredState {
         Ordering::Release,
     );
     publish(identity);
+    repeat_marks(identity.node_id);
     let config = config(identity, epoch);
     let tuples = Tuples::new(found.iter().map(|(gid, (tuple, _))| (*gid, *tuple)));
     let mut effects = Effects::new();
@@ -171,6 +172,14 @@ pub fn recover(identity: &Identity) -> RecoveredState {
             effects,
         },
         records,
+    }
+}
+
+/// Receivers that outlived the last arbiter tell their marks when they move; this one has to know them now.
+fn repeat_marks(node: NodeId) {
+    for peer in shared().configured_nodes().without(node).iter() {
+        let lsn = Lsn(shared().node(peer).mark.load(Ordering::Acquire));
+        event::submit(&LocalEvent::MarkStored { node: peer, lsn });
     }
 }
 

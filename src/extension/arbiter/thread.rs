@@ -13,8 +13,8 @@ use crate::pg::shared::{self, EVENT_BYTES, NodeStatus, outcome, shared};
 use crate::pg::thread as os_thread;
 use mesh::{MeshEvent, MeshHandle};
 use protocol::{
-    Core, Decision, Effect, Effects, Event, Gid, Input, Message, Millis, NodeId, NodeSet, Outcome,
-    Refusal, Source, Vote,
+    Core, Decision, Effect, Effects, Event, Gid, Input, Lsn, Message, Millis, NodeId, NodeSet,
+    Outcome, Refusal, Source, Vote,
 };
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::Ordering;
@@ -26,6 +26,8 @@ use wire::frame::Heartbeat;
 const TICK: Duration = Duration::from_millis(20);
 /// Transactions in flight that a view shows at most; they fit the board.
 const IN_FLIGHT_SHOWN: usize = 2000;
+/// A transaction that has ended and whose PREPARE has not come by then is given a place in the stream.
+const PLACED_AFTER_MS: Millis = 2000;
 /// Local events handled before the sockets get their turn.
 const EVENTS_PER_TURN: usize = 256;
 
@@ -304,9 +306,6 @@ impl Arbiter {
                 self.input(Input::Abandoned { gid });
             }
             LocalEvent::Ask { number, question } => self.answer(number, &question),
-            LocalEvent::PrepareBefore { gid, lsn } => {
-                self.input(Input::PrepareBefore { gid, lsn });
-            }
             LocalEvent::MarkStored { node, lsn } => {
                 self.input(Input::MarkPassed { origin: node, lsn })
             }
@@ -443,8 +442,23 @@ impl Arbiter {
     fn on_tick(&mut self) {
         self.refresh_status();
         self.input(Input::Tick);
+        self.place();
         self.finishing.push_delayed();
         self.send_batch(true);
+    }
+
+    /// Places ended transactions whose PREPARE is not sent again. Whoever knew of one knew it after its PREPARE was flushed, so it lies before the
+    /// end that the peer's WAL had when our receiver connected, or has come through the receiver since.
+    fn place(&mut self) {
+        let unplaced: Vec<Gid> = self.core.unplaced(self.now(), PLACED_AFTER_MS).collect();
+        for gid in unplaced {
+            let node = shared().node(gid.coordinator);
+            let end = node.peer_end.load(Ordering::Acquire);
+            if end > 0 {
+                let lsn = Lsn(end.max(node.received.load(Ordering::Acquire)));
+                self.input(Input::PrepareBefore { gid, lsn });
+            }
+        }
     }
 
     /// The nodes whose arbiter we talk to and whose stream we receive.

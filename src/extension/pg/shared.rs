@@ -355,6 +355,8 @@ pub struct NodeShared {
     pub receiver: ProcCell,
     /// Stored mark of this node's stream: confirmed to its slot.
     pub mark: AtomicU64,
+    /// End of its WAL when our receiver last connected: everything this server knew by then lies before it.
+    pub peer_end: AtomicU64,
     /// Last WAL position seen in its stream.
     pub received: AtomicU64,
     pub connectivity: AtomicU32,
