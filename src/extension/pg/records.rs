@@ -120,7 +120,9 @@ impl DurableTable {
                 pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_SHARE as i32);
                 let page = pg_sys::BufferGetPage(buffer).cast::<u8>();
                 for offset in 1..=line_pointers(page) {
-                    if line_pointer(page, offset).lp_flags() == pg_sys::LP_NORMAL {
+                    if line_pointer(page, offset).lp_flags() == pg_sys::LP_NORMAL
+                        && is_inserted(page, offset)
+                    {
                         let data = tuple_data(page, offset);
                         let bytes = std::slice::from_raw_parts(data, BODY_OFFSET + BODY_BYTES);
                         visit(Position { block, offset }, bytes);
@@ -177,6 +179,24 @@ unsafe fn line_pointer(page: *const u8, offset: u16) -> pg_sys::ItemIdData {
     unsafe {
         let first = page.add(pg_sys::SizeOfPageHeaderData()).cast::<pg_sys::ItemIdData>();
         *first.add(offset as usize - 1)
+    }
+}
+
+/// Whether the tuple at a line pointer is there for good, or was inserted by the running transaction. A server that went down while it filled the
+/// table leaves tuples of a transaction that never committed; VACUUM will take them away.
+unsafe fn is_inserted(page: *const u8, offset: u16) -> bool {
+    // SAFETY: the line pointer is LP_NORMAL; pg_xact is asked only about transactions whose hint bits are not set yet.
+    unsafe {
+        let start = line_pointer(page, offset).lp_off() as usize;
+        let header = page.add(start).cast::<pg_sys::HeapTupleHeaderData>();
+        let hints = u32::from((*header).t_infomask);
+        if hints & pg_sys::HEAP_XMIN_COMMITTED != 0 {
+            return true;
+        }
+        let inserter = (*header).t_choice.t_heap.t_xmin;
+        hints & pg_sys::HEAP_XMIN_INVALID == 0
+            && (pg_sys::TransactionIdIsCurrentTransactionId(inserter)
+                || pg_sys::TransactionIdDidCommit(inserter))
     }
 }
 
