@@ -5,8 +5,10 @@
 //! WAL record for many rows of a page, and crash recovery, base backups, standbys and promotion come for free. The tables are
 //! read through the buffers, never by a snapshot.
 
+use super::process;
 use pgrx::{Spi, pg_sys};
 use std::ffi::CStr;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Payload of a row, bytes.
 pub const BODY_BYTES: usize = 64;
@@ -42,11 +44,13 @@ impl DurableTable {
         table
     }
 
-    /// Keeps VACUUM FULL and CLUSTER, which would move the rows, away for the life of this process.
+    /// Keeps VACUUM FULL and CLUSTER, which would move the rows, away for the life of this process. Once in a process.
     pub fn pin(&self) {
         let mut id = pg_sys::LockRelId { relId: self.relation, dbId: my_database() };
-        // SAFETY: a session-level lock; released at process end.
+        // SAFETY: a session-level lock on a relation that exists.
         unsafe { pg_sys::LockRelationIdForSession(&mut id, pg_sys::RowExclusiveLock as i32) };
+        PINNED.store(self.relation.to_u32(), Ordering::Relaxed);
+        process::at_exit(unpin);
     }
 
     fn load(&mut self) {
@@ -133,6 +137,18 @@ impl DurableTable {
             pg_sys::table_close(relation, pg_sys::AccessShareLock as i32);
         }
     }
+}
+
+/// The relation that `pin` has locked.
+static PINNED: AtomicU32 = AtomicU32::new(0);
+
+/// Core gives back session-level locks on relations only when a transaction is rolled back; a process that ends outside of one leaves
+/// them to whoever gets its place in the array of processes.
+fn unpin() {
+    let mut id =
+        pg_sys::LockRelId { relId: pg_sys::Oid::from(PINNED.load(Ordering::Relaxed)), dbId: my_database() };
+    // SAFETY: taken by pin(). This runs before core's own exit callback, which could give it back.
+    unsafe { pg_sys::UnlockRelationIdForSession(&mut id, pg_sys::RowExclusiveLock as i32) };
 }
 
 /// Makes everything up to the position durable. One flush serves all callers that wait for the same WAL.
