@@ -8,14 +8,12 @@ pub mod arbiter;
 pub mod cluster;
 pub mod conflict;
 pub mod decode;
+pub mod failpoint;
 mod fate;
 pub mod guc;
 pub mod pg;
 mod state;
 pub mod views;
-
-#[cfg(feature = "testing")]
-mod testing;
 
 ::pgrx::pg_module_magic!();
 
@@ -25,11 +23,11 @@ use pgrx::prelude::*;
 pub extern "C-unwind" fn _PG_init() {
     cluster::preflight::check_preloading();
     guc::register();
+    #[cfg(feature = "failpoints")]
+    pg::failpoint::register();
     cluster::preflight::check_server();
     pg::register(guc::max_workers());
     cluster::set_arbiter_waker(state::wake_arbiter);
-    #[cfg(feature = "testing")]
-    testing::set_environment();
     decode::set_environment(state::decode_environment());
     views::set_source(&state::SOURCE);
 }

@@ -2,20 +2,21 @@
 
 use std::collections::BTreeMap;
 
-use crate::config::{Config, Fault, Recovered, TRANSACTIONS_MAX};
+use crate::config::{Config, Fault, Recovered};
 use crate::coordinator::Backend;
-use crate::effect::{Effect, Effects, Event, Input, Source};
+use crate::effect::{Effect, Effects, Event, Input};
 use crate::message::Message;
+use crate::recovery::recover;
 use crate::site::{Site, Turn};
-use crate::txn::{Local, Txn};
-use crate::types::{Ballot, Csn, Decision, Gid, Lsn, Millis, NodeId, NodeSet, Verdict};
+use crate::txn::Txn;
+use crate::types::{Ballot, Csn, Decision, Gid, Lsn, Millis, NodeId, NodeSet, Verdict, Vote};
 use crate::view::{Counters, TransactionView};
 
 /// The commit protocol of one node: inputs in, effects out. See the crate's documentation.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Core {
-    site: Site,
-    txns: BTreeMap<Gid, Txn>,
+    pub(crate) site: Site,
+    pub(crate) txns: BTreeMap<Gid, Txn>,
 }
 
 impl Core {
@@ -57,7 +58,8 @@ impl Core {
             Input::LinkUp { peer, epoch } => self.on_link_up(now, peer, epoch, out),
             Input::LinkDown { peer } => self.on_link_down(now, peer, out),
             Input::Committing { gid, wait_peers } => {
-                self.own(gid, now).entry(gid, now, out, |txn, turn| {
+                self.own(gid, now);
+                self.entry(gid, now, out, |txn, turn| {
                     txn.on_committing(turn, wait_peers)
                 });
             }
@@ -66,25 +68,22 @@ impl Core {
                 vote,
                 prepare_lsn,
             } => {
-                assert!(
-                    gid.coordinator != self.site.node(),
-                    "no node applies its own transaction"
-                );
-                self.txns.entry(gid).or_insert_with(|| Txn::new(gid, now));
-                self.entry(gid, now, out, |txn, turn| {
-                    txn.on_voted(turn, vote, prepare_lsn)
-                });
+                self.on_voted(now, gid, vote, prepare_lsn, out);
             }
             Input::StreamOutcome { gid, decision } => {
                 self.entry(gid, now, out, |txn, turn| {
                     txn.on_stream_outcome(turn, decision)
                 });
             }
+            Input::PrepareBefore { gid, lsn } => {
+                self.entry(gid, now, out, |txn, _| txn.on_prepare_before(lsn));
+            }
             Input::Finished { gid } => self.entry(gid, now, out, Txn::on_finished_here),
             Input::Interrupted { gid } => self.entry(gid, now, out, Txn::on_interrupted),
             Input::Abandoned { gid } => {
                 let known = self.txns.contains_key(&gid);
-                self.own(gid, now).entry(gid, now, out, |txn, turn| {
+                self.own(gid, now);
+                self.entry(gid, now, out, |txn, turn| {
                     if !known {
                         txn.look_up(turn);
                     }
@@ -130,20 +129,22 @@ impl Core {
         self.site.causal.settled(node)
     }
 
-    /// Makes sure that a transaction of this node is known.
-    fn own(&mut self, gid: Gid, now: Millis) -> &mut Self {
+    /// Makes sure that a transaction of this node is known, unless it has ended everywhere.
+    fn own(&mut self, gid: Gid, now: Millis) {
+        let node = self.site.node();
         assert!(
-            gid.coordinator == self.site.node(),
+            gid.coordinator == node,
             "a backend commits transactions of its own node"
         );
-        self.txns
-            .entry(gid)
-            .or_insert_with(|| Txn::new_own(gid, now, Backend::Unknown));
-        self
+        if self.site.forgotten.get(gid).is_none() {
+            self.txns
+                .entry(gid)
+                .or_insert_with(|| Txn::new_own(gid, now, Backend::Unknown));
+        }
     }
 
     /// Lets a known transaction act, and forgets it if that was its last act.
-    fn entry(
+    pub(crate) fn entry(
         &mut self,
         gid: Gid,
         now: Millis,
@@ -194,6 +195,22 @@ impl Core {
         for gid in gids {
             self.forget(gid, out);
         }
+    }
+
+    fn on_voted(&mut self, now: Millis, gid: Gid, vote: Vote, lsn: Lsn, out: &mut Effects) {
+        let node = self.site.node();
+        assert!(
+            gid.coordinator != node,
+            "no node applies its own transaction"
+        );
+        if !self.txns.contains_key(&gid) {
+            if self.site.mark_covers(gid.coordinator, lsn) {
+                let reason = "a PREPARE below the stored mark was not skipped";
+                return out.event(Event::Rejected { from: node, reason });
+            }
+            self.txns.insert(gid, Txn::new(gid, now));
+        }
+        self.entry(gid, now, out, |txn, turn| txn.on_voted(turn, vote, lsn));
     }
 
     fn on_mark_passed(&mut self, origin: NodeId, lsn: Lsn, out: &mut Effects) {
@@ -301,9 +318,7 @@ impl Core {
             Message::Vote { gid, .. } if gid.coordinator != config.node => {
                 Err("its vote is for another node")
             }
-            Message::Vote { .. } if !config.members.contains(from) => {
-                Err("it votes and is no member")
-            }
+            Message::Vote { .. } if !config.peers().contains(from) => Err("it has no vote"),
             Message::Status { ballot, .. } | Message::Propose { ballot, .. }
                 if ballot.node == Some(from) =>
             {
@@ -326,203 +341,10 @@ impl Core {
             _ => Ok(()),
         }
     }
-
-    /// About a transaction that this node has forgotten: a message was overtaken, or an aborted PREPARE came late.
-    fn on_forgotten(
-        &mut self,
-        now: Millis,
-        from: NodeId,
-        msg: &Message,
-        decision: Decision,
-        out: &mut Effects,
-    ) {
-        let Some(gid) = msg.gid() else { return };
-        match msg {
-            Message::Vote { .. }
-            | Message::Query { .. }
-            | Message::Status { .. }
-            | Message::Propose { .. } => {
-                out.send(
-                    from,
-                    Message::Decided {
-                        gid,
-                        decision,
-                        csn: None,
-                    },
-                );
-            }
-            Message::Finished { .. } if gid.coordinator == self.site.node() => {
-                out.send(from, Message::Forget { gid })
-            }
-            Message::Decided {
-                decision: told,
-                csn,
-                ..
-            } if *told == decision => {
-                self.acknowledge_forgotten(now, from, gid, decision, *csn, out);
-            }
-            _ => {}
-        }
-    }
-
-    fn acknowledge_forgotten(
-        &mut self,
-        now: Millis,
-        from: NodeId,
-        gid: Gid,
-        decision: Decision,
-        csn: Option<Csn>,
-        out: &mut Effects,
-    ) {
-        if let (Decision::Commit, Some(csn)) = (decision, csn) {
-            Turn {
-                site: &mut self.site,
-                now,
-                out,
-            }
-            .settle(from, csn);
-        }
-        out.send(from, Message::Finished { gid, decision, csn });
-    }
-
-    /// About a transaction that this node has not heard of, or has forgotten long ago.
-    fn on_unknown(&mut self, now: Millis, from: NodeId, gid: Gid, msg: Message, out: &mut Effects) {
-        let member = self.site.config.members.contains(self.site.node());
-        if gid.coordinator == self.site.node() {
-            return self.on_unknown_own(now, from, gid, msg, out);
-        }
-        match msg {
-            // Every member has prepared what was committed; what is no longer prepared here is finished.
-            Message::Decided {
-                decision: Decision::Commit,
-                csn,
-                ..
-            } => {
-                self.acknowledge_forgotten(now, from, gid, Decision::Commit, csn, out);
-            }
-            Message::Propose {
-                verdict: Verdict::Precommit,
-                ..
-            } if member => {}
-            Message::Status { .. } | Message::Propose { .. } if member => {
-                self.create(gid, now, out, |txn, turn| txn.bar(turn, from));
-            }
-            // Its PREPARE is still to come and must find a refusal, whatever happens to this node until then. Only the coordinator
-            // knows that it was not forgotten instead.
-            Message::Decided { .. } if member && from == gid.coordinator => {
-                self.create(gid, now, out, |txn, turn| txn.bar(turn, from));
-            }
-            Message::Decided { .. } if member => {}
-            Message::Decided { .. } | Message::Status { .. } | Message::Propose { .. } => {
-                self.create(gid, now, out, |txn, turn| txn.on_message(turn, from, msg));
-            }
-            _ => {}
-        }
-    }
-
-    /// A node speaks of this node's transaction before its backend does, or this node has restarted since. The own log is asked
-    /// first; what is not kept until it answers will be said again.
-    fn on_unknown_own(
-        &mut self,
-        now: Millis,
-        from: NodeId,
-        gid: Gid,
-        msg: Message,
-        out: &mut Effects,
-    ) {
-        match msg {
-            Message::Accepted { .. }
-            | Message::Promised { .. }
-            | Message::Refused { .. }
-            | Message::Forget { .. } => {}
-            _ => self.create(gid, now, out, |txn, turn| {
-                txn.look_up(turn);
-                txn.on_message(turn, from, msg);
-            }),
-        }
-    }
-
-    /// Takes up a transaction on a peer's word, while there is room.
-    fn create(
-        &mut self,
-        gid: Gid,
-        now: Millis,
-        out: &mut Effects,
-        act: impl FnOnce(&mut Txn, &mut Turn),
-    ) {
-        if self.txns.len() >= TRANSACTIONS_MAX {
-            return out.event(Event::TableFull {
-                table: "transactions",
-            });
-        }
-        let own = gid.coordinator == self.site.node();
-        let txn = if own {
-            Txn::new_own(gid, now, Backend::Unknown)
-        } else {
-            Txn::new(gid, now)
-        };
-        self.txns.insert(gid, txn);
-        self.entry(gid, now, out, act);
-    }
-
-    fn on_horizon_message(&mut self, from: NodeId, msg: &Message, out: &mut Effects) {
-        match msg {
-            Message::AskHorizon => {
-                self.site.ask_horizon(from);
-            }
-            Message::Horizon { csn } => {
-                self.site.causal.horizon(from, *csn, out);
-                if self
-                    .site
-                    .epoch_of(from)
-                    .is_some_and(|epoch| csn.epoch() >= epoch)
-                {
-                    self.site.horizon_missing.remove(from);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    fn answer_horizons(&mut self, out: &mut Effects) {
-        for (asker, wanted) in self.site.horizon_askers.clone() {
-            let Some(csn) = self.horizon_of(asker).filter(|csn| *csn >= wanted) else {
-                continue;
-            };
-            self.site.horizon_askers.remove(&asker);
-            if asker == self.site.node() {
-                self.site.causal.horizon(asker, csn, out);
-            } else {
-                out.send(asker, Message::Horizon { csn });
-            }
-        }
-    }
-
-    /// Up to which of this node's numbers the asker has finished every commit; `None` while some commit of an earlier epoch may be
-    /// unfinished there.
-    fn horizon_of(&self, asker: NodeId) -> Option<Csn> {
-        let mut horizon = self.site.last_csn();
-        for txn in self.txns.values() {
-            let open = if asker == self.site.node() {
-                !txn.is_done()
-            } else {
-                txn.announced.unacked.contains(asker)
-            };
-            match (txn.record.decision, txn.announced.csn) {
-                (None, _) if txn.recovered && txn.own.is_some() => return None,
-                (Some(Decision::Commit), Some(_)) if open && txn.recovered => return None,
-                (Some(Decision::Commit), Some(csn)) if open => {
-                    horizon = horizon.min(csn.previous())
-                }
-                _ => {}
-            }
-        }
-        Some(horizon)
-    }
 }
 
 impl Txn {
-    fn on_message(&mut self, turn: &mut Turn, from: NodeId, msg: Message) {
+    pub(crate) fn on_message(&mut self, turn: &mut Turn, from: NodeId, msg: Message) {
         match msg {
             Message::Vote { vote, .. } => self.on_vote(turn, from, vote),
             Message::Propose {
@@ -572,53 +394,4 @@ impl Txn {
             self.resend_outcome(turn, to);
         }
     }
-}
-
-/// Takes up a transaction where this node's restart left it.
-fn recover(turn: &mut Turn, found: &Recovered) -> Txn {
-    let own = found.gid.coordinator == turn.site.node();
-    let mut txn = if own {
-        Txn::new_own(found.gid, turn.now, Backend::Gone)
-    } else {
-        Txn::new(found.gid, turn.now)
-    };
-    txn.recovered = true;
-    if let Some(record) = found.record {
-        txn.record = record;
-        txn.recorded = true;
-    }
-    let decision = txn.record.decision.take();
-    txn.local = if found.prepared {
-        Local::Prepared
-    } else {
-        Local::Finished
-    };
-    match decision {
-        Some(decision) => {
-            let number = Some(txn.record.csn).filter(|csn| *csn > Csn::ZERO);
-            txn.decide(turn, decision, Source::Log, number);
-        }
-        None if found.prepared => {
-            txn.record.voted_yes = true;
-            if own {
-                txn.resolve(turn);
-            } else {
-                txn.watch_coordinator(turn);
-            }
-        }
-        None if own => {
-            txn.local = Local::Prepared;
-            txn.look_up(turn);
-        }
-        None => {
-            // A promise without a vote; or a vote whose transaction is gone, of which the finish will complain.
-            txn.local = if txn.record.voted_yes {
-                Local::Prepared
-            } else {
-                Local::Absent
-            };
-            txn.watch_coordinator(turn);
-        }
-    }
-    txn
 }

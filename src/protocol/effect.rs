@@ -24,6 +24,10 @@ pub enum Input {
     },
     /// The coordinator's COMMIT or ROLLBACK PREPARED came in its stream.
     StreamOutcome { gid: Gid, decision: Decision },
+    /// The PREPARE ends at or before this position of the coordinator's stream. Told for every transaction of a peer that was found
+    /// at the start, with the end of the peer's WAL when its stream is connected: if the stored mark was beyond the PREPARE, it
+    /// does not come again to tell its own position.
+    PrepareBefore { gid: Gid, lsn: Lsn },
     /// This node's database has executed COMMIT or ROLLBACK PREPARED, durably, now or earlier.
     Finished { gid: Gid },
     /// The waiting backend was cancelled, timed out or terminated; it still waits for its [`Effect::Reply`].

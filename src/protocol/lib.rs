@@ -17,11 +17,13 @@
 //! - `LinkDown` for every link that is lost and `LinkUp` for every new one, with nothing of the old link after it;
 //! - `Abandoned` when a backend disappears between its PREPARE and its finish, whatever it had said before;
 //! - `Voted` whenever a PREPARE of another node has been dealt with, also when it came again;
-//! - a stored mark per origin: the largest LSN up to which every PREPARE has been finished here or durably refused. `MarkPassed` for each
-//!   at the start and whenever it has grown, after every `Voted` up to there. What comes again at or below it is skipped.
+//! - a stored mark per origin: up to there every PREPARE is prepared here, finished here, or durably refused. `MarkPassed` for each at
+//!   the start and whenever it has grown, after every `Voted` up to there. What comes again at or below the mark is skipped;
+//! - `PrepareBefore` for what was found at the start.
 //!
 //! Where to read on: `coordinator` and `participant` (the two parts), `resolver` (when something went wrong), `outcome` (after the decision),
-//! `causal` (what may be applied when), `core` (dispatch), `record` (what is durable).
+//! `stranger` (what is not kept), `recovery`, `causal` and
+//! `horizon` (what may be applied when), `core` (dispatch), `record` (what is durable).
 #![forbid(unsafe_code)]
 
 mod causal;
@@ -29,12 +31,17 @@ mod config;
 mod coordinator;
 mod core;
 mod effect;
+mod gid;
+mod horizon;
 mod message;
+mod nodes;
 mod outcome;
 mod participant;
 mod record;
+mod recovery;
 mod resolver;
 mod site;
+mod stranger;
 mod txn;
 mod types;
 mod view;

@@ -15,7 +15,6 @@ use crate::types::{Ballot, Decision, Lsn, NodeId, NodeSet, Refusal, Verdict, Vot
 impl Txn {
     /// This node's apply worker has answered the PREPARE.
     pub fn on_voted(&mut self, turn: &mut Turn, vote: Vote, prepare_lsn: Lsn) {
-        let lsn_is_new = self.record.prepare_lsn != prepare_lsn;
         self.record.prepare_lsn = prepare_lsn;
         match (self.record.decision, vote) {
             (None, Vote::Yes) => self.vote_yes(turn),
@@ -23,18 +22,12 @@ impl Txn {
             (None, Vote::No(_)) => turn.reject(turn.site.node(), "no after yes"),
             (Some(Decision::Abort), Vote::Yes) => {
                 self.local = Local::Prepared;
-                self.write(turn);
                 turn.out.push(Effect::Finish {
                     gid: self.gid(),
                     decision: Decision::Abort,
                 });
             }
-            (Some(_), _) => {
-                // Progress may only be stored over this PREPARE when the record says why it is not prepared here.
-                if lsn_is_new || !self.recorded {
-                    self.write(turn);
-                }
-            }
+            (Some(_), _) => {}
         }
     }
 
@@ -182,6 +175,13 @@ impl Txn {
             Message::Query { gid }
         };
         turn.out.send(gid.coordinator, msg);
+    }
+
+    /// A bound serves as well as the position itself, and need not be durable: the next start brings another one.
+    pub const fn on_prepare_before(&mut self, lsn: Lsn) {
+        if self.record.prepare_lsn.0 == 0 {
+            self.record.prepare_lsn = lsn;
+        }
     }
 
     /// COMMIT or ROLLBACK PREPARED in the coordinator's stream. While the link works, the outcome with its number is on its way.

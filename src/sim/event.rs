@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use protocol::{Gid, Input, Lsn, Message, Millis, NodeId};
+use protocol::{Gid, Lsn, Message, Millis, NodeId};
 
 /// Everything that happens to a node carries the node's life, and ends with it.
 #[derive(Clone, Debug, Hash)]
@@ -19,10 +19,12 @@ pub(crate) enum Event {
         life: u32,
         msg: Message,
     },
-    Input {
+    /// A worker tells that it has prepared.
+    Prepared {
         node: NodeId,
         life: u32,
-        input: Input,
+        gid: Gid,
+        lsn: Lsn,
     },
     Tick {
         node: NodeId,

@@ -8,7 +8,9 @@
 //! search is in [`model`].
 #![forbid(unsafe_code)]
 
+mod apply;
 mod checker;
+mod cluster;
 mod event;
 mod faults;
 pub mod model;

@@ -5,16 +5,17 @@
 //! messages on its links. Time does not exist: with a tick, which may come at any moment, all timers fire.
 //! The invariants are those of the simulator's checker, which rides along in the state.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 use std::fmt;
 
 use protocol::{
-    Config, Core, Decision, Effect, Effects, Fault, GenerationNum, Gid, Input, Lsn, Message,
-    NodeId, NodeSet, Record, Recovered, Refusal, Vote,
+    Config, Decision, Fault, GenerationNum, Gid, Input, Lsn, NodeId, NodeSet, Refusal, Vote,
 };
 use stateright::{Checker as _, HasDiscoveries, Model, Property};
 
-use crate::checker::{Checker, Evidence};
+use crate::checker::Checker;
+pub use crate::cluster::Cluster;
+use crate::cluster::{Envelope, Node};
 
 /// What a search covers. The seeded faults prove that it can find something.
 #[derive(Clone, Copy, Debug)]
@@ -92,43 +93,6 @@ pub fn search(scope: Scope) -> Findings {
     }
 }
 
-/// The whole cluster at one moment.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Cluster {
-    nodes: BTreeMap<NodeId, Node>,
-    network: BTreeSet<Envelope>,
-    crashes: u8,
-    disturbances: u8,
-    checker: Checker,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-struct Node {
-    epoch: u32,
-    core: Option<Core>,
-    records: BTreeMap<Gid, Record>,
-    prepared: BTreeSet<Gid>,
-    finished: BTreeMap<Gid, Decision>,
-    wal: Vec<WalItem>,
-    /// Effects behind a record that is not durable yet.
-    gates: BTreeMap<Gid, VecDeque<Effect>>,
-    /// Own transactions whose client still waits.
-    waiting: BTreeSet<Gid>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum WalItem {
-    Record(Record),
-    Free(Gid),
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-struct Envelope {
-    from: NodeId,
-    to: NodeId,
-    msg: Message,
-}
-
 /// One thing that can happen next.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Step {
@@ -187,11 +151,11 @@ impl Scope {
         ]
     }
 
-    fn configured(&self) -> NodeSet {
+    pub(crate) fn configured(&self) -> NodeSet {
         (1..=self.nodes).filter_map(NodeId::new).collect()
     }
 
-    fn gids(&self) -> impl Iterator<Item = Gid> {
+    pub(crate) fn gids(&self) -> impl Iterator<Item = Gid> {
         (1..=self.transactions)
             .filter_map(NodeId::new)
             .map(|coordinator| Gid {
@@ -202,7 +166,7 @@ impl Scope {
             })
     }
 
-    fn config(&self, node: NodeId, epoch: u32) -> Config {
+    pub(crate) fn config(&self, node: NodeId, epoch: u32) -> Config {
         Config {
             resolve_after_ms: 0,
             resolve_step_ms: 0,
@@ -400,267 +364,4 @@ impl Scope {
             Some(_) => {}
         }
     }
-}
-
-impl Node {
-    fn is_refused(&self, gid: Gid) -> bool {
-        let written = self.wal.iter().any(|item| matches!(item, WalItem::Record(record) if record.gid == gid && !record.voted_yes));
-        written
-            || self
-                .records
-                .get(&gid)
-                .is_some_and(|record| record.decision == Some(Decision::Abort))
-    }
-}
-
-impl Cluster {
-    fn keeps(&self, invariant: &str) -> bool {
-        self.checker
-            .violation()
-            .is_none_or(|violation| violation.invariant != invariant)
-    }
-
-    fn all_finished(&self, decision: Decision) -> bool {
-        self.nodes
-            .values()
-            .all(|node| node.finished.values().any(|finished| *finished == decision))
-    }
-
-    fn some_aborted(&self) -> bool {
-        self.nodes.iter().any(|(name, node)| {
-            let mut ended = node.finished.iter();
-            ended.any(|(gid, decision)| gid.coordinator == *name && *decision == Decision::Abort)
-        })
-    }
-
-    fn start(&mut self, scope: &Scope, name: NodeId, recovered: Vec<Recovered>) {
-        let Some(node) = self.nodes.get_mut(&name) else {
-            return;
-        };
-        node.epoch += 1;
-        let epoch = node.epoch;
-        let mut out = Effects::new();
-        node.core = Some(Core::new(scope.config(name, epoch), recovered, 0, &mut out));
-        self.carry_out(name, &mut out);
-        let peers: Vec<(NodeId, u32)> = self
-            .nodes
-            .iter()
-            .filter(|(peer, node)| **peer != name && node.core.is_some())
-            .map(|(peer, node)| (*peer, node.epoch))
-            .collect();
-        for (peer, peers_epoch) in peers {
-            self.input(
-                name,
-                Input::LinkUp {
-                    peer,
-                    epoch: peers_epoch,
-                },
-            );
-            self.input(peer, Input::LinkUp { peer: name, epoch });
-        }
-    }
-
-    fn restart(&mut self, scope: &Scope, name: NodeId) {
-        let Some(node) = self.nodes.get(&name) else {
-            return;
-        };
-        let gids: BTreeSet<Gid> = node.records.keys().chain(&node.prepared).copied().collect();
-        let found = |gid| Recovered {
-            gid,
-            record: node.records.get(&gid).copied(),
-            prepared: node.prepared.contains(&gid),
-        };
-        let recovered = gids.into_iter().map(found).collect();
-        self.start(scope, name, recovered);
-    }
-
-    fn crash(&mut self, name: NodeId) {
-        self.crashes += 1;
-        if let Some(node) = self.nodes.get_mut(&name) {
-            node.core = None;
-            node.wal.clear();
-            node.gates.clear();
-            node.waiting.clear();
-        }
-        self.network
-            .retain(|envelope| envelope.from != name && envelope.to != name);
-        for gid in self.checker.told_committed() {
-            self.demand_commit_survives(gid);
-        }
-        let peers: Vec<NodeId> = self
-            .nodes
-            .keys()
-            .copied()
-            .filter(|peer| *peer != name)
-            .collect();
-        for peer in peers {
-            self.input(peer, Input::LinkDown { peer: name });
-        }
-    }
-
-    fn input(&mut self, name: NodeId, input: Input) {
-        let mut out = Effects::new();
-        if let Some(core) = self
-            .nodes
-            .get_mut(&name)
-            .and_then(|node| node.core.as_mut())
-        {
-            core.handle(0, input, &mut out);
-        }
-        self.carry_out(name, &mut out);
-    }
-
-    fn carry_out(&mut self, name: NodeId, out: &mut Effects) {
-        for effect in out.drain() {
-            self.submit(name, effect);
-        }
-    }
-
-    fn submit(&mut self, name: NodeId, effect: Effect) {
-        let gid = effect.gid();
-        let Some(node) = self.nodes.get_mut(&name) else {
-            return;
-        };
-        match gid.and_then(|gid| node.gates.get_mut(&gid)) {
-            // The network is a set, so a message that waits already need not wait twice.
-            Some(gate) if gate.contains(&effect) => {}
-            Some(gate) => gate.push_back(effect),
-            None => self.perform(name, effect),
-        }
-    }
-
-    fn perform(&mut self, name: NodeId, effect: Effect) {
-        let Some(node) = self.nodes.get_mut(&name) else {
-            return;
-        };
-        match effect {
-            Effect::Send { msg, .. } if is_left_to_simulator(&msg) => {}
-            Effect::Send { to, msg } => {
-                self.checker.on_sent(name, &msg);
-                let reached = self.nodes.get(&to).is_some_and(|node| node.core.is_some());
-                if to == name {
-                    self.input(name, Input::Message { from: name, msg });
-                } else if reached {
-                    self.network.insert(Envelope {
-                        from: name,
-                        to,
-                        msg,
-                    });
-                }
-            }
-            Effect::Persist { gid, record } => {
-                node.wal.push(WalItem::Record(record));
-                node.gates.insert(gid, VecDeque::new());
-            }
-            Effect::Write { record, .. } => node.wal.push(WalItem::Record(record)),
-            Effect::Free { gid } => {
-                node.wal.push(WalItem::Free(gid));
-                node.gates.insert(gid, VecDeque::new());
-            }
-            Effect::Finish { gid, decision } => self.finish(name, gid, decision),
-            Effect::Reply { gid, outcome } => {
-                let committed = matches!(outcome, protocol::Outcome::Commit { .. });
-                node.waiting.remove(&gid);
-                self.checker.on_told(gid, outcome);
-                if committed {
-                    self.demand_commit_survives(gid);
-                }
-                let decision = if committed {
-                    Decision::Commit
-                } else {
-                    Decision::Abort
-                };
-                self.finish(name, gid, decision);
-            }
-            Effect::LookUp { gid } => {
-                let outcome = node.finished.get(&gid).copied();
-                self.input(name, Input::CoordinatorOutcome { gid, outcome });
-            }
-            Effect::Event(protocol::Event::Decided { gid, decision, .. }) => {
-                self.checker.on_outcome(name, gid, decision)
-            }
-            Effect::Visible { .. }
-            | Effect::Settled { .. }
-            | Effect::PeersFinished { .. }
-            | Effect::Event(_) => {}
-        }
-    }
-
-    fn demand_commit_survives(&mut self, gid: Gid) {
-        let of = |node: &Node| {
-            let record = node.records.get(&gid);
-            Evidence {
-                decision: node
-                    .finished
-                    .get(&gid)
-                    .copied()
-                    .or(record.and_then(|record| record.decision)),
-                accepted: record.and_then(|record| record.accepted),
-                voted_yes: node.prepared.contains(&gid),
-            }
-        };
-        let evidence = self
-            .nodes
-            .iter()
-            .map(|(name, node)| (*name, of(node)))
-            .collect();
-        self.checker.demand_commit_survives(gid, &evidence);
-    }
-
-    fn finish(&mut self, name: NodeId, gid: Gid, decision: Decision) {
-        self.sync(name);
-        let Some(node) = self.nodes.get_mut(&name) else {
-            return;
-        };
-        if node.prepared.remove(&gid) {
-            node.finished.insert(gid, decision);
-            self.checker.on_finished(name, gid, decision);
-        }
-        self.input(name, Input::Finished { gid });
-    }
-
-    fn flush(&mut self, name: NodeId) {
-        self.sync(name);
-        let gates = self
-            .nodes
-            .get_mut(&name)
-            .map(|node| std::mem::take(&mut node.gates))
-            .unwrap_or_default();
-        for effect in gates.into_values().flatten() {
-            self.submit(name, effect);
-        }
-    }
-
-    /// Brings WAL to the disk. Effects that wait for it go with the next [`Step::Flush`].
-    fn sync(&mut self, name: NodeId) {
-        let Some(node) = self.nodes.get_mut(&name) else {
-            return;
-        };
-        for item in node.wal.drain(..) {
-            match item {
-                WalItem::Record(record) => {
-                    node.records.insert(record.gid, record);
-                    self.checker.on_durable(name, record);
-                }
-                WalItem::Free(gid) => {
-                    node.records.remove(&gid);
-                    self.checker.on_freed(name, gid);
-                }
-            }
-        }
-    }
-}
-
-/// Causal order and forgetting are checked by the simulator; here their messages would only multiply states.
-const fn is_left_to_simulator(msg: &Message) -> bool {
-    matches!(
-        msg,
-        Message::AskHorizon
-            | Message::Horizon { .. }
-            | Message::Forget { .. }
-            | Message::Finished {
-                decision: Decision::Commit,
-                ..
-            }
-    )
 }

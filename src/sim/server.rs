@@ -215,16 +215,16 @@ impl Server {
         mark
     }
 
-    /// A PREPARE is safe when its transaction has ended here, or its record refuses it and knows its LSN. While it is prepared it
-    /// counts as open, so that after a restart it comes again and tells its LSN. Outcomes need no rule: their PREPARE goes before them.
+    /// A PREPARE is safe when it is prepared here, finished here, or refused. Outcomes need no rule: their PREPARE goes before them,
+    /// and what is prepared here will be finished by the core.
     fn is_safe(&self, origin: NodeId, lsn: Lsn, item: StreamItem, memory: &Memory) -> bool {
         let StreamItem::Prepare(gid) = item else {
             return true;
         };
+        let kept = self.disk.prepared.contains(&gid) || self.disk.finished.contains_key(&gid);
         let refused = self
             .written_record(gid)
-            .is_some_and(|record| record.decision.is_some() && record.prepare_lsn == lsn);
-        let ended = refused || self.disk.finished.contains_key(&gid);
-        memory.dealt.contains(&(origin, lsn)) && ended && !self.disk.prepared.contains(&gid)
+            .is_some_and(|record| record.decision == Some(Decision::Abort));
+        memory.dealt.contains(&(origin, lsn)) && (kept || refused)
     }
 }

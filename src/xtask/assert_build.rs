@@ -20,7 +20,7 @@ const ARCHIVES: [&str; 2] = [
 ];
 
 /// Contributed modules that the tests use.
-const CONTRIB: [&str; 2] = ["hstore", "auto_explain"];
+const CONTRIB: [&str; 3] = ["hstore", "auto_explain", "pg_surgery"];
 
 /// Builds it, unless that was done before.
 ///

@@ -16,5 +16,6 @@ pub mod pgbench;
 pub mod screen;
 pub mod server;
 pub mod setup;
+pub mod simulate;
 pub mod suite;
 pub mod tally;

@@ -8,7 +8,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use xtask::suite::{self, Options, Size};
-use xtask::{bench, demo, installation, setup};
+use xtask::{bench, demo, installation, setup, simulate};
 
 /// Set-up, demonstration, tests and benchmarks of multimaster.
 #[derive(Parser)]
@@ -40,6 +40,21 @@ enum Task {
         #[arg(long)]
         long: bool,
     },
+    /// Simulate clusters through failures; with SEED, show that one step by step
+    Sim {
+        seed: Option<u64>,
+        /// Nodes of the cluster; several sizes when not given
+        #[arg(long)]
+        nodes: Option<u32>,
+        /// Seeds to run for each size
+        #[arg(long, default_value_t = 2000)]
+        seeds: u64,
+    },
+    /// Search the interleavings of the protocol
+    Model {
+        /// Steps of the search; some minutes' worth when not given
+        steps: Option<u64>,
+    },
     /// Compare the speed with a plain PostgreSQL that has two synchronous standbys
     Bench {
         /// Length of one measurement
@@ -65,6 +80,8 @@ fn main() -> ExitCode {
         Task::Cluster { name, long } => {
             suite::run_cluster_tests(name.as_deref(), if long { Size::Long } else { Size::Full })
         }
+        Task::Sim { seed, nodes, seeds } => simulate::storms(seed, nodes, seeds),
+        Task::Model { steps } => simulate::interleavings(steps),
         Task::Bench {
             seconds,
             repetitions,

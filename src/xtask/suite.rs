@@ -90,7 +90,12 @@ pub fn run_cluster_tests(filter: Option<&str>, size: Size) -> Result<()> {
 }
 
 fn everything(report: &mut Report, size: Size) {
-    report.part("format", || check("fmt", &["fmt", "--all", "--check"]));
+    report.part("format", || {
+        check(
+            "fmt",
+            &["fmt", "--all", "--", "--check", "--files-with-diff"],
+        )
+    });
     report.part("lint", lint);
     report.part("unit", unit_tests);
     let built = report.part("build", || {
@@ -175,6 +180,7 @@ fn unit_tests() -> Result<Tally> {
             "--no-fail-fast",
             "--show-progress",
             "none",
+            "--cargo-quiet",
             "--status-level",
             "fail",
         ]);

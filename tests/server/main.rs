@@ -10,6 +10,7 @@ mod commit;
 mod conflicts;
 mod constraints;
 mod ddl;
+mod rows;
 mod stream;
 mod traps;
 mod views;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         stream::cases(),
         constraints::cases(),
         ddl::cases(),
+        rows::cases(),
         workers::cases(),
     ]
     .concat();

@@ -5,14 +5,15 @@ use super::progress::Progress;
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::arbiter::{MARK_ROWS, body_of, number_in};
 use crate::cluster::{Identity, slot_name};
+use crate::failpoint::{Failpoint, hit};
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::{self, NodeShared, shared};
 use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
 use crate::pg::{clock, locks};
-use protocol::{Decision, Gid, Lsn, NodeId, Record, Vote};
-use std::collections::BTreeSet;
+use protocol::{Decision, Gid, Lsn, NodeId, Record, Refusal, Vote};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use wire::stream::{Message, StreamFrame};
@@ -45,6 +46,8 @@ struct Receiver {
     /// Transactions of this peer that this server knows already; what is not in here and comes is new.
     prepared: BTreeSet<Gid>,
     ended: BTreeSet<Gid>,
+    /// Those of them whose PREPARE lies nobody knows where in the stream: see `place`.
+    unplaced: Vec<(Gid, Vote)>,
     stored_at: Instant,
     told_at: Instant,
     seen: Lsn,
@@ -101,24 +104,27 @@ fn leave() {
 
 impl Receiver {
     fn recover(peer: NodeId, node: &'static NodeShared) -> Receiver {
-        let (marks, stored, ended) = process::in_transaction(|| {
-            let marks = DurableTable::open(c"marks", MARK_ROWS);
-            let stored = Lsn(number_in(&marks.read_all()[peer.get() as usize]));
-            let ended = DurableTable::open(c"records", 0)
-                .read_all()
-                .iter()
-                .filter_map(|body| Record::from_bytes(body).ok())
-                .filter(|record| record.gid.coordinator == peer && (record.decision.is_some() || !record.voted_yes))
-                .map(|record| record.gid)
-                .collect();
-            (marks, stored, ended)
-        });
-        let prepared = locks::prepared_names()
+        // In this order: finishes go on meanwhile, and each writes its record first. What is no longer prepared has its record by then.
+        let prepared: BTreeSet<Gid> = locks::prepared_names()
             .values()
             .filter_map(|name| Gid::parse(name))
             .map(|(_, gid)| gid)
             .filter(|gid| gid.coordinator == peer)
             .collect();
+        let (marks, stored, records) = process::in_transaction(|| {
+            let marks = DurableTable::open(c"marks", MARK_ROWS);
+            let stored = Lsn(number_in(&marks.read_all()[peer.get() as usize]));
+            let records: BTreeMap<Gid, Record> = DurableTable::open(c"records", 0)
+                .read_all()
+                .iter()
+                .filter_map(|body| Record::from_bytes(body).ok())
+                .filter(|record| record.gid.coordinator == peer)
+                .map(|record| (record.gid, record))
+                .collect();
+            (marks, stored, records)
+        });
+        let ended =
+            records.values().filter(|record| record.decision.is_some() || !record.voted_yes).map(|record| record.gid);
         node.mark.store(stored.0, Ordering::Release);
         Receiver {
             peer,
@@ -127,8 +133,9 @@ impl Receiver {
             progress: Progress::new(stored),
             stored,
             current: Current::None,
+            unplaced: unplaced(&prepared, &records),
+            ended: ended.collect(),
             prepared,
-            ended,
             stored_at: Instant::now(),
             told_at: Instant::now(),
             seen: stored,
@@ -161,11 +168,13 @@ impl Receiver {
             Some(b'w') if message.len() > DATA_HEADER_BYTES => {
                 let at = Lsn(number(message, 1));
                 self.seen = self.seen.max(Lsn(number(message, 9)));
+                self.place();
                 self.on_data(at, &message[DATA_HEADER_BYTES..]);
             }
             Some(b'k') if message.len() >= 18 => {
                 let end = Lsn(number(message, 1));
                 self.seen = self.seen.max(end);
+                self.place();
                 if matches!(self.current, Current::None) {
                     self.progress.pass(end);
                 }
@@ -174,6 +183,15 @@ impl Receiver {
             _ => pgrx::error!("multimaster receiver of node {}: unknown replication message", self.peer.get()),
         }
         self.node.received.store(self.seen.0, Ordering::Relaxed);
+    }
+
+    /// Tells the arbiter behind which position of the stream the transactions found at the start are certainly prepared: the peer had flushed each
+    /// PREPARE before this server could know of it, so before it sent what has just come. Without that, nobody could ever say that the mark has
+    /// passed a PREPARE that is not sent again.
+    fn place(&mut self) {
+        for (gid, vote) in std::mem::take(&mut self.unplaced) {
+            submit(&LocalEvent::Voted { gid, vote, lsn: self.seen });
+        }
     }
 
     /// `at` is the end of the PREPARE for the message that ends a transaction.
@@ -200,6 +218,7 @@ impl Receiver {
             pgrx::error!("multimaster receiver of node {}: a transaction without its head", self.peer.get());
         };
         let gid = begin.gid;
+        hit(Failpoint::ReceiverBegins);
         let prepared = self.prepared.contains(&gid);
         self.current = if prepared || self.ended.contains(&gid) {
             Current::Skipping { prepared, gid }
@@ -218,9 +237,11 @@ impl Receiver {
         match std::mem::replace(&mut self.current, Current::None) {
             Current::Feeding(feed) => {
                 self.progress.hand(at, feed.index, feed.job);
+                hit(Failpoint::ReceiverHands);
                 feed.end();
             }
             Current::Skipping { prepared, gid } => {
+                hit(Failpoint::ReceiverSkips);
                 if prepared {
                     submit(&LocalEvent::Voted { gid, vote: Vote::Yes, lsn: at });
                 }
@@ -287,7 +308,11 @@ impl Receiver {
         let pause = if self.reply_wanted { STATUS_INTERVAL_ASKED } else { STATUS_INTERVAL };
         if mark > self.stored && self.stored_at.elapsed() >= pause {
             let row = (u32::from(self.peer.get()), body_of(mark.0));
-            records::flush(process::in_transaction(|| self.marks.write(&mut [row])));
+            hit(Failpoint::MarkBeforeStore);
+            let end = process::in_transaction(|| self.marks.write(&mut [row]));
+            hit(Failpoint::MarkBeforeFlush);
+            records::flush(end);
+            hit(Failpoint::MarkBeforeConfirm);
             self.stored = mark;
             self.stored_at = Instant::now();
             self.node.mark.store(mark.0, Ordering::Release);
@@ -296,9 +321,23 @@ impl Receiver {
             return;
         }
         stream.send(&status_message(self.seen, self.stored));
+        hit(Failpoint::MarkAfterConfirm);
         self.reply_wanted = false;
         self.told_at = Instant::now();
     }
+}
+
+/// Transactions whose place in the stream no record tells, with what this server has to say about each.
+fn unplaced(prepared: &BTreeSet<Gid>, records: &BTreeMap<Gid, Record>) -> Vec<(Gid, Vote)> {
+    let is_placed = |gid: &Gid| records.get(gid).is_some_and(|record| record.prepare_lsn > Lsn::ZERO);
+    let ended = records.values().filter(|record| record.decision.is_some()).map(|record| record.gid);
+    let refused = || Vote::No(Refusal::retry("the transaction has ended on this node", ""));
+    prepared
+        .iter()
+        .map(|gid| (*gid, Vote::Yes))
+        .chain(ended.filter(|gid| !prepared.contains(gid)).map(|gid| (gid, refused())))
+        .filter(|(gid, _)| !is_placed(gid))
+        .collect()
 }
 
 /// A standby status update: written, flushed and applied positions, time, no reply wanted.

@@ -2,6 +2,7 @@
 
 use super::finish;
 use crate::arbiter::event::{LocalEvent, submit};
+use crate::failpoint::{Failpoint, hit};
 use crate::pg::apply_error::{ApplyFailure, attempt};
 use crate::pg::process::{self, Wait};
 use crate::pg::records::DurableTable;
@@ -91,7 +92,7 @@ fn leave() {
     let Some(slot) = shared::workers().get(MY_SLOT.load(Ordering::Relaxed)) else {
         return;
     };
-    finish::give_back();
+    finish::leave();
     // From here on no receiver can claim it.
     let state = slot.state.swap(worker::STARTING, Ordering::AcqRel);
     match slot.gid.get() {
@@ -157,13 +158,21 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
 fn report(slot: &WorkerSlot, job: &Job, end: Lsn, result: Result<Applied, ApplyFailure>) {
     let vote = match result {
         Ok(Applied::Prepared) => Vote::Yes,
-        // The origin has rolled it back: nobody waits for a vote.
+        // Its feeder went away and will have it sent again.
         Ok(Applied::Dropped) => return,
+        // The record of it must say where its PREPARE lies, if somebody has asked about it.
+        Ok(Applied::RolledBack) => Vote::No(Refusal::retry("the transaction was rolled back by its origin", "")),
         Err(failure) => Vote::No(refusal(slot, failure)),
     };
     let counter = if vote == Vote::Yes { &shared().counters.applied } else { &shared().counters.refused };
     counter.fetch_add(1, Ordering::Relaxed);
+    let (before, after) = match vote {
+        Vote::Yes => (None, Failpoint::ApplyAfterYes),
+        Vote::No(_) => (Some(Failpoint::ApplyBeforeNo), Failpoint::ApplyAfterNo),
+    };
+    before.into_iter().for_each(hit);
     send_vote(job.gid, vote, end, job.is_users());
+    hit(after);
 }
 
 /// Hands the vote to the arbiter.
@@ -204,7 +213,9 @@ fn refusal(slot: &WorkerSlot, failure: ApplyFailure) -> Refusal {
 /// How an apply without an error ended.
 enum Applied {
     Prepared,
+    /// The origin's stream broke off.
     Dropped,
+    RolledBack,
 }
 
 fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Applied, ApplyFailure> {
@@ -229,6 +240,7 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
                     inbox.slot.gid.set(Some(begun.gid));
                     // From here on there is somebody to answer, whatever happens.
                     let begun = job.insert(begun);
+                    hit(Failpoint::ApplyBegins);
                     wait_for_order(inbox.slot, &begun.deps);
                 }
                 StreamFrame::Ddl(payload) => {
@@ -243,7 +255,7 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
                     if prepare.aborted {
                         applier.abandon();
                         process::abort_transaction();
-                        return Ok(Applied::Dropped);
+                        return Ok(Applied::RolledBack);
                     }
                 }
                 row => applier.apply(&row).map_err(ApplyFailure::from)?,
@@ -259,8 +271,10 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
         return Ok(Applied::Dropped);
     };
     applier.finish().map_err(ApplyFailure::from)?;
+    hit(Failpoint::ApplyBeforePrepare);
     twophase::prepare(&job.name);
     PREPARED.store(true, Ordering::Relaxed);
+    hit(Failpoint::ApplyAfterPrepare);
     Ok(Applied::Prepared)
 }
 

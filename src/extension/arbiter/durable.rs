@@ -3,7 +3,7 @@
 //! The core says `Persist` before an effect that shows the new state to somebody. Effects of the same transaction wait here until the record
 //! is on disk; other transactions are not held back. Records are written by the arbiter's main thread in batches, one flush for all.
 
-use crate::pg::records::Body;
+use crate::pg::records::{BODY_BYTES, Body};
 use protocol::{Effect, Gid};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -35,6 +35,11 @@ impl Tuples {
         Some(id)
     }
 
+    /// The transaction's tuple, if it has one.
+    pub fn taken_by(&self, gid: Gid) -> Option<u32> {
+        self.by_gid.get(&gid).copied()
+    }
+
     pub fn free(&mut self, gid: Gid) {
         if let Some(id) = self.by_gid.remove(&gid) {
             self.free.insert(id);
@@ -55,6 +60,9 @@ pub struct Batch {
 pub struct DurableOrder {
     held: BTreeMap<Gid, VecDeque<Effect>>,
     batch: Batch,
+    /// Records to be emptied; they go with the next flush that somebody waits for.
+    empty: Batch,
+    emptying: BTreeSet<Gid>,
 }
 
 impl DurableOrder {
@@ -80,14 +88,28 @@ impl DurableOrder {
         self.batch.writes.push((tuple, body));
     }
 
-    /// The batch collected so far, if there is something in it.
-    pub fn take_batch(&mut self) -> Option<Batch> {
+    /// Empties a record that nobody needs any more, without a flush of its own. Later effects of the transaction wait: what others have been
+    /// told to forget must not rise again at a restart of this node. The tuple is taken until then.
+    pub fn clear(&mut self, gid: Gid, tuple: u32) {
+        self.empty.writes.push((tuple, [0; BODY_BYTES]));
+        self.empty.waiting.push(gid);
+        self.emptying.insert(gid);
+        self.held.entry(gid).or_default();
+    }
+
+    /// The batch collected so far, if there is something in it. Records to be emptied come along when there is a flush anyway, or when they are
+    /// `overdue`; behind the others, since a record of the same transaction can be among those.
+    pub fn take_batch(&mut self, overdue: bool) -> Option<Batch> {
+        if overdue || !self.batch.waiting.is_empty() {
+            self.batch.writes.append(&mut self.empty.writes);
+            self.batch.waiting.append(&mut self.empty.waiting);
+        }
         (!self.batch.writes.is_empty()).then(|| std::mem::take(&mut self.batch))
     }
 
-    /// The record of the transaction is durable: the effects that waited, to be carried out in order. Those behind a further `Persist` are held
-    /// again by the caller, who runs them through the same path.
-    pub fn release(&mut self, gid: Gid) -> VecDeque<Effect> {
-        self.held.remove(&gid).unwrap_or_default()
+    /// The record of the transaction is durable: the effects that waited, to be carried out in order, and whether the record is empty now. Those
+    /// behind a further `Persist` are held again by the caller, who runs them through the same path.
+    pub fn release(&mut self, gid: Gid) -> (VecDeque<Effect>, bool) {
+        (self.held.remove(&gid).unwrap_or_default(), self.emptying.remove(&gid))
     }
 }

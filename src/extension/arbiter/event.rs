@@ -1,9 +1,11 @@
 //! What the processes of a server tell its arbiter, and what they are told to finish: records of the two queues in shared memory.
 
-use crate::pg::process;
+use crate::pg::process::{self, Wait};
 use crate::pg::shared::{EVENT_BYTES, FINISH_BYTES, shared};
 use protocol::{Decision, Gid, Lsn, NodeId, NodeSet, Vote};
 use serde::{Deserialize, Serialize};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 /// A fact about this server, for the protocol core.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -20,6 +22,8 @@ pub enum LocalEvent {
     StreamOutcome { gid: Gid, decision: Decision },
     /// The local database has finished the transaction.
     Finished { gid: Gid },
+    /// The process that was to finish the transaction went away.
+    FinishLost { gid: Gid },
     /// The waiting backend was asked to cancel, terminate or time out.
     Interrupted { gid: Gid },
     /// The backend went away and left its transaction prepared.
@@ -100,7 +104,7 @@ pub fn submit(event: &LocalEvent) {
         .expect("refusals are cut so that every event fits");
     let shared = shared();
     while !shared.events.push(&buffer[..length]) {
-        shared.counters.events_waited.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        shared.counters.events_waited.fetch_add(1, Ordering::Relaxed);
         shared.wake_arbiter_thread();
         process::pause_ms(1);
     }
@@ -124,12 +128,36 @@ impl FinishOrder {
         shared().push_finish(&buffer[..length])
     }
 
-    /// Takes the next order.
+    /// Takes the next order; the caller says [`FinishOrder::put_down`] when it is carried out or lost.
     pub fn take() -> Option<FinishOrder> {
         let mut buffer = [0u8; FINISH_BYTES];
-        let record = shared().finishes.pop(&mut buffer)?;
+        shared().finishes_in_hand.fetch_add(1, Ordering::AcqRel);
+        let Some(record) = shared().finishes.pop(&mut buffer) else {
+            FinishOrder::put_down();
+            return None;
+        };
         let (order, _) = bincode::serde::decode_from_slice(record, bincode::config::standard())
             .expect("the queue holds only what push() encoded");
         Some(order)
+    }
+
+    /// The calling process no longer has the order that it took.
+    pub fn put_down() {
+        shared().finishes_in_hand.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Drops the orders of an earlier life of the arbiter and waits until those in hand are carried out: their records must not be written after this
+/// life has given their tuples to others.
+pub fn await_finishes() {
+    loop {
+        while FinishOrder::take().is_some() {
+            FinishOrder::put_down();
+        }
+        if shared().finishes_in_hand.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        process::wait_latch(Duration::from_millis(5), Wait::Work);
+        process::check_interrupts();
     }
 }

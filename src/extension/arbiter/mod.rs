@@ -5,6 +5,7 @@
 
 pub mod durable;
 pub mod event;
+mod finishing;
 mod net_config;
 mod start;
 mod thread;
@@ -12,6 +13,7 @@ mod user_votes;
 
 pub use start::{MARK_ROWS, find, body_of, number_in};
 
+use crate::failpoint::{Failpoint, hit};
 use crate::guc;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
@@ -49,6 +51,8 @@ struct MainThread {
 pub fn main() {
     process::attach_signals();
     process::stay_local();
+    #[cfg(feature = "failpoints")]
+    crate::pg::failpoint::arm_as_configured();
     shared().arbiter.set_self();
     process::at_exit(leave);
     start::find_database();
@@ -141,11 +145,15 @@ impl MainThread {
         if writes.is_empty() {
             return;
         }
+        hit(Failpoint::RecordsBeforeWrite);
         // Of two records of one transaction only the later counts; a stable sort keeps their order.
         let end = process::in_transaction(|| self.records.write(&mut writes));
         if !waiting.is_empty() {
+            hit(Failpoint::RecordsBeforeFlush);
             records::flush(end);
+            hit(Failpoint::RecordsBeforeAnswer);
             let _ = self.replies.send(FromMain::Durable(waiting));
+            hit(Failpoint::RecordsAfterAnswer);
         }
     }
 

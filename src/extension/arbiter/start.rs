@@ -2,10 +2,12 @@
 
 use super::RESTART_PAUSE;
 use super::durable::{RECORDS_MAX, Tuples};
+use super::event;
 use super::net_config::{NetSettings, millis, start_mesh};
 use super::thread::{Arbiter, FromMain, MainLink};
 use crate::cluster::Identity;
 use crate::cluster::identity::ClusterState;
+use crate::failpoint::{Failpoint, hit};
 use crate::guc;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
@@ -118,6 +120,10 @@ pub struct Decider {
 
 /// Reads the durable records and the prepared transactions, starts a new epoch and publishes the identity.
 pub fn recover(identity: &Identity) -> RecoveredState {
+    event::await_finishes();
+    // Prepared transactions first: a finish writes its record before, so what is not prepared has its record by then.
+    let prepared: Vec<Gid> =
+        locks::prepared_names().values().filter_map(|name| Gid::parse(name)).map(|(_, gid)| gid).collect();
     let (records, bodies) = process::in_transaction(|| {
         let table = DurableTable::open(c"records", RECORDS_MAX);
         let bodies = table.read_all();
@@ -128,9 +134,9 @@ pub fn recover(identity: &Identity) -> RecoveredState {
         .zip(&bodies)
         .filter_map(|(tuple, body)| Record::from_bytes(body).ok().map(|record| (record.gid, (tuple, record))))
         .collect();
-    let prepared: Vec<Gid> =
-        locks::prepared_names().values().filter_map(|name| Gid::parse(name)).map(|(_, gid)| gid).collect();
+    hit(Failpoint::StartBeforeEpoch);
     let epoch = next_epoch(identity.node_id);
+    hit(Failpoint::StartAfterEpoch);
     publish(identity);
     let config = config(identity, epoch);
     let tuples = Tuples::new(found.iter().map(|(gid, (tuple, _))| (*gid, *tuple)));
@@ -183,6 +189,7 @@ fn next_epoch(node: NodeId) -> u32 {
         shared().epoch.store(epoch as u32, Ordering::Release);
         marks.write(&mut [(EPOCH_ROW, body_of(epoch))])
     });
+    hit(Failpoint::StartBeforeEpochFlush);
     records::flush(end);
     shared().epoch.load(Ordering::Acquire)
 }

@@ -6,6 +6,8 @@
 use super::start::Decider;
 use super::durable::{Batch, DurableOrder, Tuples};
 use super::event::{self, Ended, Fate, FinishOrder, InFlight, LocalEvent, Question};
+use super::finishing::Finishing;
+use crate::failpoint::{self, Failpoint, hit_in_thread};
 use crate::pg::thread as os_thread;
 use crate::pg::shared::{self, EVENT_BYTES, NodeStatus, outcome, shared};
 use mesh::{MeshEvent, MeshHandle};
@@ -94,8 +96,7 @@ pub struct Arbiter {
     waiting: BTreeMap<Gid, Waiting>,
     /// Messages of this node to itself.
     to_self: VecDeque<Message>,
-    /// Finishes that found the queue full.
-    delayed: VecDeque<FinishOrder>,
+    finishing: Finishing,
     linked: NodeSet,
     peer_views: BTreeMap<NodeId, NodeSet>,
 }
@@ -129,7 +130,7 @@ impl Arbiter {
             order: DurableOrder::default(),
             waiting: BTreeMap::new(),
             to_self: VecDeque::new(),
-            delayed: VecDeque::new(),
+            finishing: Finishing::default(),
             linked: NodeSet::default(),
             peer_views: BTreeMap::new(),
         }
@@ -142,7 +143,9 @@ impl Arbiter {
         mut from_main: mpsc::UnboundedReceiver<FromMain>,
     ) -> std::io::Result<()> {
         let mut first = std::mem::take(&mut self.effects);
+        hit_in_thread(Failpoint::StartBeforeEffects);
         self.carry_out(first.drain());
+        hit_in_thread(Failpoint::StartAfterEffects);
         self.adopt_waiting_backends();
         let wake = os_thread::wake_readiness()?;
         // An earlier life of this process may have died between draining the descriptor and saying so.
@@ -207,7 +210,11 @@ impl Arbiter {
         while let Some(msg) = self.to_self.pop_front() {
             self.input(Input::Message { from: self.node, msg });
         }
-        if let Some(batch) = self.order.take_batch() {
+        self.send_batch(false);
+    }
+
+    fn send_batch(&mut self, overdue: bool) {
+        if let Some(batch) = self.order.take_batch(overdue) {
             self.main.send(ToMain::Write(batch));
         }
     }
@@ -237,7 +244,12 @@ impl Arbiter {
             }
             LocalEvent::UserVoted { gid, vote } => self.send(gid.coordinator, &Message::Vote { gid, vote }),
             LocalEvent::StreamOutcome { gid, decision } => self.input(Input::StreamOutcome { gid, decision }),
-            LocalEvent::Finished { gid } => self.input(Input::Finished { gid }),
+            LocalEvent::Finished { gid } => {
+                if self.finishing.finished(gid) {
+                    self.input(Input::Finished { gid });
+                }
+            }
+            LocalEvent::FinishLost { gid } => self.finishing.lost(gid),
             LocalEvent::Interrupted { gid } => match self.user_votes.interrupt(gid) {
                 Some(tally) => self.answer_user(gid, tally),
                 None => self.input(Input::Interrupted { gid }),
@@ -325,7 +337,10 @@ impl Arbiter {
         match message {
             FromMain::Durable(gids) => {
                 for gid in gids {
-                    let held = self.order.release(gid);
+                    let (held, emptied) = self.order.release(gid);
+                    if emptied {
+                        self.tuples.free(gid);
+                    }
                     self.carry_out(held.into_iter());
                 }
             }
@@ -342,12 +357,8 @@ impl Arbiter {
     fn on_tick(&mut self) {
         self.refresh_status();
         self.input(Input::Tick);
-        while let Some(order) = self.delayed.pop_front() {
-            if !order.push() {
-                self.delayed.push_front(order);
-                break;
-            }
-        }
+        self.finishing.push_delayed();
+        self.send_batch(true);
     }
 
     /// The nodes whose arbiter we talk to and whose stream we receive.
@@ -379,9 +390,12 @@ impl Arbiter {
     }
 
     fn send(&self, to: NodeId, msg: &Message) {
+        let around = failpoint::around(msg);
+        around.into_iter().for_each(|(before, _)| hit_in_thread(before));
         if let Err(error) = self.mesh.send(to, msg) {
             self.main.log(LogLevel::Warning, format!("a message to node {} was not sent: {error}", to.get()));
         }
+        around.into_iter().for_each(|(_, after)| failpoint::hit_after_sending(after));
     }
 
     fn reconfigure(&self, send_ms: u64, recv_ms: u64) {
@@ -429,6 +443,10 @@ impl Arbiter {
                     Some(tuple) if matches!(effects.peek(), Some(Effect::Finish { gid: next, .. }) if *next == gid) => {
                         pending_record = Some((gid, tuple, record.to_bytes()));
                     }
+                    // The backend that hears the outcome finishes at once: the record must be durable before.
+                    Some(tuple) if matches!(effects.peek(), Some(Effect::Reply { gid: next, .. }) if *next == gid) => {
+                        self.order.persist(gid, tuple, record.to_bytes());
+                    }
                     Some(tuple) => self.order.write(tuple, record.to_bytes()),
                     None => self.out_of_records(gid),
                 },
@@ -445,7 +463,11 @@ impl Arbiter {
         match effect {
             Effect::Send { to, msg } if to == self.node => self.to_self.push_back(msg),
             Effect::Send { to, msg } => self.send(to, &msg),
-            Effect::Free { gid } => self.tuples.free(gid),
+            Effect::Free { gid } => {
+                if let Some(tuple) = self.tuples.taken_by(gid) {
+                    self.order.clear(gid, tuple);
+                }
+            }
             Effect::Reply { gid, outcome } => self.reply(gid, outcome),
             Effect::PeersFinished { gid } => {
                 if let Some(waiting) = self.waiting.remove(&gid) {
@@ -472,9 +494,9 @@ impl Arbiter {
 
     fn finish(&mut self, gid: Gid, decision: Decision, record: Option<(u32, Vec<u8>)>) {
         let order = FinishOrder { gid, decision, record };
-        if !self.delayed.is_empty() || !order.push() {
-            self.delayed.push_back(order);
-        }
+        hit_in_thread(Failpoint::BeforeFinishOrder);
+        self.finishing.give(order);
+        hit_in_thread(Failpoint::AfterFinishOrder);
     }
 
     fn reply(&mut self, gid: Gid, result: Outcome) {
@@ -493,8 +515,10 @@ impl Arbiter {
             }
             Outcome::Unknown => outcome::UNKNOWN,
         };
+        hit_in_thread(Failpoint::BeforeReply);
         slot.outcome.store(code, Ordering::Release);
         shared::wake_proc(waiting.backend as usize);
+        hit_in_thread(Failpoint::AfterReply);
     }
 
     /// The votes on a user's PREPARE TRANSACTION are in.
@@ -510,8 +534,11 @@ impl Arbiter {
 
     fn report(&self, event: &Event) {
         match event {
-            // Every transaction has one: not for the log.
-            Event::Decided { source: Source::Central | Source::Told | Source::VotedNo, .. } => {}
+            // Every transaction has one, and conflicts are ordinary: not for the log.
+            Event::Decided {
+                source: Source::Central | Source::Told | Source::VotedNo | Source::Refused,
+                ..
+            } => {}
             event => self.main.log(LogLevel::Info, format!("{event:?}")),
         }
     }

@@ -14,6 +14,7 @@ use super::process::{self, Wait};
 use super::shared::{self, outcome, stage};
 use super::{fixed_text::FixedText, raw, twophase};
 use crate::arbiter::event::{LocalEvent, submit};
+use crate::failpoint::{Failpoint, hit_in_backend};
 use crate::guc;
 use pgrx::{PgLogLevel, pg_sys};
 use protocol::Gid;
@@ -35,6 +36,8 @@ const LOOK_AROUND: Duration = Duration::from_millis(500);
 thread_local! {
     /// Inside the sequence: the commits it does itself must not enter it again.
     static IN_SEQUENCE: Cell<bool> = const { Cell::new(false) };
+    /// The last xid whose existence this session made sure to be on disk.
+    static ON_DISK: Cell<pg_sys::TransactionId> = const { Cell::new(pg_sys::InvalidTransactionId) };
     /// Announced to the arbiter and not finished by this backend yet.
     static UNFINISHED: Cell<Option<Gid>> = const { Cell::new(None) };
     /// A user's own PREPARE TRANSACTION, announced to the arbiter and not answered yet.
@@ -89,9 +92,21 @@ fn current_gid() -> Option<Gid> {
 }
 
 /// The part of the gid that is known before COMMIT; assigns the transaction its xid.
+///
+/// The xid is on disk before anybody hears of it: a server that crashes gives an xid that left no trace in WAL to another transaction, and whoever
+/// asked afterwards how the first one ended would hear of the other.
 pub fn identifying_text() -> Option<String> {
-    // SAFETY: guarded call in an ordinary function context; assigns an xid, which may raise (recovery, wraparound) by unwinding.
-    unsafe { pg_sys::GetTopTransactionId() };
+    // SAFETY: guarded calls in an ordinary function context; assigning an xid may raise (recovery, wraparound) by unwinding.
+    unsafe {
+        let xid = pg_sys::GetTopTransactionId();
+        if ON_DISK.replace(xid) != xid {
+            let trace = 0u8;
+            pg_sys::XLogBeginInsert();
+            pg_sys::XLogRegisterData((&raw const trace).cast_mut().cast(), 1);
+            pg_sys::XLogFlush(pg_sys::XLogInsert(pg_sys::RmgrIds::RM_XLOG_ID as u8, pg_sys::XLOG_NOOP as u8));
+        }
+    }
+    super::hooks::note_harmless();
     let gid = current_gid()?;
     Some(format!("mtm-{:08x}-{}-{}", shared::shared().cluster_tag().0, gid.coordinator.get(), gid.xid))
 }
@@ -119,19 +134,26 @@ pub unsafe fn commit_globally() {
         IN_SEQUENCE.set(true);
         let session = prepare_under(name.as_ptr(), Preparing::Commit, || {});
         let wait_peers = guc::wait_peer_commits();
+        hit_in_backend(Failpoint::BackendAfterPrepare);
         announce(gid, wait_peers);
+        hit_in_backend(Failpoint::BackendAfterAnnouncing);
         match await_outcome(gid) {
             outcome::COMMIT => {
+                hit_in_backend(Failpoint::BackendBeforeCommit);
                 finish(name.as_ptr(), true);
+                hit_in_backend(Failpoint::BackendAfterCommit);
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Finished { gid });
                 if wait_peers {
                     await_peers(gid);
                 }
                 shared::shared().counters.commits.fetch_add(1, Ordering::Relaxed);
+                hit_in_backend(Failpoint::BackendBeforeAnswer);
             }
             outcome::ABORT => {
+                hit_in_backend(Failpoint::BackendBeforeRollback);
                 finish(name.as_ptr(), false);
+                hit_in_backend(Failpoint::BackendAfterRollback);
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Finished { gid });
                 shared::shared().counters.aborts.fetch_add(1, Ordering::Relaxed);
@@ -249,6 +271,7 @@ unsafe fn prepare_under(name: *const c_char, preparing: Preparing, before_prepar
         claim_commit();
         reset_outcome();
         before_prepare();
+        hit_in_backend(Failpoint::BackendBeforePrepare);
         raw::CommitTransactionCommand();
         raw::StartTransactionCommand();
         session

@@ -9,6 +9,8 @@ pub mod commit;
 pub mod ddl;
 pub mod ddl_bridge;
 pub mod decode;
+#[cfg(feature = "failpoints")]
+pub mod failpoint;
 mod fixed_text;
 pub mod hooks;
 pub mod invalidation;
@@ -35,6 +37,9 @@ mod workers;
 
 /// Registers shared memory, hooks and the arbiter. Called once, from `_PG_init` in the postmaster.
 pub fn register(workers_max: usize) {
+    // pgrx would add a backtrace to the DETAIL of every error it catches and raises again, which clients and peers read.
+    // SAFETY: the postmaster has one thread.
+    unsafe { std::env::remove_var("RUST_BACKTRACE") };
     shared::register(workers_max);
     hooks::register();
     ddl_bridge::register();

@@ -118,15 +118,15 @@ pub fn reload() {
     unsafe { pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP) };
 }
 
+/// Ends a background worker so that the postmaster starts it again after its restart time.
+pub fn exit_to_restart() -> ! {
+    // SAFETY: the regular end of a process; exit code 0 would mean that the worker is never needed again.
+    unsafe { pg_sys::proc_exit(1) }
+}
+
 /// Ends this process in the way that makes the postmaster restart all processes with fresh shared memory.
 pub fn crash_server() -> ! {
     std::process::abort()
-}
-
-/// Ends a background worker so that the postmaster starts it again. A plain return would be taken for the end of its work.
-pub fn exit_to_restart() -> ! {
-    // SAFETY: the exit callbacks run; nothing else of this process does.
-    unsafe { pg_sys::proc_exit(1) }
 }
 
 /// Whether the backend was asked to cancel or to go away. Looks only.

@@ -380,6 +380,8 @@ pub struct Shared {
     pub finisher: ProcCell,
     /// True while an event has been queued that the tokio thread has not looked at: no second write to the eventfd is needed.
     pub wake_pending: AtomicBool,
+    /// Orders to finish that some process has taken and not carried out yet.
+    pub finishes_in_hand: AtomicU32,
     /// Position from which the next finish looks for an idle worker.
     pub finish_cursor: AtomicU32,
     pub nodes: [NodeShared; NODES],
@@ -388,6 +390,8 @@ pub struct Shared {
     pub conflicts: ConflictLog,
     pub events: Queue<EVENT_BYTES, 2048>,
     pub finishes: Queue<FINISH_BYTES, 2048>,
+    #[cfg(feature = "failpoints")]
+    pub failpoint: super::failpoint::Armed,
 }
 
 static SHARED: AtomicPtr<Shared> = AtomicPtr::new(std::ptr::null_mut());

@@ -172,7 +172,7 @@ fn a_member_bars_what_it_has_never_heard_of() {
     );
     assert_eq!(
         words(&bench.vote(gid, Vote::Yes, 50)),
-        ["write Abort", "finish Abort"],
+        ["finish Abort"],
         "no late yes"
     );
 }

@@ -96,6 +96,7 @@ fn messages() -> Vec<(&'static str, Message)> {
             Message::Finished {
                 gid,
                 decision: Decision::Commit,
+                csn: Some(Csn(5 << 40 | 77)),
             },
         ),
         ("forget", Message::Forget { gid }),

@@ -75,7 +75,13 @@ fn messages() -> impl Strategy<Value = Message> {
                 }
             }
         ),
-        (gids(), decisions()).prop_map(|(gid, decision)| Message::Finished { gid, decision }),
+        (gids(), decisions(), proptest::option::of(any::<u64>())).prop_map(
+            |(gid, decision, csn)| Message::Finished {
+                gid,
+                decision,
+                csn: csn.map(Csn)
+            }
+        ),
         Just(Message::AskHorizon),
         any::<u64>().prop_map(|csn| Message::Horizon { csn: Csn(csn) }),
     ]

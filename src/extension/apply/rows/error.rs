@@ -53,13 +53,11 @@ pub enum ApplyError {
     RowMissing {
         table: TableName,
         command: &'static str,
-        key: String,
     },
     #[error("the row to {command} in table \"{table}\" was changed by a concurrent transaction")]
     RowTaken {
         table: TableName,
         command: &'static str,
-        key: String,
     },
 }
 
@@ -77,18 +75,16 @@ impl ApplyError {
         }
     }
 
-    /// What the message leaves out; empty when that is nothing.
+    /// What the message leaves out, but for the row, which [`crate::pg::rows::current_target`] names.
     pub fn detail(&self) -> String {
-        match self {
-            ApplyError::RowMissing { table, key, .. } => {
-                format!("This node differs from the origin in table \"{table}\", key {key}.")
-            }
-            ApplyError::RowTaken { table, key, .. } => format!("Table \"{table}\", key {key}."),
+        let detail = match self {
+            ApplyError::RowMissing { .. } => "This node differs from the origin.",
             ApplyError::NoIdentity { .. } => {
-                "The table needs a primary key, or REPLICA IDENTITY FULL.".to_owned()
+                "The table needs a primary key, or REPLICA IDENTITY FULL."
             }
-            _ => String::new(),
-        }
+            _ => "",
+        };
+        detail.to_owned()
     }
 }
 
@@ -97,19 +93,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_missing_row_names_table_and_key() {
-        let error = ApplyError::RowMissing {
-            table: "public.t".into(),
-            command: "update",
-            key: "(id)=(1)".into(),
+    fn a_missing_row_is_divergence_and_a_taken_one_a_conflict() {
+        let (table, command) = (TableName::from("public.t"), "update");
+        let missing = ApplyError::RowMissing {
+            table: table.clone(),
+            command,
         };
         assert_eq!(
-            error.to_string(),
+            missing.to_string(),
             "the row to update in table \"public.t\" does not exist"
         );
+        assert_eq!(missing.sqlstate(), *b"XX001");
         assert_eq!(
-            error.detail(),
-            "This node differs from the origin in table \"public.t\", key (id)=(1)."
+            ApplyError::RowTaken { table, command }.sqlstate(),
+            *b"40001"
         );
     }
 }

@@ -154,6 +154,7 @@ unsafe extern "C-unwind" fn prepare(
     // SAFETY: core's context and transaction, valid for this call.
     unsafe {
         decoder(context).prepare(&*transaction);
+        crate::failpoint::hit(crate::failpoint::Failpoint::DecodePrepare);
         flush(context);
     }
 }

@@ -61,14 +61,6 @@ pub fn current_target() -> Option<String> {
     })
 }
 
-/// Key of the row in hand.
-pub fn current_key() -> String {
-    TARGET.with_borrow(|target| match &target.table {
-        Some(table) => target.key(table),
-        None => String::new(),
-    })
-}
-
 pub fn clear() {
     TARGET.with_borrow_mut(|target| target.table = None);
     CHECKED.set(Checked::None);

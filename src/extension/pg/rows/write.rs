@@ -4,7 +4,7 @@ use super::super::memory;
 use super::find::{self, Found};
 use super::segment::{OpenTable, Statement};
 use super::values::{self, RowArrays, Which};
-use super::{identity, target, unbound};
+use super::{identity, unbound};
 use crate::apply::rows::ApplyError;
 use pgrx::pg_sys;
 use wire::stream::{OldRow, Row};
@@ -149,24 +149,13 @@ unsafe fn find_changeable(
 ) -> Result<(), ApplyError> {
     // SAFETY: as the caller promises.
     unsafe {
-        match find::find(statement, table) {
-            Found::Yes => {}
-            Found::No if !contended => {
-                let (table, key) = (table.plan.table.clone(), target::current_key());
-                return Err(ApplyError::RowMissing {
-                    table,
-                    command,
-                    key,
-                });
-            }
-            Found::No | Found::Taken => {
-                let (table, key) = (table.plan.table.clone(), target::current_key());
-                return Err(ApplyError::RowTaken {
-                    table,
-                    command,
-                    key,
-                });
-            }
+        let found = find::find(statement, table);
+        if found != Found::Yes {
+            let table = table.plan.table.clone();
+            return Err(match found {
+                Found::No if !contended => ApplyError::RowMissing { table, command },
+                _ => ApplyError::RowTaken { table, command },
+            });
         }
         if statement.written && find::is_of_this_command(table) {
             statement.next_command();

@@ -1,0 +1,63 @@
+//! Horizons: telling another node up to which number it has finished this node's commits (see `causal`).
+
+use crate::core::Core;
+use crate::effect::Effects;
+use crate::message::Message;
+use crate::types::{Csn, Decision, NodeId};
+
+impl Core {
+    pub(crate) fn on_horizon_message(&mut self, from: NodeId, msg: &Message, out: &mut Effects) {
+        match msg {
+            Message::AskHorizon => {
+                self.site.ask_horizon(from);
+            }
+            Message::Horizon { csn } => {
+                self.site.causal.horizon(from, *csn, out);
+                if self
+                    .site
+                    .epoch_of(from)
+                    .is_some_and(|epoch| csn.epoch() >= epoch)
+                {
+                    self.site.horizon_missing.remove(from);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    pub(crate) fn answer_horizons(&mut self, out: &mut Effects) {
+        for (asker, wanted) in self.site.horizon_askers.clone() {
+            let Some(csn) = self.horizon_of(asker).filter(|csn| *csn >= wanted) else {
+                continue;
+            };
+            self.site.horizon_askers.remove(&asker);
+            if asker == self.site.node() {
+                self.site.causal.horizon(asker, csn, out);
+            } else {
+                out.send(asker, Message::Horizon { csn });
+            }
+        }
+    }
+
+    /// Up to which of this node's numbers the asker has finished every commit; `None` while some commit of an earlier epoch may be
+    /// unfinished there.
+    fn horizon_of(&self, asker: NodeId) -> Option<Csn> {
+        let mut horizon = self.site.last_csn();
+        for txn in self.txns.values() {
+            let open = if asker == self.site.node() {
+                !txn.is_done()
+            } else {
+                txn.announced.unacked.contains(asker)
+            };
+            match (txn.record.decision, txn.announced.csn) {
+                (None, _) if txn.recovered && txn.own.is_some() => return None,
+                (Some(Decision::Commit), Some(_)) if open && txn.recovered => return None,
+                (Some(Decision::Commit), Some(csn)) if open => {
+                    horizon = horizon.min(csn.previous())
+                }
+                _ => {}
+            }
+        }
+        Some(horizon)
+    }
+}

@@ -1,0 +1,308 @@
+//! One state of the model: nodes, network, and the checker that rides along.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use protocol::{Core, Decision, Effect, Effects, Gid, Input, Message, NodeId, Record, Recovered};
+
+use crate::checker::{Checker, Evidence};
+use crate::model::Scope;
+
+/// The whole cluster at one moment.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Cluster {
+    pub(crate) nodes: BTreeMap<NodeId, Node>,
+    pub(crate) network: BTreeSet<Envelope>,
+    pub(crate) crashes: u8,
+    pub(crate) disturbances: u8,
+    pub(crate) checker: Checker,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Node {
+    pub(crate) epoch: u32,
+    pub(crate) core: Option<Core>,
+    pub(crate) records: BTreeMap<Gid, Record>,
+    pub(crate) prepared: BTreeSet<Gid>,
+    pub(crate) finished: BTreeMap<Gid, Decision>,
+    pub(crate) wal: Vec<WalItem>,
+    /// Effects behind a record that is not durable yet.
+    pub(crate) gates: BTreeMap<Gid, VecDeque<Effect>>,
+    /// Own transactions whose client still waits.
+    pub(crate) waiting: BTreeSet<Gid>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum WalItem {
+    Record(Record),
+    Free(Gid),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Envelope {
+    pub(crate) from: NodeId,
+    pub(crate) to: NodeId,
+    pub(crate) msg: Message,
+}
+
+impl Node {
+    pub(crate) fn is_refused(&self, gid: Gid) -> bool {
+        let written = self.wal.iter().any(|item| matches!(item, WalItem::Record(record) if record.gid == gid && !record.voted_yes));
+        written
+            || self
+                .records
+                .get(&gid)
+                .is_some_and(|record| record.decision == Some(Decision::Abort))
+    }
+}
+
+impl Cluster {
+    pub(crate) fn keeps(&self, invariant: &str) -> bool {
+        self.checker
+            .violation()
+            .is_none_or(|violation| violation.invariant != invariant)
+    }
+
+    pub(crate) fn all_finished(&self, decision: Decision) -> bool {
+        self.nodes
+            .values()
+            .all(|node| node.finished.values().any(|finished| *finished == decision))
+    }
+
+    pub(crate) fn some_aborted(&self) -> bool {
+        self.nodes.iter().any(|(name, node)| {
+            let mut ended = node.finished.iter();
+            ended.any(|(gid, decision)| gid.coordinator == *name && *decision == Decision::Abort)
+        })
+    }
+
+    pub(crate) fn start(&mut self, scope: &Scope, name: NodeId, recovered: Vec<Recovered>) {
+        let Some(node) = self.nodes.get_mut(&name) else {
+            return;
+        };
+        node.epoch += 1;
+        let epoch = node.epoch;
+        let mut out = Effects::new();
+        node.core = Some(Core::new(scope.config(name, epoch), recovered, 0, &mut out));
+        self.carry_out(name, &mut out);
+        let peers: Vec<(NodeId, u32)> = self
+            .nodes
+            .iter()
+            .filter(|(peer, node)| **peer != name && node.core.is_some())
+            .map(|(peer, node)| (*peer, node.epoch))
+            .collect();
+        for (peer, peers_epoch) in peers {
+            self.input(
+                name,
+                Input::LinkUp {
+                    peer,
+                    epoch: peers_epoch,
+                },
+            );
+            self.input(peer, Input::LinkUp { peer: name, epoch });
+        }
+    }
+
+    pub(crate) fn restart(&mut self, scope: &Scope, name: NodeId) {
+        let Some(node) = self.nodes.get(&name) else {
+            return;
+        };
+        let gids: BTreeSet<Gid> = node.records.keys().chain(&node.prepared).copied().collect();
+        let found = |gid| Recovered {
+            gid,
+            record: node.records.get(&gid).copied(),
+            prepared: node.prepared.contains(&gid),
+        };
+        let recovered = gids.into_iter().map(found).collect();
+        self.start(scope, name, recovered);
+    }
+
+    pub(crate) fn crash(&mut self, name: NodeId) {
+        self.crashes += 1;
+        if let Some(node) = self.nodes.get_mut(&name) {
+            node.core = None;
+            node.wal.clear();
+            node.gates.clear();
+            node.waiting.clear();
+        }
+        self.network
+            .retain(|envelope| envelope.from != name && envelope.to != name);
+        for gid in self.checker.told_committed() {
+            self.demand_commit_survives(gid);
+        }
+        let peers: Vec<NodeId> = self
+            .nodes
+            .keys()
+            .copied()
+            .filter(|peer| *peer != name)
+            .collect();
+        for peer in peers {
+            self.input(peer, Input::LinkDown { peer: name });
+        }
+    }
+
+    pub(crate) fn input(&mut self, name: NodeId, input: Input) {
+        let mut out = Effects::new();
+        if let Some(core) = self
+            .nodes
+            .get_mut(&name)
+            .and_then(|node| node.core.as_mut())
+        {
+            core.handle(0, input, &mut out);
+        }
+        self.carry_out(name, &mut out);
+    }
+
+    fn carry_out(&mut self, name: NodeId, out: &mut Effects) {
+        for effect in out.drain() {
+            self.submit(name, effect);
+        }
+    }
+
+    fn submit(&mut self, name: NodeId, effect: Effect) {
+        let gid = effect.gid();
+        let Some(node) = self.nodes.get_mut(&name) else {
+            return;
+        };
+        match gid.and_then(|gid| node.gates.get_mut(&gid)) {
+            // The network is a set, so a message that waits already need not wait twice.
+            Some(gate) if gate.contains(&effect) => {}
+            Some(gate) => gate.push_back(effect),
+            None => self.perform(name, effect),
+        }
+    }
+
+    fn perform(&mut self, name: NodeId, effect: Effect) {
+        let Some(node) = self.nodes.get_mut(&name) else {
+            return;
+        };
+        match effect {
+            Effect::Send { msg, .. } if is_left_to_simulator(&msg) => {}
+            Effect::Send { to, msg } => {
+                self.checker.on_sent(name, &msg);
+                let reached = self.nodes.get(&to).is_some_and(|node| node.core.is_some());
+                if to == name {
+                    self.input(name, Input::Message { from: name, msg });
+                } else if reached {
+                    self.network.insert(Envelope {
+                        from: name,
+                        to,
+                        msg,
+                    });
+                }
+            }
+            Effect::Persist { gid, record } => {
+                node.wal.push(WalItem::Record(record));
+                node.gates.insert(gid, VecDeque::new());
+            }
+            Effect::Write { record, .. } => node.wal.push(WalItem::Record(record)),
+            Effect::Free { gid } => {
+                node.wal.push(WalItem::Free(gid));
+                node.gates.insert(gid, VecDeque::new());
+            }
+            Effect::Finish { gid, decision } => self.finish(name, gid, decision),
+            Effect::Reply { gid, outcome } => {
+                let committed = matches!(outcome, protocol::Outcome::Commit { .. });
+                node.waiting.remove(&gid);
+                self.checker.on_told(gid, outcome);
+                if committed {
+                    self.demand_commit_survives(gid);
+                }
+                let decision = if committed {
+                    Decision::Commit
+                } else {
+                    Decision::Abort
+                };
+                self.finish(name, gid, decision);
+            }
+            Effect::LookUp { gid } => {
+                let outcome = node.finished.get(&gid).copied();
+                self.input(name, Input::CoordinatorOutcome { gid, outcome });
+            }
+            Effect::Event(protocol::Event::Decided { gid, decision, .. }) => {
+                self.checker.on_outcome(name, gid, decision)
+            }
+            Effect::Visible { .. }
+            | Effect::Settled { .. }
+            | Effect::PeersFinished { .. }
+            | Effect::Event(_) => {}
+        }
+    }
+
+    fn demand_commit_survives(&mut self, gid: Gid) {
+        let of = |node: &Node| {
+            let record = node.records.get(&gid);
+            Evidence {
+                decision: node
+                    .finished
+                    .get(&gid)
+                    .copied()
+                    .or(record.and_then(|record| record.decision)),
+                accepted: record.and_then(|record| record.accepted),
+                voted_yes: node.prepared.contains(&gid),
+            }
+        };
+        let evidence = self
+            .nodes
+            .iter()
+            .map(|(name, node)| (*name, of(node)))
+            .collect();
+        self.checker.demand_commit_survives(gid, &evidence);
+    }
+
+    fn finish(&mut self, name: NodeId, gid: Gid, decision: Decision) {
+        self.sync(name);
+        let Some(node) = self.nodes.get_mut(&name) else {
+            return;
+        };
+        if node.prepared.remove(&gid) {
+            node.finished.insert(gid, decision);
+            self.checker.on_finished(name, gid, decision);
+        }
+        self.input(name, Input::Finished { gid });
+    }
+
+    pub(crate) fn flush(&mut self, name: NodeId) {
+        self.sync(name);
+        let gates = self
+            .nodes
+            .get_mut(&name)
+            .map(|node| std::mem::take(&mut node.gates))
+            .unwrap_or_default();
+        for effect in gates.into_values().flatten() {
+            self.submit(name, effect);
+        }
+    }
+
+    /// Brings WAL to the disk. Effects that wait for it go with the next [`Step::Flush`].
+    pub(crate) fn sync(&mut self, name: NodeId) {
+        let Some(node) = self.nodes.get_mut(&name) else {
+            return;
+        };
+        for item in node.wal.drain(..) {
+            match item {
+                WalItem::Record(record) => {
+                    node.records.insert(record.gid, record);
+                    self.checker.on_durable(name, record);
+                }
+                WalItem::Free(gid) => {
+                    node.records.remove(&gid);
+                    self.checker.on_freed(name, gid);
+                }
+            }
+        }
+    }
+}
+
+/// Causal order and forgetting are checked by the simulator; here their messages would only multiply states.
+const fn is_left_to_simulator(msg: &Message) -> bool {
+    matches!(
+        msg,
+        Message::AskHorizon
+            | Message::Horizon { .. }
+            | Message::Forget { .. }
+            | Message::Finished {
+                decision: Decision::Commit,
+                ..
+            }
+    )
+}
