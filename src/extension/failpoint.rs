@@ -166,7 +166,12 @@ mod hits {
             }
             match text.strip_prefix("crash")? {
                 "" => Some(Action::Crash { at: 1 }),
-                count => count.strip_prefix('@')?.parse().ok().filter(|at| *at > 0).map(|at| Action::Crash { at }),
+                count => count
+                    .strip_prefix('@')?
+                    .parse()
+                    .ok()
+                    .filter(|at| *at > 0)
+                    .map(|at| Action::Crash { at }),
             }
         }
     }

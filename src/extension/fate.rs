@@ -24,7 +24,10 @@ pub fn of(text: &str) -> TransactionStatus {
     let gid = match parse(text) {
         Some((tag, gid)) if tag == shared().cluster_tag() => gid,
         Some(_) => refuse(text, "It belongs to another cluster."),
-        None => refuse(text, "A name looks like mtm-1a2b3c4d-1-1234; mtm.current_gid() gives it."),
+        None => refuse(
+            text,
+            "A name looks like mtm-1a2b3c4d-1-1234; mtm.current_gid() gives it.",
+        ),
     };
     match at_home(gid) {
         TransactionStatus::Unknown => elsewhere(text, gid.coordinator),
@@ -53,7 +56,15 @@ fn parse(text: &str) -> Option<(ClusterTag, Gid)> {
     let coordinator = NodeId::new(parts.next()?.parse().ok()?)?;
     let xid = parts.next()?.parse().ok()?;
     parts.next().is_none().then_some(())?;
-    Some((ClusterTag(tag), Gid { coordinator, xid, generation: GenerationNum(0), started_at: 0 }))
+    Some((
+        ClusterTag(tag),
+        Gid {
+            coordinator,
+            xid,
+            generation: GenerationNum(0),
+            started_at: 0,
+        },
+    ))
 }
 
 /// What this node knows.
@@ -65,12 +76,19 @@ fn at_home(gid: Gid) -> TransactionStatus {
             None => {}
         }
     }
-    let fate = board::ask_arbiter(|number| submit(&LocalEvent::Ask { number, question: Question::Fate { gid } }));
+    let fate = board::ask_arbiter(|number| {
+        submit(&LocalEvent::Ask {
+            number,
+            question: Question::Fate { gid },
+        })
+    });
     match fate {
         Some(Fate::Decided(Decision::Commit)) => TransactionStatus::Committed,
         Some(Fate::Decided(Decision::Abort)) => TransactionStatus::Aborted,
         Some(Fate::InFlight) => TransactionStatus::InProgress,
-        Some(Fate::Unknown) | None if outcome::is_running(gid.xid) && shared().node_id() == Some(gid.coordinator) => {
+        Some(Fate::Unknown) | None
+            if outcome::is_running(gid.xid) && shared().node_id() == Some(gid.coordinator) =>
+        {
             TransactionStatus::InProgress
         }
         Some(Fate::Unknown) | None => TransactionStatus::Unknown,
@@ -79,7 +97,9 @@ fn at_home(gid: Gid) -> TransactionStatus {
 
 /// What the others know, the coordinator first. Nodes that cannot be reached are left out.
 fn elsewhere(text: &str, coordinator: NodeId) -> TransactionStatus {
-    let Ok(Some(identity)) = Identity::load() else { return TransactionStatus::Unknown };
+    let Ok(Some(identity)) = Identity::load() else {
+        return TransactionStatus::Unknown;
+    };
     let mut nodes: Vec<_> = identity.peers().collect();
     nodes.sort_by_key(|node| node.id != coordinator);
     nodes
@@ -93,11 +113,17 @@ fn elsewhere(text: &str, coordinator: NodeId) -> TransactionStatus {
 fn ask(conninfo: &str, text: &str) -> Option<TransactionStatus> {
     let remote = Connection::open(conninfo, "multimaster transaction_status", PATIENCE).ok()?;
     // Only digits, letters and dashes got through parse().
-    let rows = remote.query(&format!("SELECT mtm.local_transaction_status('{text}')"), 1).ok()?;
+    let rows = remote
+        .query(&format!("SELECT mtm.local_transaction_status('{text}')"), 1)
+        .ok()?;
     let word = rows.first()?.first()?.clone()?;
-    [TransactionStatus::Committed, TransactionStatus::Aborted, TransactionStatus::InProgress]
-        .into_iter()
-        .find(|status| status.as_str() == word)
+    [
+        TransactionStatus::Committed,
+        TransactionStatus::Aborted,
+        TransactionStatus::InProgress,
+    ]
+    .into_iter()
+    .find(|status| status.as_str() == word)
 }
 
 /// What this node alone knows of a transaction; asked by other nodes.

@@ -1,11 +1,13 @@
 //! What the views show, out of shared memory.
 
-use crate::pg::shared::{NODES, NodeStatus, shared};
 use crate::arbiter::event::{Conflict, Ended, InFlight, LocalEvent, Question, submit};
-use crate::pg::{board, commit, locks};
-use crate::fate;
-use crate::views::{ConflictRow, CounterRow, NodeStateRow, Source, StatusRow, TransactionRow, TransactionStatus};
 use crate::decode::Environment;
+use crate::fate;
+use crate::pg::shared::{NODES, NodeStatus, shared};
+use crate::pg::{board, commit, locks};
+use crate::views::{
+    ConflictRow, CounterRow, NodeStateRow, Source, StatusRow, TransactionRow, TransactionStatus,
+};
 use protocol::{Csn, Decision, NodeId};
 use std::sync::atomic::Ordering;
 
@@ -39,7 +41,9 @@ pub fn decode_environment() -> Environment {
 }
 
 fn node_ids() -> impl Iterator<Item = NodeId> {
-    (1..NODES as u8).filter_map(NodeId::new).filter(|node| shared().node(*node).configured.load(Ordering::Acquire))
+    (1..NODES as u8)
+        .filter_map(NodeId::new)
+        .filter(|node| shared().node(*node).configured.load(Ordering::Acquire))
 }
 
 fn cluster_id() -> u128 {
@@ -57,14 +61,20 @@ impl Source for SharedSource {
     fn status(&self) -> StatusRow {
         let shared = shared();
         let all: Vec<i32> = node_ids().map(|node| i32::from(node.get())).collect();
-        let connected: Vec<i32> =
-            node_ids().filter(|node| is_connected(*node)).map(|node| i32::from(node.get())).collect();
+        let connected: Vec<i32> = node_ids()
+            .filter(|node| is_connected(*node))
+            .map(|node| i32::from(node.get()))
+            .collect();
         let node = shared.node_id();
         StatusRow {
             node_id: node.map(|node| i32::from(node.get())),
             name: node.map(|node| format!("n{}", node.get())),
             status: shared.status().name().to_owned(),
-            members_online: if shared.status() == NodeStatus::Online { all.clone() } else { connected.clone() },
+            members_online: if shared.status() == NodeStatus::Online {
+                all.clone()
+            } else {
+                connected.clone()
+            },
             connected,
             generation: node.map(|_| i64::from(shared.generation().0)),
             members: all.clone(),
@@ -78,32 +88,71 @@ impl Source for SharedSource {
     }
 
     fn transactions(&self) -> Vec<TransactionRow> {
-        let rows: Option<Vec<InFlight>> =
-            board::ask_arbiter(|number| submit(&LocalEvent::Ask { number, question: Question::Transactions }));
-        rows.unwrap_or_default().into_iter().map(transaction_row).collect()
+        let rows: Option<Vec<InFlight>> = board::ask_arbiter(|number| {
+            submit(&LocalEvent::Ask {
+                number,
+                question: Question::Transactions,
+            })
+        });
+        rows.unwrap_or_default()
+            .into_iter()
+            .map(transaction_row)
+            .collect()
     }
 
     fn conflicts(&self) -> Vec<ConflictRow> {
-        shared().conflicts.all::<Conflict>().into_iter().map(conflict_row).collect()
+        shared()
+            .conflicts
+            .all::<Conflict>()
+            .into_iter()
+            .map(conflict_row)
+            .collect()
     }
 
     fn counters(&self) -> Vec<CounterRow> {
-        let decided: Option<Vec<Ended>> =
-            board::ask_arbiter(|number| submit(&LocalEvent::Ask { number, question: Question::Counters }));
+        let decided: Option<Vec<Ended>> = board::ask_arbiter(|number| {
+            submit(&LocalEvent::Ask {
+                number,
+                question: Question::Counters,
+            })
+        });
         let counters = &shared().counters;
         let local = [
             ("in doubt", "the client was told 08007", &counters.unknown),
-            ("applied", "prepared here for another node", &counters.applied),
-            ("not applied", "refused here for another node", &counters.refused),
-            ("not applied", "waited for an older committing transaction", &counters.conflicts_committing),
-            ("cancelled", "blocked a committing transaction", &counters.conflicts_running),
+            (
+                "applied",
+                "prepared here for another node",
+                &counters.applied,
+            ),
+            (
+                "not applied",
+                "refused here for another node",
+                &counters.refused,
+            ),
+            (
+                "not applied",
+                "waited for an older committing transaction",
+                &counters.conflicts_committing,
+            ),
+            (
+                "cancelled",
+                "blocked a committing transaction",
+                &counters.conflicts_running,
+            ),
         ];
-        let local = local.into_iter().map(|(outcome, reason, counter)| CounterRow {
-            outcome: outcome.to_owned(),
-            reason: Some(reason.to_owned()),
-            transactions: counter.load(Ordering::Relaxed) as i64,
-        });
-        decided.unwrap_or_default().into_iter().map(ended_row).chain(local).collect()
+        let local = local
+            .into_iter()
+            .map(|(outcome, reason, counter)| CounterRow {
+                outcome: outcome.to_owned(),
+                reason: Some(reason.to_owned()),
+                transactions: counter.load(Ordering::Relaxed) as i64,
+            });
+        decided
+            .unwrap_or_default()
+            .into_iter()
+            .map(ended_row)
+            .chain(local)
+            .collect()
     }
 
     fn transaction_status(&self, gid: &str) -> TransactionStatus {
@@ -129,7 +178,11 @@ fn transaction_row(row: InFlight) -> TransactionRow {
         state: row.state,
         ballot: Some(row.ballot),
         started_at: Some(row.gid.started_at),
-        missing: row.missing.iter().map(|node| i32::from(node.get())).collect(),
+        missing: row
+            .missing
+            .iter()
+            .map(|node| i32::from(node.get()))
+            .collect(),
     }
 }
 
@@ -140,7 +193,11 @@ fn ended_row(ended: Ended) -> CounterRow {
         (false, Decision::Commit) => "committed for another node",
         (false, Decision::Abort) => "aborted for another node",
     };
-    CounterRow { outcome: outcome.to_owned(), reason: Some(ended.reason), transactions: ended.count as i64 }
+    CounterRow {
+        outcome: outcome.to_owned(),
+        reason: Some(ended.reason),
+        transactions: ended.count as i64,
+    }
 }
 
 fn conflict_row(row: Conflict) -> ConflictRow {
@@ -172,8 +229,10 @@ fn node_row(node: NodeId) -> NodeStateRow {
         connected: is_connected(node),
         stopped: false,
         catch_up: false,
-        avg_trans_delay_us: (delays > 0).then(|| (state.vote_delay_us.load(Ordering::Relaxed) / delays) as i64),
-        last_status_change: Some(state.last_change_us.load(Ordering::Relaxed)).filter(|at| *at != 0),
+        avg_trans_delay_us: (delays > 0)
+            .then(|| (state.vote_delay_us.load(Ordering::Relaxed) / delays) as i64),
+        last_status_change: Some(state.last_change_us.load(Ordering::Relaxed))
+            .filter(|at| *at != 0),
         receiver_pid: Some(state.receiver.pid()).filter(|pid| *pid != 0),
         connectivity_mask: (heard > 0 && !is_self)
             .then(|| i64::from(all & !state.connectivity.load(Ordering::Relaxed))),

@@ -50,7 +50,12 @@ impl Feed {
         for (index, slot) in shared::workers().iter().enumerate() {
             let taken = slot
                 .state
-                .compare_exchange(worker::IDLE, worker::BUSY, Ordering::AcqRel, Ordering::Acquire)
+                .compare_exchange(
+                    worker::IDLE,
+                    worker::BUSY,
+                    Ordering::AcqRel,
+                    Ordering::Acquire,
+                )
                 .is_ok();
             if taken {
                 slot.fed.store(true, Ordering::Release);
@@ -95,7 +100,9 @@ impl Feed {
 
 /// Whether some worker went away with a transaction of the calling receiver's that nobody has answered.
 pub fn lost_one() -> bool {
-    shared::workers().iter().any(|slot| slot.lost.load(Ordering::Acquire) && slot.feeder.is_self())
+    shared::workers()
+        .iter()
+        .any(|slot| slot.lost.load(Ordering::Acquire) && slot.feeder.is_self())
 }
 
 /// The calling receiver goes away: the worker in the middle of a transaction of its stream drops it, and what workers have lost is asked for by

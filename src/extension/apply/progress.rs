@@ -22,7 +22,11 @@ pub struct Progress {
 
 impl Progress {
     pub fn new(mark: Lsn) -> Progress {
-        Progress { under_way: VecDeque::new(), passed: mark, mark }
+        Progress {
+            under_way: VecDeque::new(),
+            passed: mark,
+            mark,
+        }
     }
 
     /// A transaction whose PREPARE ends at `end` was given to a worker as its `job`th.

@@ -32,7 +32,10 @@ enum Current {
     None,
     Feeding(Feed),
     /// It came before: its frames are dropped, and a vote that is still wanted is sent again.
-    Skipping { prepared: bool, gid: Gid },
+    Skipping {
+        prepared: bool,
+        gid: Gid,
+    },
 }
 
 /// State of one stream.
@@ -74,9 +77,14 @@ pub fn main(peer: NodeId) {
         Ok(None) => return,
         Err(error) => return pgrx::warning!("multimaster cannot read its catalog: {error}"),
     };
-    let Some(target) = identity.nodes.iter().find(|other| other.id == peer) else { return };
+    let Some(target) = identity.nodes.iter().find(|other| other.id == peer) else {
+        return;
+    };
     let mut receiver = Receiver::recover(peer, node);
-    let mut stream = match Stream::connect(&target.conninfo, &format!("multimaster node {}", identity.node_id.get())) {
+    let mut stream = match Stream::connect(
+        &target.conninfo,
+        &format!("multimaster node {}", identity.node_id.get()),
+    ) {
         Ok(stream) => stream,
         Err(error) => return pgrx::log!("multimaster receiver of node {}: {error}", peer.get()),
     };
@@ -123,8 +131,10 @@ impl Receiver {
                 .collect();
             (marks, stored, records)
         });
-        let ended =
-            records.values().filter(|record| record.decision.is_some() || !record.voted_yes).map(|record| record.gid);
+        let ended = records
+            .values()
+            .filter(|record| record.decision.is_some() || !record.voted_yes)
+            .map(|record| record.gid);
         node.mark.store(stored.0, Ordering::Release);
         Receiver {
             peer,
@@ -153,7 +163,10 @@ impl Receiver {
                     process::wait_latch_or_socket(socket, STATUS_INTERVAL, Wait::Stream);
                 }
                 Received::End => {
-                    pgrx::log!("multimaster receiver of node {}: the stream ended", self.peer.get());
+                    pgrx::log!(
+                        "multimaster receiver of node {}: the stream ended",
+                        self.peer.get()
+                    );
                     return;
                 }
             }
@@ -180,7 +193,10 @@ impl Receiver {
                 }
                 self.reply_wanted |= message[17] != 0;
             }
-            _ => pgrx::error!("multimaster receiver of node {}: unknown replication message", self.peer.get()),
+            _ => pgrx::error!(
+                "multimaster receiver of node {}: unknown replication message",
+                self.peer.get()
+            ),
         }
         self.node.received.store(self.seen.0, Ordering::Relaxed);
     }
@@ -190,7 +206,11 @@ impl Receiver {
     /// passed a PREPARE that is not sent again.
     fn place(&mut self) {
         for (gid, vote) in std::mem::take(&mut self.unplaced) {
-            submit(&LocalEvent::Voted { gid, vote, lsn: self.seen });
+            submit(&LocalEvent::Voted {
+                gid,
+                vote,
+                lsn: self.seen,
+            });
         }
     }
 
@@ -215,7 +235,10 @@ impl Receiver {
 
     fn begin(&mut self, message: &Message<'_>) {
         let Some(Ok(StreamFrame::Begin(begin))) = message.frames().next() else {
-            pgrx::error!("multimaster receiver of node {}: a transaction without its head", self.peer.get());
+            pgrx::error!(
+                "multimaster receiver of node {}: a transaction without its head",
+                self.peer.get()
+            );
         };
         let gid = begin.gid;
         hit(Failpoint::ReceiverBegins);
@@ -243,7 +266,11 @@ impl Receiver {
             Current::Skipping { prepared, gid } => {
                 hit(Failpoint::ReceiverSkips);
                 if prepared {
-                    submit(&LocalEvent::Voted { gid, vote: Vote::Yes, lsn: at });
+                    submit(&LocalEvent::Voted {
+                        gid,
+                        vote: Vote::Yes,
+                        lsn: at,
+                    });
                 }
                 self.progress.pass(at);
             }
@@ -260,9 +287,16 @@ impl Receiver {
                 Ok(StreamFrame::RollbackPrepared(end)) => {
                     self.on_outcome(end.gid, end.name.as_bytes(), Decision::Abort, end.end_lsn)
                 }
-                Ok(StreamFrame::FinishUser(finish)) => self.finish_user(finish.name.as_bytes(), finish.commit, finish.lsn),
-                Ok(_) => pgrx::error!("multimaster receiver of node {}: a change outside of a transaction", self.peer.get()),
-                Err(error) => pgrx::error!("multimaster receiver of node {}: {error}", self.peer.get()),
+                Ok(StreamFrame::FinishUser(finish)) => {
+                    self.finish_user(finish.name.as_bytes(), finish.commit, finish.lsn)
+                }
+                Ok(_) => pgrx::error!(
+                    "multimaster receiver of node {}: a change outside of a transaction",
+                    self.peer.get()
+                ),
+                Err(error) => {
+                    pgrx::error!("multimaster receiver of node {}: {error}", self.peer.get())
+                }
             }
         }
     }
@@ -281,7 +315,8 @@ impl Receiver {
     /// A user's COMMIT or ROLLBACK PREPARED. Its PREPARE came earlier in some stream; where that is still under way, it is waited for.
     fn finish_user(&mut self, name: &[u8], commit: bool, end: Lsn) {
         while !self.progress.is_idle() {
-            self.progress.advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
+            self.progress
+                .advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
             process::wait_latch(Duration::from_millis(5), Wait::Worker);
             process::check_interrupts();
         }
@@ -301,11 +336,19 @@ impl Receiver {
             .advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
         // In this order: a job that was lost is called lost before it is called done.
         if feed::lost_one() {
-            pgrx::error!("an apply worker went away; the stream of node {} starts again from {}", self.peer.get(), self.stored);
+            pgrx::error!(
+                "an apply worker went away; the stream of node {} starts again from {}",
+                self.peer.get(),
+                self.stored
+            );
         }
         let quiet = self.told_at.elapsed();
         // A walsender that stops with its server asks again and again until everything it sent is confirmed.
-        let pause = if self.reply_wanted { STATUS_INTERVAL_ASKED } else { STATUS_INTERVAL };
+        let pause = if self.reply_wanted {
+            STATUS_INTERVAL_ASKED
+        } else {
+            STATUS_INTERVAL
+        };
         if mark > self.stored && self.stored_at.elapsed() >= pause {
             let row = (u32::from(self.peer.get()), body_of(mark.0));
             hit(Failpoint::MarkBeforeStore);
@@ -316,7 +359,10 @@ impl Receiver {
             self.stored = mark;
             self.stored_at = Instant::now();
             self.node.mark.store(mark.0, Ordering::Release);
-            submit(&LocalEvent::MarkStored { node: self.peer, lsn: mark });
+            submit(&LocalEvent::MarkStored {
+                node: self.peer,
+                lsn: mark,
+            });
         } else if !self.reply_wanted && quiet < KEEPALIVE_INTERVAL {
             return;
         }
@@ -329,13 +375,24 @@ impl Receiver {
 
 /// Transactions whose place in the stream no record tells, with what this server has to say about each.
 fn unplaced(prepared: &BTreeSet<Gid>, records: &BTreeMap<Gid, Record>) -> Vec<(Gid, Vote)> {
-    let is_placed = |gid: &Gid| records.get(gid).is_some_and(|record| record.prepare_lsn > Lsn::ZERO);
-    let ended = records.values().filter(|record| record.decision.is_some()).map(|record| record.gid);
+    let is_placed = |gid: &Gid| {
+        records
+            .get(gid)
+            .is_some_and(|record| record.prepare_lsn > Lsn::ZERO)
+    };
+    let ended = records
+        .values()
+        .filter(|record| record.decision.is_some())
+        .map(|record| record.gid);
     let refused = || Vote::No(Refusal::retry("the transaction has ended on this node", ""));
     prepared
         .iter()
         .map(|gid| (*gid, Vote::Yes))
-        .chain(ended.filter(|gid| !prepared.contains(gid)).map(|gid| (gid, refused())))
+        .chain(
+            ended
+                .filter(|gid| !prepared.contains(gid))
+                .map(|gid| (gid, refused())),
+        )
         .filter(|(gid, _)| !is_placed(gid))
         .collect()
 }

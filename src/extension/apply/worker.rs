@@ -118,7 +118,8 @@ fn leave() {
     }
     slot.gid.set(None);
     slot.process.clear();
-    slot.jobs_done.store(slot.jobs_given.load(Ordering::Acquire), Ordering::Release);
+    slot.jobs_done
+        .store(slot.jobs_given.load(Ordering::Acquire), Ordering::Release);
     slot.feeder.wake();
     slot.state.store(worker::FREE, Ordering::Release);
 }
@@ -161,10 +162,17 @@ fn report(slot: &WorkerSlot, job: &Job, end: Lsn, result: Result<Applied, ApplyF
         // Its feeder went away and will have it sent again.
         Ok(Applied::Dropped) => return,
         // The record of it must say where its PREPARE lies, if somebody has asked about it.
-        Ok(Applied::RolledBack) => Vote::No(Refusal::retry("the transaction was rolled back by its origin", "")),
+        Ok(Applied::RolledBack) => Vote::No(Refusal::retry(
+            "the transaction was rolled back by its origin",
+            "",
+        )),
         Err(failure) => Vote::No(refusal(slot, failure)),
     };
-    let counter = if vote == Vote::Yes { &shared().counters.applied } else { &shared().counters.refused };
+    let counter = if vote == Vote::Yes {
+        &shared().counters.applied
+    } else {
+        &shared().counters.refused
+    };
     counter.fetch_add(1, Ordering::Relaxed);
     let (before, after) = match vote {
         Vote::Yes => (None, Failpoint::ApplyAfterYes),
@@ -200,11 +208,20 @@ fn refusal(slot: &WorkerSlot, failure: ApplyFailure) -> Refusal {
         crate::conflict::remember("committing", slot.gid.get(), slot.winner.get(), target);
         return Refusal::retry(reason.message(), place);
     }
-    let detail = if failure.detail.is_empty() { place } else { format!("{place} {}", failure.detail) };
+    let detail = if failure.detail.is_empty() {
+        place
+    } else {
+        format!("{place} {}", failure.detail)
+    };
     match &failure.sqlstate {
-        [b'2', b'3', ..] | [b'4', b'0', ..] | b"55P03" | b"57014" | b"57P01" => Refusal::retry(failure.message, detail),
+        [b'2', b'3', ..] | [b'4', b'0', ..] | b"55P03" | b"57014" | b"57P01" => {
+            Refusal::retry(failure.message, detail)
+        }
         other => {
-            pgrx::warning!("multimaster could not apply a transaction: {} ({detail})", failure.message);
+            pgrx::warning!(
+                "multimaster could not apply a transaction: {} ({detail})",
+                failure.message
+            );
             Refusal::new(*other, failure.message, detail)
         }
     }
@@ -280,7 +297,10 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
 
 /// Waits until everything the transaction can have seen is finished here (architecture.md, "Causal order").
 fn wait_for_order(slot: &WorkerSlot, deps: &[(NodeId, Csn)]) {
-    let settled = || deps.iter().all(|(node, csn)| shared().node(*node).settled.load(Ordering::Acquire) >= csn.0);
+    let settled = || {
+        deps.iter()
+            .all(|(node, csn)| shared().node(*node).settled.load(Ordering::Acquire) >= csn.0)
+    };
     if settled() {
         return;
     }
@@ -296,7 +316,10 @@ impl Inbox {
     /// Reads the next message into `message`; false when the feeder broke off.
     fn next(&mut self, message: &mut Vec<u8>) -> bool {
         message.clear();
-        let Some(length) = self.take(4).map(|bytes| u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])) else {
+        let Some(length) = self
+            .take(4)
+            .map(|bytes| u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+        else {
             return false;
         };
         match self.take(length as usize) {

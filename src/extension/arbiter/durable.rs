@@ -21,7 +21,10 @@ impl Tuples {
     pub fn new(taken: impl IntoIterator<Item = (Gid, u32)>) -> Tuples {
         let by_gid: BTreeMap<Gid, u32> = taken.into_iter().collect();
         let used: BTreeSet<u32> = by_gid.values().copied().collect();
-        Tuples { by_gid, free: (0..RECORDS_MAX).filter(|id| !used.contains(id)).collect() }
+        Tuples {
+            by_gid,
+            free: (0..RECORDS_MAX).filter(|id| !used.contains(id)).collect(),
+        }
     }
 
     /// The transaction's tuple, taking a free one at first use; none when all are taken. The lowest free one is taken, so that
@@ -110,6 +113,9 @@ impl DurableOrder {
     /// The record of the transaction is durable: the effects that waited, to be carried out in order, and whether the record is empty now. Those
     /// behind a further `Persist` are held again by the caller, who runs them through the same path.
     pub fn release(&mut self, gid: Gid) -> (VecDeque<Effect>, bool) {
-        (self.held.remove(&gid).unwrap_or_default(), self.emptying.remove(&gid))
+        (
+            self.held.remove(&gid).unwrap_or_default(),
+            self.emptying.remove(&gid),
+        )
     }
 }

@@ -11,7 +11,11 @@ use std::time::Duration;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum LocalEvent {
     /// The backend `backend` has durably prepared its transaction and waits. `wait_peers`: it will also wait for the peers' commits.
-    Committing { gid: Gid, backend: u32, wait_peers: bool },
+    Committing {
+        gid: Gid,
+        backend: u32,
+        wait_peers: bool,
+    },
     /// An apply worker prepared a peer's transaction durably, or could not. `lsn` is the PREPARE's end in the peer's WAL.
     Voted { gid: Gid, vote: Vote, lsn: Lsn },
     /// The backend `backend` is about to prepare the user's own two-phase transaction and will wait for the votes.
@@ -104,7 +108,10 @@ pub fn submit(event: &LocalEvent) {
         .expect("refusals are cut so that every event fits");
     let shared = shared();
     while !shared.events.push(&buffer[..length]) {
-        shared.counters.events_waited.fetch_add(1, Ordering::Relaxed);
+        shared
+            .counters
+            .events_waited
+            .fetch_add(1, Ordering::Relaxed);
         shared.wake_arbiter_thread();
         process::pause_ms(1);
     }
@@ -123,8 +130,9 @@ impl FinishOrder {
     /// Queues the order for the apply workers and the finisher; false when the queue is full.
     pub fn push(&self) -> bool {
         let mut buffer = [0u8; FINISH_BYTES];
-        let length = bincode::serde::encode_into_slice(self, &mut buffer, bincode::config::standard())
-            .expect("a gid and a record fit");
+        let length =
+            bincode::serde::encode_into_slice(self, &mut buffer, bincode::config::standard())
+                .expect("a gid and a record fit");
         shared().push_finish(&buffer[..length])
     }
 

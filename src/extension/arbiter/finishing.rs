@@ -33,7 +33,9 @@ impl Finishing {
     }
 
     fn push(&mut self, gid: Gid) {
-        let Some(order) = self.given.get(&gid) else { return };
+        let Some(order) = self.given.get(&gid) else {
+            return;
+        };
         if !self.delayed.is_empty() || !order.push() {
             self.delayed.push_back(gid);
         }

@@ -11,7 +11,7 @@ mod start;
 mod thread;
 mod user_votes;
 
-pub use start::{MARK_ROWS, find, body_of, number_in};
+pub use start::{MARK_ROWS, body_of, find, number_in};
 
 use crate::failpoint::{Failpoint, hit};
 use crate::guc;
@@ -56,8 +56,12 @@ pub fn main() {
     shared().arbiter.set_self();
     process::at_exit(leave);
     start::find_database();
-    process::connect(pgrx::pg_sys::Oid::from(shared().database.load(Ordering::Acquire)));
-    let Some(identity) = start::await_identity() else { process::exit_to_restart() };
+    process::connect(pgrx::pg_sys::Oid::from(
+        shared().database.load(Ordering::Acquire),
+    ));
+    let Some(identity) = start::await_identity() else {
+        process::exit_to_restart()
+    };
     let state = start::recover(&identity);
     let (to_main, requests) = crossbeam_channel::unbounded();
     let (replies, from_main) = mpsc::unbounded_channel();
@@ -74,7 +78,13 @@ pub fn main() {
     shared().arbiter.set_self();
     shared().set_status(NodeStatus::Starting);
     let handle = os_thread::spawn_without_signals("multimaster-net", move || {
-        start::run_thread(identity, settings, state.decider, thread::MainLink { queue: to_main }, from_main)
+        start::run_thread(
+            identity,
+            settings,
+            state.decider,
+            thread::MainLink { queue: to_main },
+            from_main,
+        )
     });
     main.run(handle);
     // Also when an administrator ended it: a node without an arbiter is none. A server that shuts down does not start it again.
@@ -104,8 +114,13 @@ impl MainThread {
             self.grow_pool();
             if process::sighup_pending() {
                 process::reload();
-                let (send_ms, recv_ms) = (millis(guc::heartbeat_send_timeout()), millis(guc::heartbeat_recv_timeout()));
-                let _ = self.replies.send(FromMain::Reconfigure { send_ms, recv_ms });
+                let (send_ms, recv_ms) = (
+                    millis(guc::heartbeat_send_timeout()),
+                    millis(guc::heartbeat_recv_timeout()),
+                );
+                let _ = self
+                    .replies
+                    .send(FromMain::Reconfigure { send_ms, recv_ms });
             }
             if process::terminate_pending() {
                 let deadline = *stop_at.get_or_insert_with(|| Instant::now() + FAREWELL);
@@ -138,8 +153,14 @@ impl MainThread {
                     waiting.extend(batch.waiting);
                 }
                 ToMain::LookUp(gid) => self.look_up(gid),
-                ToMain::Log(LogRecord { level: LogLevel::Info, text }) => pgrx::log!("multimaster: {text}"),
-                ToMain::Log(LogRecord { level: LogLevel::Warning, text }) => pgrx::warning!("multimaster: {text}"),
+                ToMain::Log(LogRecord {
+                    level: LogLevel::Info,
+                    text,
+                }) => pgrx::log!("multimaster: {text}"),
+                ToMain::Log(LogRecord {
+                    level: LogLevel::Warning,
+                    text,
+                }) => pgrx::warning!("multimaster: {text}"),
             }
         }
         if writes.is_empty() {
@@ -165,7 +186,10 @@ impl MainThread {
     /// Starts apply workers while fewer than wanted exist.
     fn grow_pool(&mut self) {
         let slots = shared::workers();
-        let alive = slots.iter().filter(|slot| slot.state.load(Ordering::Acquire) != worker::FREE).count();
+        let alive = slots
+            .iter()
+            .filter(|slot| slot.state.load(Ordering::Acquire) != worker::FREE)
+            .count();
         let wanted = shared().workers_wanted.swap(0, Ordering::AcqRel).max(0) as usize;
         let target = WORKERS_READY.max(alive + wanted).min(slots.len());
         for _ in alive..target {
@@ -194,5 +218,7 @@ impl MainThread {
 
 /// Whether some backend still waits for the outcome of its commit.
 fn somebody_commits() -> bool {
-    shared::backends().iter().any(|slot| slot.gid.get().is_some())
+    shared::backends()
+        .iter()
+        .any(|slot| slot.gid.get().is_some())
 }

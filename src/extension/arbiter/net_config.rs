@@ -66,7 +66,11 @@ async fn mesh_config(identity: &Identity, settings: &NetSettings) -> Result<Mesh
         listen: listen_addresses(&settings.listen_addresses, settings.port).await?,
         peers: identity
             .peers()
-            .map(|peer| Peer { id: peer.id, host: peer.arbiter_host.clone(), port: peer.arbiter_port })
+            .map(|peer| Peer {
+                id: peer.id,
+                host: peer.arbiter_host.clone(),
+                port: peer.arbiter_port,
+            })
             .collect(),
         heartbeat_send_ms: settings.send_ms,
         heartbeat_recv_ms: settings.recv_ms,
@@ -76,7 +80,11 @@ async fn mesh_config(identity: &Identity, settings: &NetSettings) -> Result<Mesh
 
 async fn listen_addresses(list: &str, port: u16) -> Result<Vec<SocketAddr>, String> {
     let mut addresses = Vec::new();
-    for name in list.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+    for name in list
+        .split(',')
+        .map(str::trim)
+        .filter(|name| !name.is_empty())
+    {
         if name == "*" {
             addresses.push(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port));
             if has_ipv6() {
@@ -86,7 +94,9 @@ async fn listen_addresses(list: &str, port: u16) -> Result<Vec<SocketAddr>, Stri
         }
         let found = tokio::net::lookup_host((name, port))
             .await
-            .map_err(|error| format!("multimaster.arbiter_listen_addresses: \"{name}\": {error}"))?;
+            .map_err(|error| {
+                format!("multimaster.arbiter_listen_addresses: \"{name}\": {error}")
+            })?;
         addresses.extend(found);
     }
     Ok(addresses)

@@ -37,7 +37,10 @@ pub fn find_database() {
     if !shared.identity_known.load(Ordering::Acquire) {
         run_finder(0);
         run_finder(shared.finder_database.load(Ordering::Acquire));
-        shared.identity_known.store(shared.database.load(Ordering::Acquire) == 0, Ordering::Release);
+        shared.identity_known.store(
+            shared.database.load(Ordering::Acquire) == 0,
+            Ordering::Release,
+        );
     }
     // From here on mtm.init_cluster says where the cluster is.
     while shared.database.load(Ordering::Acquire) == 0 {
@@ -54,7 +57,11 @@ fn run_finder(database: u32) {
     while !shared.finder_done.load(Ordering::Acquire) {
         if asked.is_none_or(|asked| asked.elapsed() > FINDER_PATIENCE) {
             asked = Some(Instant::now());
-            process::start_worker("multimaster finder", "multimaster_finder_main", database as i32);
+            process::start_worker(
+                "multimaster finder",
+                "multimaster_finder_main",
+                database as i32,
+            );
         }
         process::wait_latch(Duration::from_millis(20), Wait::Work);
         process::check_interrupts();
@@ -69,7 +76,10 @@ pub fn find(database: u32) {
     if database == 0 {
         process::connect_shared_catalogs();
         let found = process::in_transaction(catalog_scan::any_database);
-        shared.finder_database.store(found.map_or(0, pgrx::pg_sys::Oid::to_u32), Ordering::Release);
+        shared.finder_database.store(
+            found.map_or(0, pgrx::pg_sys::Oid::to_u32),
+            Ordering::Release,
+        );
     } else {
         process::connect(pgrx::pg_sys::Oid::from(database));
         if let Some(found) = process::in_transaction(catalog_scan::cluster_database) {
@@ -122,8 +132,11 @@ pub struct Decider {
 pub fn recover(identity: &Identity) -> RecoveredState {
     event::await_finishes();
     // Prepared transactions first: a finish writes its record before, so what is not prepared has its record by then.
-    let prepared: Vec<Gid> =
-        locks::prepared_names().values().filter_map(|name| Gid::parse(name)).map(|(_, gid)| gid).collect();
+    let prepared: Vec<Gid> = locks::prepared_names()
+        .values()
+        .filter_map(|name| Gid::parse(name))
+        .map(|(_, gid)| gid)
+        .collect();
     let (records, bodies) = process::in_transaction(|| {
         let table = DurableTable::open(c"records", RECORDS_MAX);
         let bodies = table.read_all();
@@ -132,7 +145,11 @@ pub fn recover(identity: &Identity) -> RecoveredState {
     records.pin();
     let found: BTreeMap<Gid, (u32, Record)> = (0..)
         .zip(&bodies)
-        .filter_map(|(tuple, body)| Record::from_bytes(body).ok().map(|record| (record.gid, (tuple, record))))
+        .filter_map(|(tuple, body)| {
+            Record::from_bytes(body)
+                .ok()
+                .map(|record| (record.gid, (tuple, record)))
+        })
         .collect();
     hit(Failpoint::StartBeforeEpoch);
     let epoch = next_epoch(identity.node_id);
@@ -142,16 +159,38 @@ pub fn recover(identity: &Identity) -> RecoveredState {
     let tuples = Tuples::new(found.iter().map(|(gid, (tuple, _))| (*gid, *tuple)));
     let mut effects = Effects::new();
     let core = Core::new(config, recovered(&found, &prepared), 0, &mut effects);
-    RecoveredState { decider: Decider { core, tuples, effects }, records }
+    RecoveredState {
+        decider: Decider {
+            core,
+            tuples,
+            effects,
+        },
+        records,
+    }
 }
 
 fn recovered(found: &BTreeMap<Gid, (u32, Record)>, prepared: &[Gid]) -> Vec<Recovered> {
     let mut all: BTreeMap<Gid, Recovered> = found
         .iter()
-        .map(|(gid, (_, record))| (*gid, Recovered { gid: *gid, record: Some(*record), prepared: false }))
+        .map(|(gid, (_, record))| {
+            (
+                *gid,
+                Recovered {
+                    gid: *gid,
+                    record: Some(*record),
+                    prepared: false,
+                },
+            )
+        })
         .collect();
     for gid in prepared {
-        all.entry(*gid).or_insert(Recovered { gid: *gid, record: None, prepared: true }).prepared = true;
+        all.entry(*gid)
+            .or_insert(Recovered {
+                gid: *gid,
+                record: None,
+                prepared: true,
+            })
+            .prepared = true;
     }
     all.into_values().collect()
 }
@@ -211,13 +250,20 @@ pub fn body_of(number: u64) -> records::Body {
 fn publish(identity: &Identity) {
     let shared = shared();
     for node in &identity.nodes {
-        shared.node(node.id).configured.store(true, Ordering::Release);
+        shared
+            .node(node.id)
+            .configured
+            .store(true, Ordering::Release);
     }
     shared.cluster_id[0].store((identity.cluster_id >> 64) as u64, Ordering::Release);
     shared.cluster_id[1].store(identity.cluster_id as u64, Ordering::Release);
     shared.tag.store(identity.tag.0, Ordering::Release);
-    shared.generation.store(FIRST_GENERATION.0, Ordering::Release);
-    shared.node.store(u32::from(identity.node_id.get()), Ordering::Release);
+    shared
+        .generation
+        .store(FIRST_GENERATION.0, Ordering::Release);
+    shared
+        .node
+        .store(u32::from(identity.node_id.get()), Ordering::Release);
     shared.identity_known.store(true, Ordering::Release);
 }
 
@@ -238,10 +284,17 @@ pub fn run_thread(
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async move {
         let (mesh, events) = start_mesh(&identity, &settings).await?;
-        Arbiter::new(node, configured, decider, main, mesh, Duration::from_millis(settings.recv_ms))
-            .run(events, from_main)
-            .await
-            .map_err(|error| format!("network thread failed: {error}"))
+        Arbiter::new(
+            node,
+            configured,
+            decider,
+            main,
+            mesh,
+            Duration::from_millis(settings.recv_ms),
+        )
+        .run(events, from_main)
+        .await
+        .map_err(|error| format!("network thread failed: {error}"))
     })
 }
 
@@ -258,17 +311,35 @@ impl Children {
             return;
         }
         let shared = shared();
-        self.keep("multimaster monitor", "multimaster_monitor_main", 0, shared.monitor.is_set());
-        self.keep("multimaster finisher", "multimaster_finisher_main", 0, shared.finisher.is_set());
+        self.keep(
+            "multimaster monitor",
+            "multimaster_monitor_main",
+            0,
+            shared.monitor.is_set(),
+        );
+        self.keep(
+            "multimaster finisher",
+            "multimaster_finisher_main",
+            0,
+            shared.finisher.is_set(),
+        );
         for peer in peers {
             let name = format!("multimaster receiver {}", peer.get());
             let running = shared.node(*peer).receiver.is_set();
-            self.keep(&name, "multimaster_receiver_main", i32::from(peer.get()), running);
+            self.keep(
+                &name,
+                "multimaster_receiver_main",
+                i32::from(peer.get()),
+                running,
+            );
         }
     }
 
     fn keep(&mut self, name: &str, function: &str, argument: i32, running: bool) {
-        let waits = self.tried.get(name).is_some_and(|tried| tried.elapsed() < RESTART_PAUSE);
+        let waits = self
+            .tried
+            .get(name)
+            .is_some_and(|tried| tried.elapsed() < RESTART_PAUSE);
         if running || waits {
             return;
         }

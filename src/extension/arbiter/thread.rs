@@ -3,17 +3,18 @@
 //! It calls nothing of PostgreSQL but `SetLatch`. Facts come in from the other processes (events in shared memory), the peers (mesh) and the main
 //! thread (durable batches, look-ups); what the core wants done goes out the same ways. Nothing is decided here.
 
-use super::start::Decider;
 use super::durable::{Batch, DurableOrder, Tuples};
 use super::event::{self, Ended, Fate, FinishOrder, InFlight, LocalEvent, Question};
 use super::finishing::Finishing;
-use crate::failpoint::{self, Failpoint, hit_in_thread};
-use crate::pg::thread as os_thread;
-use crate::pg::shared::{self, EVENT_BYTES, NodeStatus, outcome, shared};
-use mesh::{MeshEvent, MeshHandle};
+use super::start::Decider;
 use super::user_votes::{UserTally, UserVotes};
+use crate::failpoint::{self, Failpoint, hit_in_thread};
+use crate::pg::shared::{self, EVENT_BYTES, NodeStatus, outcome, shared};
+use crate::pg::thread as os_thread;
+use mesh::{MeshEvent, MeshHandle};
 use protocol::{
-    Core, Decision, Effect, Effects, Event, Gid, Input, Message, Millis, NodeId, NodeSet, Outcome, Refusal, Source, Vote,
+    Core, Decision, Effect, Effects, Event, Gid, Input, Message, Millis, NodeId, NodeSet, Outcome,
+    Refusal, Source, Vote,
 };
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::Ordering;
@@ -53,11 +54,17 @@ pub enum LogLevel {
 /// What the main thread answers.
 pub enum FromMain {
     Durable(Vec<Gid>),
-    Outcome { gid: Gid, outcome: Option<Decision> },
+    Outcome {
+        gid: Gid,
+        outcome: Option<Decision>,
+    },
     /// The main thread works: this node may speak to its peers for another while.
     Alive,
     /// Settings were read again.
-    Reconfigure { send_ms: u64, recv_ms: u64 },
+    Reconfigure {
+        send_ms: u64,
+        recv_ms: u64,
+    },
     Stop,
 }
 
@@ -185,11 +192,21 @@ impl Arbiter {
             {
                 if slot.user_prepare.load(Ordering::Relaxed) {
                     // Its votes died with that life. Nobody may act on it before its user does, so it can still be rolled back.
-                    self.waiting.insert(gid, Waiting { backend: index as u32, since: Instant::now() });
+                    self.waiting.insert(
+                        gid,
+                        Waiting {
+                            backend: index as u32,
+                            since: Instant::now(),
+                        },
+                    );
                     self.answer_user(gid, UserTally::Refused(votes_lost()));
                     continue;
                 }
-                self.on_local(LocalEvent::Committing { gid, backend: index as u32, wait_peers: true });
+                self.on_local(LocalEvent::Committing {
+                    gid,
+                    backend: index as u32,
+                    wait_peers: true,
+                });
             }
         }
     }
@@ -208,7 +225,10 @@ impl Arbiter {
     /// Messages to ourselves, then the batch of records.
     fn settle(&mut self) {
         while let Some(msg) = self.to_self.pop_front() {
-            self.input(Input::Message { from: self.node, msg });
+            self.input(Input::Message {
+                from: self.node,
+                msg,
+            });
         }
         self.send_batch(false);
     }
@@ -233,17 +253,42 @@ impl Arbiter {
 
     fn on_local(&mut self, event: LocalEvent) {
         match event {
-            LocalEvent::Committing { gid, backend, wait_peers } => {
-                self.waiting.insert(gid, Waiting { backend, since: Instant::now() });
+            LocalEvent::Committing {
+                gid,
+                backend,
+                wait_peers,
+            } => {
+                self.waiting.insert(
+                    gid,
+                    Waiting {
+                        backend,
+                        since: Instant::now(),
+                    },
+                );
                 self.input(Input::Committing { gid, wait_peers });
             }
-            LocalEvent::Voted { gid, vote, lsn } => self.input(Input::Voted { gid, vote, prepare_lsn: lsn }),
+            LocalEvent::Voted { gid, vote, lsn } => self.input(Input::Voted {
+                gid,
+                vote,
+                prepare_lsn: lsn,
+            }),
             LocalEvent::UserPreparing { gid, backend } => {
-                self.waiting.insert(gid, Waiting { backend, since: Instant::now() });
-                self.user_votes.expect(gid, self.configured.without(self.node));
+                self.waiting.insert(
+                    gid,
+                    Waiting {
+                        backend,
+                        since: Instant::now(),
+                    },
+                );
+                self.user_votes
+                    .expect(gid, self.configured.without(self.node));
             }
-            LocalEvent::UserVoted { gid, vote } => self.send(gid.coordinator, &Message::Vote { gid, vote }),
-            LocalEvent::StreamOutcome { gid, decision } => self.input(Input::StreamOutcome { gid, decision }),
+            LocalEvent::UserVoted { gid, vote } => {
+                self.send(gid.coordinator, &Message::Vote { gid, vote })
+            }
+            LocalEvent::StreamOutcome { gid, decision } => {
+                self.input(Input::StreamOutcome { gid, decision })
+            }
             LocalEvent::Finished { gid } => {
                 if self.finishing.finished(gid) {
                     self.input(Input::Finished { gid });
@@ -259,7 +304,9 @@ impl Arbiter {
                 self.input(Input::Abandoned { gid });
             }
             LocalEvent::Ask { number, question } => self.answer(number, &question),
-            LocalEvent::MarkStored { node, lsn } => self.input(Input::MarkPassed { origin: node, lsn }),
+            LocalEvent::MarkStored { node, lsn } => {
+                self.input(Input::MarkPassed { origin: node, lsn })
+            }
         }
     }
 
@@ -268,14 +315,20 @@ impl Arbiter {
             MeshEvent::Up { peer, epoch, .. } => {
                 self.linked.insert(peer);
                 self.link_changed(peer, true);
-                self.main.log(LogLevel::Info, format!("arbiter connected to node {}", peer.get()));
+                self.main.log(
+                    LogLevel::Info,
+                    format!("arbiter connected to node {}", peer.get()),
+                );
                 self.input(Input::LinkUp { peer, epoch });
             }
             MeshEvent::Down { peer, reason } => {
                 self.linked.remove(peer);
                 self.peer_views.remove(&peer);
                 self.link_changed(peer, false);
-                self.main.log(LogLevel::Warning, format!("arbiter lost node {}: {reason}", peer.get()));
+                self.main.log(
+                    LogLevel::Warning,
+                    format!("arbiter lost node {}: {reason}", peer.get()),
+                );
                 for gid in self.user_votes.lose(peer) {
                     self.answer_user(gid, UserTally::Refused(unreachable_peer(peer)));
                 }
@@ -294,16 +347,32 @@ impl Arbiter {
             MeshEvent::Heartbeat { from, heartbeat } => {
                 let node = shared().node(from);
                 node.heartbeats.fetch_add(1, Ordering::Relaxed);
-                node.connectivity.store(u32::from(heartbeat.connected.bits()), Ordering::Relaxed);
+                node.connectivity
+                    .store(u32::from(heartbeat.connected.bits()), Ordering::Relaxed);
                 self.peer_views.insert(from, view_of(&heartbeat));
                 self.refresh_status();
             }
-            MeshEvent::Refused { peer: Some(peer), reason, .. } => {
-                self.main.log(LogLevel::Info, format!("arbiter cannot connect to node {}: {reason}", peer.get()));
+            MeshEvent::Refused {
+                peer: Some(peer),
+                reason,
+                ..
+            } => {
+                self.main.log(
+                    LogLevel::Info,
+                    format!("arbiter cannot connect to node {}: {reason}", peer.get()),
+                );
             }
-            MeshEvent::Refused { addr, reason, unreported, .. } => {
-                let who = addr.map_or_else(|| "an unknown address".to_owned(), |addr| addr.to_string());
-                let text = format!("arbiter refused a connection from {who}: {reason} ({unreported} more not reported)");
+            MeshEvent::Refused {
+                addr,
+                reason,
+                unreported,
+                ..
+            } => {
+                let who =
+                    addr.map_or_else(|| "an unknown address".to_owned(), |addr| addr.to_string());
+                let text = format!(
+                    "arbiter refused a connection from {who}: {reason} ({unreported} more not reported)"
+                );
                 self.main.log(LogLevel::Warning, text);
             }
         }
@@ -312,23 +381,35 @@ impl Arbiter {
     fn link_changed(&mut self, peer: NodeId, up: bool) {
         let node = shared().node(peer);
         node.linked.store(up, Ordering::Release);
-        node.last_change_us.store(postgres_now_us(), Ordering::Relaxed);
+        node.last_change_us
+            .store(postgres_now_us(), Ordering::Relaxed);
         self.refresh_status();
     }
 
     fn note_vote_delay(&self, from: NodeId, msg: &Message) {
-        if let Message::Vote { gid, vote: Vote::Yes } = msg
+        if let Message::Vote {
+            gid,
+            vote: Vote::Yes,
+        } = msg
             && let Some(waiting) = self.waiting.get(gid)
         {
             let node = shared().node(from);
-            node.vote_delay_us.fetch_add(waiting.since.elapsed().as_micros() as u64, Ordering::Relaxed);
+            node.vote_delay_us.fetch_add(
+                waiting.since.elapsed().as_micros() as u64,
+                Ordering::Relaxed,
+            );
             node.vote_delays.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// A transaction that is already aborted elsewhere need not be applied to its end.
     fn stop_hopeless_apply(&self, msg: &Message) {
-        if let Message::Decided { gid, decision: Decision::Abort, .. } = msg {
+        if let Message::Decided {
+            gid,
+            decision: Decision::Abort,
+            ..
+        } = msg
+        {
             crate::conflict::cancel_apply(*gid);
         }
     }
@@ -344,7 +425,9 @@ impl Arbiter {
                     self.carry_out(held.into_iter());
                 }
             }
-            FromMain::Outcome { gid, outcome } => self.input(Input::CoordinatorOutcome { gid, outcome }),
+            FromMain::Outcome { gid, outcome } => {
+                self.input(Input::CoordinatorOutcome { gid, outcome })
+            }
             FromMain::Reconfigure { send_ms, recv_ms } => {
                 self.silence = Duration::from_millis(recv_ms);
                 self.reconfigure(send_ms, recv_ms);
@@ -376,7 +459,11 @@ impl Arbiter {
         self.publish_view(view);
         let complete = self.configured.iter().all(|peer| {
             peer == self.node
-                || (view.contains(peer) && self.peer_views.get(&peer).is_some_and(|theirs| theirs.contains(self.node)))
+                || (view.contains(peer)
+                    && self
+                        .peer_views
+                        .get(&peer)
+                        .is_some_and(|theirs| theirs.contains(self.node)))
         });
         let status = match (complete, shared().status()) {
             (true, _) => NodeStatus::Online,
@@ -384,23 +471,36 @@ impl Arbiter {
             (false, _) => NodeStatus::Degraded,
         };
         if status != shared().status() {
-            self.main.log(LogLevel::Info, format!("this node is now {}", status.name()));
+            self.main.log(
+                LogLevel::Info,
+                format!("this node is now {}", status.name()),
+            );
             shared().set_status(status);
         }
     }
 
     fn send(&self, to: NodeId, msg: &Message) {
         let around = failpoint::around(msg);
-        around.into_iter().for_each(|(before, _)| hit_in_thread(before));
+        around
+            .into_iter()
+            .for_each(|(before, _)| hit_in_thread(before));
         if let Err(error) = self.mesh.send(to, msg) {
-            self.main.log(LogLevel::Warning, format!("a message to node {} was not sent: {error}", to.get()));
+            self.main.log(
+                LogLevel::Warning,
+                format!("a message to node {} was not sent: {error}", to.get()),
+            );
         }
-        around.into_iter().for_each(|(_, after)| failpoint::hit_after_sending(after));
+        around
+            .into_iter()
+            .for_each(|(_, after)| failpoint::hit_after_sending(after));
     }
 
     fn reconfigure(&self, send_ms: u64, recv_ms: u64) {
         if let Err(error) = self.mesh.reconfigure(send_ms, recv_ms) {
-            self.main.log(LogLevel::Warning, format!("the heartbeat settings were not taken: {error}"));
+            self.main.log(
+                LogLevel::Warning,
+                format!("the heartbeat settings were not taken: {error}"),
+            );
         }
     }
 
@@ -413,13 +513,21 @@ impl Arbiter {
                 .configured
                 .iter()
                 .filter(|peer| *peer != self.node)
-                .map(|peer| (peer, protocol::Lsn(shared().node(peer).mark.load(Ordering::Relaxed))))
+                .map(|peer| {
+                    (
+                        peer,
+                        protocol::Lsn(shared().node(peer).mark.load(Ordering::Relaxed)),
+                    )
+                })
                 .collect(),
             extras: vec![(RECEIVING_TAG, view.bits().to_le_bytes().to_vec())],
             ..Heartbeat::default()
         };
         if let Err(error) = self.mesh.heartbeat_info(heartbeat) {
-            self.main.log(LogLevel::Warning, format!("the heartbeat was not changed: {error}"));
+            self.main.log(
+                LogLevel::Warning,
+                format!("the heartbeat was not changed: {error}"),
+            );
         }
     }
 
@@ -440,11 +548,13 @@ impl Arbiter {
                 },
                 Effect::Write { gid, record } => match self.tuples.of(gid) {
                     // A finish that follows carries the record, so that the process that finishes writes it first.
-                    Some(tuple) if matches!(effects.peek(), Some(Effect::Finish { gid: next, .. }) if *next == gid) => {
+                    Some(tuple) if matches!(effects.peek(), Some(Effect::Finish { gid: next, .. }) if *next == gid) =>
+                    {
                         pending_record = Some((gid, tuple, record.to_bytes()));
                     }
                     // The backend that hears the outcome finishes at once: the record must be durable before.
-                    Some(tuple) if matches!(effects.peek(), Some(Effect::Reply { gid: next, .. }) if *next == gid) => {
+                    Some(tuple) if matches!(effects.peek(), Some(Effect::Reply { gid: next, .. }) if *next == gid) =>
+                    {
                         self.order.persist(gid, tuple, record.to_bytes());
                     }
                     Some(tuple) => self.order.write(tuple, record.to_bytes()),
@@ -452,7 +562,11 @@ impl Arbiter {
                 },
                 Effect::Finish { gid, decision } => {
                     let record = pending_record.take().filter(|(owner, ..)| *owner == gid);
-                    self.finish(gid, decision, record.map(|(_, tuple, body)| (tuple, body.to_vec())));
+                    self.finish(
+                        gid,
+                        decision,
+                        record.map(|(_, tuple, body)| (tuple, body.to_vec())),
+                    );
                 }
                 other => self.carry_out_simple(other),
             }
@@ -488,19 +602,31 @@ impl Arbiter {
 
     /// Every tuple is taken by a transaction that some node has not finished: stop rather than break the order of records.
     fn out_of_records(&self, gid: Gid) {
-        self.main.log(LogLevel::Warning, format!("no durable record is free for transaction {gid:?}"));
-        panic!("all {} durable records are in use", super::durable::RECORDS_MAX);
+        self.main.log(
+            LogLevel::Warning,
+            format!("no durable record is free for transaction {gid:?}"),
+        );
+        panic!(
+            "all {} durable records are in use",
+            super::durable::RECORDS_MAX
+        );
     }
 
     fn finish(&mut self, gid: Gid, decision: Decision, record: Option<(u32, Vec<u8>)>) {
-        let order = FinishOrder { gid, decision, record };
+        let order = FinishOrder {
+            gid,
+            decision,
+            record,
+        };
         hit_in_thread(Failpoint::BeforeFinishOrder);
         self.finishing.give(order);
         hit_in_thread(Failpoint::AfterFinishOrder);
     }
 
     fn reply(&mut self, gid: Gid, result: Outcome) {
-        let Some(waiting) = self.waiting.get(&gid).copied() else { return };
+        let Some(waiting) = self.waiting.get(&gid).copied() else {
+            return;
+        };
         let slot = &shared::backends()[waiting.backend as usize];
         if slot.gid.get() != Some(gid) {
             self.waiting.remove(&gid);
@@ -525,7 +651,9 @@ impl Arbiter {
     fn answer_user(&mut self, gid: Gid, tally: UserTally) {
         let result = match tally {
             UserTally::Pending => return,
-            UserTally::Prepared => Outcome::Commit { csn: protocol::Csn::ZERO },
+            UserTally::Prepared => Outcome::Commit {
+                csn: protocol::Csn::ZERO,
+            },
             UserTally::Refused(refusal) => Outcome::Abort(refusal),
         };
         self.reply(gid, result);
@@ -626,16 +754,29 @@ fn view_of(heartbeat: &Heartbeat) -> NodeSet {
         .extras
         .iter()
         .find(|(tag, _)| *tag == RECEIVING_TAG)
-        .and_then(|(_, bytes)| Some(NodeSet::from_bits(u16::from_le_bytes(bytes.as_slice().try_into().ok()?))))
+        .and_then(|(_, bytes)| {
+            Some(NodeSet::from_bits(u16::from_le_bytes(
+                bytes.as_slice().try_into().ok()?,
+            )))
+        })
         .unwrap_or_default()
 }
 
 fn votes_lost() -> Refusal {
-    Refusal::retry("the arbiter of this node was restarted while the transaction was being prepared", "")
+    Refusal::retry(
+        "the arbiter of this node was restarted while the transaction was being prepared",
+        "",
+    )
 }
 
 fn unreachable_peer(peer: NodeId) -> Refusal {
-    Refusal::retry(format!("node {} was lost while the transaction was being prepared", peer.get()), "")
+    Refusal::retry(
+        format!(
+            "node {} was lost while the transaction was being prepared",
+            peer.get()
+        ),
+        "",
+    )
 }
 
 /// The transaction an effect is ordered by.

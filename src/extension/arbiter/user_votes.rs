@@ -28,12 +28,18 @@ impl UserVotes {
 
     /// Counts a message if it is a vote on one of these; the count is over when the answer is not `Pending`.
     pub fn count(&mut self, from: NodeId, msg: &Message) -> Option<(Gid, UserTally)> {
-        let Message::Vote { gid, vote } = msg else { return None };
+        let Message::Vote { gid, vote } = msg else {
+            return None;
+        };
         let missing = self.missing.get_mut(gid)?;
         let tally = match vote {
             Vote::Yes => {
                 missing.remove(from);
-                if missing.is_empty() { UserTally::Prepared } else { UserTally::Pending }
+                if missing.is_empty() {
+                    UserTally::Prepared
+                } else {
+                    UserTally::Pending
+                }
             }
             Vote::No(refusal) => UserTally::Refused(refusal.clone()),
         };
@@ -46,13 +52,21 @@ impl UserVotes {
     /// The user cancelled: the transaction is rolled back. None when it is not one of these.
     pub fn interrupt(&mut self, gid: Gid) -> Option<UserTally> {
         self.missing.remove(&gid)?;
-        Some(UserTally::Refused(Refusal::new(*b"57014", "canceling PREPARE TRANSACTION due to user request", "")))
+        Some(UserTally::Refused(Refusal::new(
+            *b"57014",
+            "canceling PREPARE TRANSACTION due to user request",
+            "",
+        )))
     }
 
     /// The transactions that wait for a node that is gone; they are no longer counted.
     pub fn lose(&mut self, peer: NodeId) -> Vec<Gid> {
-        let lost: Vec<Gid> =
-            self.missing.iter().filter(|(_, missing)| missing.contains(peer)).map(|(gid, _)| *gid).collect();
+        let lost: Vec<Gid> = self
+            .missing
+            .iter()
+            .filter(|(_, missing)| missing.contains(peer))
+            .map(|(gid, _)| *gid)
+            .collect();
         for gid in &lost {
             self.missing.remove(gid);
         }

@@ -68,7 +68,9 @@ impl Monitor {
     pub fn run(&mut self) {
         loop {
             process::check_interrupts();
-            let busy = shared::workers().iter().any(|slot| slot.state.load(Ordering::Acquire) == worker::BUSY);
+            let busy = shared::workers()
+                .iter()
+                .any(|slot| slot.state.load(Ordering::Acquire) == worker::BUSY);
             process::wait_latch(if busy { LOOK } else { IDLE }, Wait::Work);
             self.look();
         }
@@ -86,9 +88,12 @@ impl Monitor {
             self.since.clear();
             return;
         }
-        let applying: BTreeMap<usize, u64> =
-            waiting.iter().map(|(index, slot, _)| (*index, slot.applying.load(Ordering::Acquire))).collect();
-        self.since.retain(|(index, transaction, _), _| applying.get(index) == Some(transaction));
+        let applying: BTreeMap<usize, u64> = waiting
+            .iter()
+            .map(|(index, slot, _)| (*index, slot.applying.load(Ordering::Acquire)))
+            .collect();
+        self.since
+            .retain(|(index, transaction, _), _| applying.get(index) == Some(transaction));
         let snapshot = LockSnapshot::take();
         for (index, slot, gid) in waiting {
             let transaction = applying[&index];
@@ -108,7 +113,10 @@ impl Monitor {
                 None => Blocker::UserPrepared(name),
             });
         }
-        if let Some(slot) = shared::workers().iter().find(|slot| slot.process.pid() == holder.pid) {
+        if let Some(slot) = shared::workers()
+            .iter()
+            .find(|slot| slot.process.pid() == holder.pid)
+        {
             return slot.gid.get().map(Blocker::Committing);
         }
         let backend = locks::backend_of(holder.pid)?;
@@ -122,7 +130,11 @@ impl Monitor {
     }
 
     fn name_of(&mut self, snapshot: &LockSnapshot, holder: Holder) -> Option<String> {
-        let find = |names: &BTreeMap<u32, String>| snapshot.xids_of(holder).find_map(|xid| names.get(&xid).cloned());
+        let find = |names: &BTreeMap<u32, String>| {
+            snapshot
+                .xids_of(holder)
+                .find_map(|xid| names.get(&xid).cloned())
+        };
         if let Some(name) = find(&self.names) {
             return Some(name);
         }
@@ -130,12 +142,23 @@ impl Monitor {
         find(&self.names)
     }
 
-    fn judge(&mut self, index: usize, slot: &WorkerSlot, transaction: u64, gid: Gid, holder: Holder, blocker: Blocker) {
+    fn judge(
+        &mut self,
+        index: usize,
+        slot: &WorkerSlot,
+        transaction: u64,
+        gid: Gid,
+        holder: Holder,
+        blocker: Blocker,
+    ) {
         match blocker {
             Blocker::Committing(other) if other == gid => {}
             Blocker::Committing(other) => {
                 if gid.age() > other.age() {
-                    shared().counters.conflicts_committing.fetch_add(1, Ordering::Relaxed);
+                    shared()
+                        .counters
+                        .conflicts_committing
+                        .fetch_add(1, Ordering::Relaxed);
                     let message = format!(
                         "could not serialize access due to concurrent update on node {}",
                         other.coordinator.get()
@@ -145,7 +168,10 @@ impl Monitor {
                 }
             }
             Blocker::Running if self.grace_is_over(index, transaction, holder) => {
-                shared().counters.conflicts_running.fetch_add(1, Ordering::Relaxed);
+                shared()
+                    .counters
+                    .conflicts_running
+                    .fetch_add(1, Ordering::Relaxed);
                 let message = format!(
                     "canceling transaction because it blocks a committing transaction of node {}",
                     gid.coordinator.get()
@@ -156,7 +182,8 @@ impl Monitor {
                 }
             }
             Blocker::UserPrepared(name) if self.grace_is_over(index, transaction, holder) => {
-                let message = format!("could not lock what the prepared transaction \"{name}\" holds");
+                let message =
+                    format!("could not lock what the prepared transaction \"{name}\" holds");
                 cancel_worker(slot, transaction, &Refusal::retry(message, String::new()));
             }
             Blocker::Victim(pid) if self.waited(index, transaction, holder) >= VICTIM_PATIENCE => {
@@ -171,13 +198,18 @@ impl Monitor {
     }
 
     fn waited(&mut self, index: usize, transaction: u64, holder: Holder) -> Duration {
-        self.since.entry((index, transaction, holder)).or_insert_with(Instant::now).elapsed()
+        self.since
+            .entry((index, transaction, holder))
+            .or_insert_with(Instant::now)
+            .elapsed()
     }
 }
 
 /// Adds a line to `mtm.conflicts`. Main threads only.
 pub fn remember(kind: &str, loser: Option<Gid>, winner: Option<Gid>, target: &str) {
-    let Some(node) = shared().node_id() else { return };
+    let Some(node) = shared().node_id() else {
+        return;
+    };
     shared().conflicts.add(&Conflict {
         happened_at: clock::now_us(),
         kind: kind.to_owned(),
@@ -190,7 +222,10 @@ pub fn remember(kind: &str, loser: Option<Gid>, winner: Option<Gid>, target: &st
 
 /// What the worker was doing when it met the lock, for the victim's DETAIL.
 fn target_detail(slot: &WorkerSlot) -> String {
-    slot.target.get().map(|refusal| refusal.detail().to_owned()).unwrap_or_default()
+    slot.target
+        .get()
+        .map(|refusal| refusal.detail().to_owned())
+        .unwrap_or_default()
 }
 
 /// Makes a worker give up the transaction it applies; it votes no with the refusal.
@@ -208,7 +243,11 @@ pub fn cancel_apply(gid: Gid) {
     for slot in shared::workers() {
         if slot.state.load(Ordering::Acquire) == worker::BUSY && slot.gid.get() == Some(gid) {
             let transaction = slot.applying.load(Ordering::Acquire);
-            cancel_worker(slot, transaction, &Refusal::retry("transaction was aborted by its coordinator", ""));
+            cancel_worker(
+                slot,
+                transaction,
+                &Refusal::retry("transaction was aborted by its coordinator", ""),
+            );
         }
     }
 }
@@ -218,11 +257,21 @@ pub fn cancel_apply(gid: Gid) {
 pub fn give_way() {
     let youngest = shared::workers()
         .iter()
-        .filter(|slot| slot.state.load(Ordering::Acquire) == worker::BUSY && locks::waits_for_lock(slot.process.pid()))
+        .filter(|slot| {
+            slot.state.load(Ordering::Acquire) == worker::BUSY
+                && locks::waits_for_lock(slot.process.pid())
+        })
         .filter_map(|slot| Some((slot.gid.get()?.age(), slot)))
         .max_by_key(|(age, _)| *age);
     if let Some((_, slot)) = youngest {
         let transaction = slot.applying.load(Ordering::Acquire);
-        cancel_worker(slot, transaction, &Refusal::retry("no apply worker was free; raise multimaster.max_workers", ""));
+        cancel_worker(
+            slot,
+            transaction,
+            &Refusal::retry(
+                "no apply worker was free; raise multimaster.max_workers",
+                "",
+            ),
+        );
     }
 }

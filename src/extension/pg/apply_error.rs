@@ -29,7 +29,9 @@ impl ApplyFailure {
     fn caught(error: &CaughtError) -> ApplyFailure {
         let (CaughtError::PostgresError(report)
         | CaughtError::ErrorReport(report)
-        | CaughtError::RustPanic { ereport: report, .. }) = error;
+        | CaughtError::RustPanic {
+            ereport: report, ..
+        }) = error;
         ApplyFailure {
             sqlstate: sqlstate_text(report.sql_error_code() as i32),
             message: report.message().to_owned(),

@@ -36,7 +36,11 @@ impl Board {
     /// Asks with `submit(number)` and waits for the answer; none when the arbiter does not answer in time.
     pub fn ask<T: DeserializeOwned>(&self, submit: impl FnOnce(u64)) -> Option<T> {
         let deadline = Instant::now() + PATIENCE;
-        while self.taken.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).is_err() {
+        while self
+            .taken
+            .compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire)
+            .is_err()
+        {
             if Instant::now() >= deadline {
                 return None;
             }
@@ -52,7 +56,9 @@ impl Board {
             let length = self.length.load(Ordering::Relaxed) as usize;
             // SAFETY: see the Sync implementation.
             let bytes = unsafe { &(&*self.bytes.get())[..length.min(ANSWER_BYTES)] };
-            bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok().map(|(answer, _)| answer)
+            bincode::serde::decode_from_slice(bytes, bincode::config::standard())
+                .ok()
+                .map(|(answer, _)| answer)
         });
         self.asker.clear();
         self.taken.store(0, Ordering::Release);
@@ -61,12 +67,15 @@ impl Board {
 
     /// Answers question `number`, unless its asker has given up. Tokio thread only.
     pub fn answer(&self, number: u64, answer: &impl Serialize) {
-        if self.question.load(Ordering::Acquire) != number || self.taken.load(Ordering::Acquire) == 0 {
+        if self.question.load(Ordering::Acquire) != number
+            || self.taken.load(Ordering::Acquire) == 0
+        {
             return;
         }
         // SAFETY: see the Sync implementation.
         let bytes = unsafe { &mut *self.bytes.get() };
-        let length = bincode::serde::encode_into_slice(answer, bytes, bincode::config::standard()).unwrap_or(0);
+        let length = bincode::serde::encode_into_slice(answer, bytes, bincode::config::standard())
+            .unwrap_or(0);
         self.length.store(length as u32, Ordering::Relaxed);
         self.answered.store(number, Ordering::Release);
         self.asker.wake();
@@ -94,14 +103,20 @@ unsafe impl Sync for ConflictEntry {}
 impl ConflictLog {
     /// Remembers a conflict. A second writer of the same entry, 256 conflicts later in the same microsecond, drops its own.
     pub fn add(&self, conflict: &impl Serialize) {
-        let Ok(encoded) = bincode::serde::encode_to_vec(conflict, bincode::config::standard()) else { return };
+        let Ok(encoded) = bincode::serde::encode_to_vec(conflict, bincode::config::standard())
+        else {
+            return;
+        };
         if encoded.len() > CONFLICT_BYTES {
             return;
         }
         let entry = &self.entries[self.next.fetch_add(1, Ordering::AcqRel) as usize % CONFLICTS];
         let version = entry.version.load(Ordering::Acquire);
         if version % 2 == 1
-            || entry.version.compare_exchange(version, version + 1, Ordering::AcqRel, Ordering::Acquire).is_err()
+            || entry
+                .version
+                .compare_exchange(version, version + 1, Ordering::AcqRel, Ordering::Acquire)
+                .is_err()
         {
             return;
         }
@@ -114,7 +129,9 @@ impl ConflictLog {
     /// What is remembered, oldest first.
     pub fn all<T: DeserializeOwned>(&self) -> Vec<T> {
         let next = self.next.load(Ordering::Acquire) as usize;
-        (0..CONFLICTS).filter_map(|step| self.entries[(next + step) % CONFLICTS].read()).collect()
+        (0..CONFLICTS)
+            .filter_map(|step| self.entries[(next + step) % CONFLICTS].read())
+            .collect()
     }
 }
 
@@ -131,11 +148,15 @@ impl ConflictEntry {
         if self.version.load(Ordering::Relaxed) != version {
             return None;
         }
-        bincode::serde::decode_from_slice(&copy, bincode::config::standard()).ok().map(|(value, _)| value)
+        bincode::serde::decode_from_slice(&copy, bincode::config::standard())
+            .ok()
+            .map(|(value, _)| value)
     }
 }
 
 /// Asks the arbiter of this server.
 pub fn ask_arbiter<T: DeserializeOwned>(submit: impl FnOnce(u64)) -> Option<T> {
-    shared::exists().then(|| shared().board.ask(submit)).flatten()
+    shared::exists()
+        .then(|| shared().board.ask(submit))
+        .flatten()
 }

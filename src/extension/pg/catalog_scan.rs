@@ -9,7 +9,9 @@ const PREFIX: &str = "mtm_";
 
 /// The database the marker names. Runs in a transaction.
 pub fn cluster_database() -> Option<pg_sys::Oid> {
-    origin_names().into_iter().find_map(|name| database_of(&name))
+    origin_names()
+        .into_iter()
+        .find_map(|name| database_of(&name))
 }
 
 /// Some database that takes connections. Readable without being attached to one, because pg_database is nailed in the relation cache.
@@ -27,11 +29,16 @@ pub fn any_database() -> Option<pg_sys::Oid> {
 
 /// Whether the marker is still there. Runs in a transaction.
 pub fn has_cluster_marker() -> bool {
-    origin_names().iter().any(|name| database_of(name).is_some())
+    origin_names()
+        .iter()
+        .any(|name| database_of(name).is_some())
 }
 
 fn database_of(name: &str) -> Option<pg_sys::Oid> {
-    name.strip_prefix(PREFIX)?.parse::<u32>().ok().map(pg_sys::Oid::from)
+    name.strip_prefix(PREFIX)?
+        .parse::<u32>()
+        .ok()
+        .map(pg_sys::Oid::from)
 }
 
 fn origin_names() -> Vec<String> {

@@ -88,7 +88,12 @@ fn current_gid() -> Option<Gid> {
     };
     let shared = shared::shared();
     (xid != 0).then_some(())?;
-    Some(Gid { coordinator: shared.node_id()?, xid, generation: shared.generation(), started_at })
+    Some(Gid {
+        coordinator: shared.node_id()?,
+        xid,
+        generation: shared.generation(),
+        started_at,
+    })
 }
 
 /// The part of the gid that is known before COMMIT; assigns the transaction its xid.
@@ -103,12 +108,20 @@ pub fn identifying_text() -> Option<String> {
             let trace = 0u8;
             pg_sys::XLogBeginInsert();
             pg_sys::XLogRegisterData((&raw const trace).cast_mut().cast(), 1);
-            pg_sys::XLogFlush(pg_sys::XLogInsert(pg_sys::RmgrIds::RM_XLOG_ID as u8, pg_sys::XLOG_NOOP as u8));
+            pg_sys::XLogFlush(pg_sys::XLogInsert(
+                pg_sys::RmgrIds::RM_XLOG_ID as u8,
+                pg_sys::XLOG_NOOP as u8,
+            ));
         }
     }
     super::hooks::note_harmless();
     let gid = current_gid()?;
-    Some(format!("mtm-{:08x}-{}-{}", shared::shared().cluster_tag().0, gid.coordinator.get(), gid.xid))
+    Some(format!(
+        "mtm-{:08x}-{}-{}",
+        shared::shared().cluster_tag().0,
+        gid.coordinator.get(),
+        gid.xid
+    ))
 }
 
 /// The name of a transaction as PostgreSQL's functions want it.
@@ -147,7 +160,10 @@ pub unsafe fn commit_globally() {
                 if wait_peers {
                     await_peers(gid);
                 }
-                shared::shared().counters.commits.fetch_add(1, Ordering::Relaxed);
+                shared::shared()
+                    .counters
+                    .commits
+                    .fetch_add(1, Ordering::Relaxed);
                 hit_in_backend(Failpoint::BackendBeforeAnswer);
             }
             outcome::ABORT => {
@@ -156,14 +172,24 @@ pub unsafe fn commit_globally() {
                 hit_in_backend(Failpoint::BackendAfterRollback);
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Finished { gid });
-                shared::shared().counters.aborts.fetch_add(1, Ordering::Relaxed);
+                shared::shared()
+                    .counters
+                    .aborts
+                    .fetch_add(1, Ordering::Relaxed);
                 leave();
-                raise_refusal_at(if session.new_temp_schema { PgLogLevel::FATAL } else { PgLogLevel::ERROR });
+                raise_refusal_at(if session.new_temp_schema {
+                    PgLogLevel::FATAL
+                } else {
+                    PgLogLevel::ERROR
+                });
             }
             _ => {
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Abandoned { gid });
-                shared::shared().counters.unknown.fetch_add(1, Ordering::Relaxed);
+                shared::shared()
+                    .counters
+                    .unknown
+                    .fetch_add(1, Ordering::Relaxed);
                 leave();
                 raise_unknown(name.as_ptr());
             }
@@ -189,9 +215,14 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
         // The votes are counted from the moment the PREPARE can be seen.
         prepare_under(name, Preparing::User, || {
             USER_PREPARING.set(Some(gid));
-            shared::my_backend().user_prepare.store(true, Ordering::Relaxed);
+            shared::my_backend()
+                .user_prepare
+                .store(true, Ordering::Relaxed);
             shared::my_backend().gid.set(Some(gid));
-            submit(&LocalEvent::UserPreparing { gid, backend: shared::my_backend_index() });
+            submit(&LocalEvent::UserPreparing {
+                gid,
+                backend: shared::my_backend_index(),
+            });
         });
         let result = await_outcome(gid);
         USER_PREPARING.set(None);
@@ -242,7 +273,10 @@ unsafe fn forget_late_cancel() {
     // SAFETY: plain variables of this process; a portal's fields are valid while it is active.
     unsafe {
         let portal = pg_sys::ActivePortal;
-        if portal.is_null() || (*portal).commandTag != pg_sys::CommandTag::CMDTAG_CALL && (*portal).commandTag != pg_sys::CommandTag::CMDTAG_DO {
+        if portal.is_null()
+            || (*portal).commandTag != pg_sys::CommandTag::CMDTAG_CALL
+                && (*portal).commandTag != pg_sys::CommandTag::CMDTAG_DO
+        {
             pg_sys::QueryCancelPending = 0;
         }
     }
@@ -251,7 +285,11 @@ unsafe fn forget_late_cancel() {
 /// Steps 1 to 4.
 ///
 /// `before_prepare` runs right before the PREPARE; it must not raise.
-unsafe fn prepare_under(name: *const c_char, preparing: Preparing, before_prepare: impl FnOnce()) -> SessionWork {
+unsafe fn prepare_under(
+    name: *const c_char,
+    preparing: Preparing,
+    before_prepare: impl FnOnce(),
+) -> SessionWork {
     // SAFETY: see commit_globally.
     unsafe {
         raw::PrepareTransactionBlock(name);
@@ -348,7 +386,11 @@ fn reset_outcome() {
 fn announce(gid: Gid, wait_peers: bool) {
     UNFINISHED.set(Some(gid));
     shared::my_backend().gid.set(Some(gid));
-    submit(&LocalEvent::Committing { gid, backend: shared::my_backend_index(), wait_peers });
+    submit(&LocalEvent::Committing {
+        gid,
+        backend: shared::my_backend_index(),
+        wait_peers,
+    });
 }
 
 /// Waits until the arbiter knows the outcome. A cancel, a timeout or a terminate does not end the wait: it starts the resolver, and the client
@@ -420,7 +462,11 @@ unsafe fn refuse_unless_online() {
     let mut message = FixedText::<256>::new();
     let mut detail = FixedText::<256>::new();
     let _ = write!(message, "this node is {} and cannot commit", status.name());
-    let _ = write!(detail, "Nodes it is connected with: {}.", shared::connected_nodes());
+    let _ = write!(
+        detail,
+        "Nodes it is connected with: {}.",
+        shared::connected_nodes()
+    );
     // SAFETY: as raise_refusal.
     unsafe {
         raise(
@@ -472,14 +518,20 @@ pub fn sqlstate_number(sqlstate: [u8; 5]) -> i32 {
     sqlstate
         .iter()
         .enumerate()
-        .fold(0, |number, (place, letter)| number | (i32::from(letter.wrapping_sub(b'0') & 0x3f) << (6 * place)))
+        .fold(0, |number, (place, letter)| {
+            number | (i32::from(letter.wrapping_sub(b'0') & 0x3f) << (6 * place))
+        })
 }
 
 unsafe fn raise_unknown(name: *const c_char) {
     let mut message = FixedText::<512>::new();
     // SAFETY: a zero-terminated name of at most 199 bytes.
     let shown = unsafe { CStr::from_ptr(name) };
-    let _ = write!(message, "outcome of transaction \"{}\" is not known yet", shown.to_str().unwrap_or("?"));
+    let _ = write!(
+        message,
+        "outcome of transaction \"{}\" is not known yet",
+        shown.to_str().unwrap_or("?")
+    );
     // SAFETY: as raise_refusal.
     unsafe {
         raise(
@@ -512,7 +564,11 @@ unsafe fn raise_at(level: PgLogLevel, code: i32, message: &CStr, detail: &CStr, 
             if !hint.is_empty() {
                 raw::errhint(c"%s".as_ptr(), hint.as_ptr());
             }
-            raw::errfinish(c"commit.rs".as_ptr(), line!() as i32, c"multimaster".as_ptr());
+            raw::errfinish(
+                c"commit.rs".as_ptr(),
+                line!() as i32,
+                c"multimaster".as_ptr(),
+            );
         }
     }
 }

@@ -16,5 +16,7 @@ pub fn register() {
 }
 
 fn own_node() -> NodeId {
-    shared::shared().node_id().expect("a node that replicates has a number")
+    shared::shared()
+        .node_id()
+        .expect("a node that replicates has a number")
 }

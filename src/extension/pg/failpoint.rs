@@ -89,7 +89,9 @@ pub fn arm_as_configured() {
 fn arm(value: &str) {
     let armed = &shared::shared().failpoint;
     armed.point.store(0, Ordering::SeqCst);
-    let Some((point, action)) = parse(value) else { return };
+    let Some((point, action)) = parse(value) else {
+        return;
+    };
     let (action, count) = match action {
         Action::Crash { at } => (CRASH, i64::from(at)),
         Action::Sleep { ms } => (SLEEP, i64::from(ms)),
@@ -107,7 +109,9 @@ pub fn take(point: Failpoint) -> Option<Action> {
         return None;
     }
     match armed.action.load(Ordering::SeqCst) {
-        SLEEP => Some(Action::Sleep { ms: armed.count.load(Ordering::SeqCst) as u32 }),
+        SLEEP => Some(Action::Sleep {
+            ms: armed.count.load(Ordering::SeqCst) as u32,
+        }),
         _ if armed.count.fetch_sub(1, Ordering::SeqCst) != 1 => None,
         CRASH => Some(Action::Crash { at: 1 }),
         _ => Some(Action::Error),

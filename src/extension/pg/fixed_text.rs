@@ -11,7 +11,10 @@ pub struct FixedText<const N: usize> {
 
 impl<const N: usize> FixedText<N> {
     pub const fn new() -> Self {
-        FixedText { bytes: [0; N], length: 0 }
+        FixedText {
+            bytes: [0; N],
+            length: 0,
+        }
     }
 
     pub fn as_ptr(&self) -> *const c_char {

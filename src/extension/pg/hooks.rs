@@ -46,12 +46,18 @@ pub fn register() {
 
 /// Notes that the running transaction wrote something that must be replicated.
 pub fn note_write() {
-    FOOTPRINT.set(Footprint { wrote: true, ..FOOTPRINT.get() });
+    FOOTPRINT.set(Footprint {
+        wrote: true,
+        ..FOOTPRINT.get()
+    });
 }
 
 /// Notes an explanation for the transaction's WAL that needs no replication.
 pub fn note_harmless() {
-    FOOTPRINT.set(Footprint { harmless: true, ..FOOTPRINT.get() });
+    FOOTPRINT.set(Footprint {
+        harmless: true,
+        ..FOOTPRINT.get()
+    });
 }
 
 /// Whether commits of this process can be global at all.
@@ -75,7 +81,10 @@ pub fn in_cluster() -> bool {
 
 /// Right after the server's start it is not known yet whether it belongs to a cluster: wait for the arbiter to find out.
 fn wait_for_identity() {
-    while !shared::shared().identity_known.load(Ordering::Acquire) && has_proc() && !process::terminate_pending() {
+    while !shared::shared().identity_known.load(Ordering::Acquire)
+        && has_proc()
+        && !process::terminate_pending()
+    {
         process::wait_latch(std::time::Duration::from_millis(20), process::Wait::Work);
     }
 }
@@ -99,7 +108,8 @@ unsafe fn wait_for_identity_or_cancel() {
 unsafe fn needs_global_commit() -> bool {
     // SAFETY: reads this backend's transaction state.
     unsafe {
-        if raw::GetTopTransactionIdIfAny() == pg_sys::InvalidTransactionId || commit::in_sequence() {
+        if raw::GetTopTransactionIdIfAny() == pg_sys::InvalidTransactionId || commit::in_sequence()
+        {
             return false;
         }
         let footprint = FOOTPRINT.get();
@@ -139,12 +149,18 @@ unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, flags:
 unsafe fn note_plan_writes(plan: &pg_sys::PlannedStmt) {
     // SAFETY: resultRelations are range table indexes of this plan; the relations are locked by it.
     unsafe {
-        let count = if plan.resultRelations.is_null() { 0 } else { (*plan.resultRelations).length };
+        let count = if plan.resultRelations.is_null() {
+            0
+        } else {
+            (*plan.resultRelations).length
+        };
         let mut permanent = count == 0;
         for position in 0..count {
             let index = (*(*plan.resultRelations).elements.add(position as usize)).int_value;
-            let entry = (*(*plan.rtable).elements.add(index as usize - 1)).ptr_value as *const pg_sys::RangeTblEntry;
-            permanent |= pg_sys::get_rel_persistence((*entry).relid) == pg_sys::RELPERSISTENCE_PERMANENT as c_char;
+            let entry = (*(*plan.rtable).elements.add(index as usize - 1)).ptr_value
+                as *const pg_sys::RangeTblEntry;
+            permanent |= pg_sys::get_rel_persistence((*entry).relid)
+                == pg_sys::RELPERSISTENCE_PERMANENT as c_char;
         }
         if permanent {
             note_write();
@@ -154,7 +170,10 @@ unsafe fn note_plan_writes(plan: &pg_sys::PlannedStmt) {
     }
 }
 
-unsafe extern "C-unwind" fn transaction_event(event: pg_sys::XactEvent::Type, _argument: *mut c_void) {
+unsafe extern "C-unwind" fn transaction_event(
+    event: pg_sys::XactEvent::Type,
+    _argument: *mut c_void,
+) {
     // SAFETY: called by xact.c; see commit_globally for the nested sequence.
     unsafe {
         match event {
@@ -222,7 +241,11 @@ unsafe fn keep_cluster(node: *mut pg_sys::Node) {
 unsafe fn drops_cluster_database(statement: *mut pg_sys::DropdbStmt) -> bool {
     // SAFETY: a valid statement.
     unsafe {
-        let cluster = if shared::exists() { shared::shared().database.load(Ordering::Relaxed) } else { 0 };
+        let cluster = if shared::exists() {
+            shared::shared().database.load(Ordering::Relaxed)
+        } else {
+            0
+        };
         cluster != 0 && raw::get_database_oid((*statement).dbname, true).to_u32() == cluster
     }
 }
@@ -238,7 +261,8 @@ unsafe fn drops_extension(statement: *mut pg_sys::DropStmt) -> bool {
         };
         let objects = (*statement).objects;
         (0..(*objects).length).any(|position| {
-            let object = (*(*objects).elements.add(position as usize)).ptr_value as *const pg_sys::String;
+            let object =
+                (*(*objects).elements.add(position as usize)).ptr_value as *const pg_sys::String;
             CStr::from_ptr((*object).sval) == name
         })
     }
@@ -250,9 +274,19 @@ unsafe fn is_local_command(node: *mut pg_sys::Node) -> bool {
     // SAFETY: the node's tag says what it is.
     unsafe {
         match (*node).type_ {
-            T_VacuumStmt | T_ClusterStmt | T_ReindexStmt | T_CreatedbStmt | T_DropdbStmt | T_CreateTableSpaceStmt
-            | T_DropTableSpaceStmt | T_AlterTableSpaceOptionsStmt | T_AlterSystemStmt | T_CreateSubscriptionStmt
-            | T_AlterSubscriptionStmt | T_DropSubscriptionStmt | T_CheckPointStmt => true,
+            T_VacuumStmt
+            | T_ClusterStmt
+            | T_ReindexStmt
+            | T_CreatedbStmt
+            | T_DropdbStmt
+            | T_CreateTableSpaceStmt
+            | T_DropTableSpaceStmt
+            | T_AlterTableSpaceOptionsStmt
+            | T_AlterSystemStmt
+            | T_CreateSubscriptionStmt
+            | T_AlterSubscriptionStmt
+            | T_DropSubscriptionStmt
+            | T_CheckPointStmt => true,
             T_IndexStmt => (*node.cast::<pg_sys::IndexStmt>()).concurrent,
             T_DropStmt => (*node.cast::<pg_sys::DropStmt>()).concurrent,
             T_TransactionStmt => matches!(
@@ -296,10 +330,26 @@ unsafe extern "C-unwind" fn utility(
         }
         let plan = ddl_bridge::before_utility(pstmt, query_string, context);
         match PREVIOUS_UTILITY {
-            Some(previous) => previous(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc),
-            None => {
-                raw::standard_ProcessUtility(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc)
-            }
+            Some(previous) => previous(
+                pstmt,
+                query_string,
+                read_only_tree,
+                context,
+                params,
+                query_env,
+                dest,
+                qc,
+            ),
+            None => raw::standard_ProcessUtility(
+                pstmt,
+                query_string,
+                read_only_tree,
+                context,
+                params,
+                query_env,
+                dest,
+                qc,
+            ),
         }
         ddl_bridge::after_utility(plan, pstmt);
         if local {
@@ -322,7 +372,10 @@ unsafe fn run_transaction_command(statement: *mut pg_sys::TransactionStmt) -> bo
             TRANS_STMT_COMMIT => commit_block((*statement).chain),
             TRANS_STMT_PREPARE => {
                 user_2pc::check_name((*statement).gid);
-                if !raw::IsTransactionBlock() || raw::IsAbortedTransactionBlockState() || !needs_global_commit() {
+                if !raw::IsTransactionBlock()
+                    || raw::IsAbortedTransactionBlockState()
+                    || !needs_global_commit()
+                {
                     return false;
                 }
                 raw::disable_timeout(raw::STATEMENT_TIMEOUT, false);
@@ -343,7 +396,10 @@ unsafe fn run_transaction_command(statement: *mut pg_sys::TransactionStmt) -> bo
 unsafe fn commit_block(chain: bool) -> bool {
     // SAFETY: as utility().
     unsafe {
-        if !raw::IsTransactionBlock() || raw::IsAbortedTransactionBlockState() || !needs_global_commit() {
+        if !raw::IsTransactionBlock()
+            || raw::IsAbortedTransactionBlockState()
+            || !needs_global_commit()
+        {
             return false;
         }
         // finish_xact_command() disarms it before the commit work; without that, deferred triggers are cancelled that core would let run.
@@ -357,7 +413,8 @@ unsafe fn commit_block(chain: bool) -> bool {
             }
         }
         release_savepoints();
-        let (isolation, read_only, deferrable) = (raw::XactIsoLevel, raw::XactReadOnly, raw::XactDeferrable);
+        let (isolation, read_only, deferrable) =
+            (raw::XactIsoLevel, raw::XactReadOnly, raw::XactDeferrable);
         commit::commit_globally();
         if chain {
             // A new empty block with the same characteristics, which core's own COMMIT AND CHAIN then ends.

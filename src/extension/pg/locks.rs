@@ -30,7 +30,11 @@ fn same_tag(left: &pg_sys::LOCKTAG, right: &pg_sys::LOCKTAG) -> bool {
 }
 
 fn holder_of(lock: &pg_sys::LockInstanceData) -> Holder {
-    Holder { pid: lock.pid, backend: lock.backend, local_xid: lock.lxid }
+    Holder {
+        pid: lock.pid,
+        backend: lock.backend,
+        local_xid: lock.lxid,
+    }
 }
 
 impl LockSnapshot {
@@ -40,8 +44,11 @@ impl LockSnapshot {
         unsafe {
             let data = pg_sys::GetLockStatusData();
             let count = (*data).nelements as usize;
-            let locks =
-                if count == 0 { Vec::new() } else { std::slice::from_raw_parts((*data).locks, count).to_vec() };
+            let locks = if count == 0 {
+                Vec::new()
+            } else {
+                std::slice::from_raw_parts((*data).locks, count).to_vec()
+            };
             if !(*data).locks.is_null() {
                 pg_sys::pfree((*data).locks.cast());
             }
@@ -52,7 +59,11 @@ impl LockSnapshot {
 
     /// Those in the way of the process: holders of conflicting locks, and conflicting waiters that came earlier.
     pub fn blockers_of(&self, pid: i32) -> Vec<Holder> {
-        let Some(wait) = self.locks.iter().find(|lock| lock.pid == pid && lock.waitLockMode != 0) else {
+        let Some(wait) = self
+            .locks
+            .iter()
+            .find(|lock| lock.pid == pid && lock.waitLockMode != 0)
+        else {
             return Vec::new();
         };
         // SAFETY: the method table is static data of the lock manager.
@@ -63,7 +74,9 @@ impl LockSnapshot {
         let mut blockers: Vec<Holder> = self
             .locks
             .iter()
-            .filter(|lock| same_tag(&lock.locktag, &wait.locktag) && holder_of(lock) != holder_of(wait))
+            .filter(|lock| {
+                same_tag(&lock.locktag, &wait.locktag) && holder_of(lock) != holder_of(wait)
+            })
             .filter(|lock| {
                 let holds = lock.holdMask & conflicts != 0;
                 let ahead = lock.waitLockMode != 0
@@ -111,7 +124,11 @@ pub fn backend_of(pid: i32) -> Option<&'static BackendSlot> {
     // SAFETY: as above.
     unsafe {
         let proc_ = pg_sys::BackendPidGetProc(pid);
-        if proc_.is_null() { None } else { shared::backends().get((*proc_).pgprocno as usize) }
+        if proc_.is_null() {
+            None
+        } else {
+            shared::backends().get((*proc_).pgprocno as usize)
+        }
     }
 }
 
@@ -150,8 +167,10 @@ pub fn cancel_running(holder: Holder, refusal: &Refusal) -> bool {
             return interrupt();
         }
         // Session locks have no transaction.
-        let still_running =
-            || holder.local_xid == 0 || std::ptr::read_volatile(&raw const (*proc_).lxid) == holder.local_xid;
+        let still_running = || {
+            holder.local_xid == 0
+                || std::ptr::read_volatile(&raw const (*proc_).lxid) == holder.local_xid
+        };
         shared::backends()
             .get((*proc_).pgprocno as usize)
             .is_some_and(|slot| slot.make_victim(refusal, still_running, interrupt))

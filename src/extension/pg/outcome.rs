@@ -12,14 +12,21 @@ pub fn of_own_transaction(full_xid: u64) -> Option<Decision> {
     unsafe {
         let next = pg_sys::ReadNextFullTransactionId().value;
         let oldest = pg_sys::ShmemVariableCache.as_ref()?.oldestClogXid;
-        if full_xid >= next || next - full_xid > u64::from(u32::MAX / 2) || pg_sys::TransactionIdPrecedes(xid, oldest) {
+        if full_xid >= next
+            || next - full_xid > u64::from(u32::MAX / 2)
+            || pg_sys::TransactionIdPrecedes(xid, oldest)
+        {
             return None;
         }
         // In this order: a transaction leaves the procarray after its fate is in pg_xact.
         if pg_sys::TransactionIdIsInProgress(xid) {
             return None;
         }
-        Some(if pg_sys::TransactionIdDidCommit(xid) { Decision::Commit } else { Decision::Abort })
+        Some(if pg_sys::TransactionIdDidCommit(xid) {
+            Decision::Commit
+        } else {
+            Decision::Abort
+        })
     }
 }
 

@@ -184,8 +184,8 @@ pub fn attach_signals() {
 
 /// Starts a background worker `function(index)`; false when the server has no free slot for it.
 pub fn start_worker(name: &str, function: &str, argument: i32) -> bool {
-    use pgrx::bgworkers::BackgroundWorkerBuilder;
     use pgrx::IntoDatum;
+    use pgrx::bgworkers::BackgroundWorkerBuilder;
     BackgroundWorkerBuilder::new(name)
         .set_type(name)
         .set_library("multimaster")
@@ -243,7 +243,9 @@ pub fn forget_cancel() {
 
 /// Attaches to the database of the cluster, with the settings that applying needs whatever the database's or the server's defaults are.
 pub fn connect_to_cluster() {
-    connect(pg_sys::Oid::from(super::shared::shared().database.load(Ordering::Acquire)));
+    connect(pg_sys::Oid::from(
+        super::shared::shared().database.load(Ordering::Acquire),
+    ));
     for (name, value) in APPLY_SETTINGS {
         // SAFETY: zero-terminated literals; at the start of a background worker, outside of any transaction.
         unsafe {

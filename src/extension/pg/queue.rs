@@ -42,7 +42,11 @@ impl<const BYTES: usize, const CAPACITY: usize> Queue<BYTES, CAPACITY> {
     /// # Panics
     /// When the record is longer than `BYTES`: only our own encoder can cause it.
     pub fn push(&self, record: &[u8]) -> bool {
-        assert!(record.len() <= BYTES, "record of {} bytes in a queue of {BYTES}", record.len());
+        assert!(
+            record.len() <= BYTES,
+            "record of {} bytes in a queue of {BYTES}",
+            record.len()
+        );
         let mut position = self.tail.0.load(Ordering::Relaxed);
         loop {
             let cell = &self.cells[position as usize % CAPACITY];
@@ -54,7 +58,12 @@ impl<const BYTES: usize, const CAPACITY: usize> Queue<BYTES, CAPACITY> {
                 position = self.tail.0.load(Ordering::Relaxed);
                 continue;
             }
-            match self.tail.0.compare_exchange_weak(position, position + 1, Ordering::Relaxed, Ordering::Relaxed) {
+            match self.tail.0.compare_exchange_weak(
+                position,
+                position + 1,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            ) {
                 Ok(_) => {
                     // SAFETY: moving the tail made this cell ours until the sequence is published.
                     unsafe { (&mut *cell.data.get())[..record.len()].copy_from_slice(record) };
@@ -72,7 +81,10 @@ impl<const BYTES: usize, const CAPACITY: usize> Queue<BYTES, CAPACITY> {
         let mut position = self.head.0.load(Ordering::Relaxed);
         loop {
             let cell = &self.cells[position as usize % CAPACITY];
-            let lag = cell.sequence.load(Ordering::Acquire).wrapping_sub(position + 1) as i64;
+            let lag = cell
+                .sequence
+                .load(Ordering::Acquire)
+                .wrapping_sub(position + 1) as i64;
             if lag < 0 {
                 return None;
             }
@@ -80,12 +92,18 @@ impl<const BYTES: usize, const CAPACITY: usize> Queue<BYTES, CAPACITY> {
                 position = self.head.0.load(Ordering::Relaxed);
                 continue;
             }
-            match self.head.0.compare_exchange_weak(position, position + 1, Ordering::Relaxed, Ordering::Relaxed) {
+            match self.head.0.compare_exchange_weak(
+                position,
+                position + 1,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            ) {
                 Ok(_) => {
                     let length = cell.length.load(Ordering::Relaxed) as usize;
                     // SAFETY: moving the head made this cell ours until the sequence is published.
                     buffer[..length].copy_from_slice(unsafe { &(&*cell.data.get())[..length] });
-                    cell.sequence.store(position + CAPACITY as u64, Ordering::Release);
+                    cell.sequence
+                        .store(position + CAPACITY as u64, Ordering::Release);
                     return Some(&buffer[..length]);
                 }
                 Err(seen) => position = seen,
@@ -96,7 +114,10 @@ impl<const BYTES: usize, const CAPACITY: usize> Queue<BYTES, CAPACITY> {
     /// True when nothing can be taken at this moment.
     pub fn is_empty(&self) -> bool {
         let position = self.head.0.load(Ordering::Relaxed);
-        self.cells[position as usize % CAPACITY].sequence.load(Ordering::Acquire) != position + 1
+        self.cells[position as usize % CAPACITY]
+            .sequence
+            .load(Ordering::Acquire)
+            != position + 1
     }
 }
 
@@ -131,7 +152,9 @@ impl<const BYTES: usize> Ring<BYTES> {
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), base.add(start), first);
             std::ptr::copy_nonoverlapping(bytes.as_ptr().add(first), base, count - first);
         }
-        self.written.0.store(written + count as u64, Ordering::Release);
+        self.written
+            .0
+            .store(written + count as u64, Ordering::Release);
         count
     }
 

@@ -68,7 +68,12 @@ unsafe extern "C-unwind" {
     // storage/latch.h: touch shared memory and kill(2) only, so SetLatch may also be called from a thread that is not PostgreSQL's.
     pub fn SetLatch(latch: *mut pg_sys::Latch);
     pub fn ResetLatch(latch: *mut pg_sys::Latch);
-    pub fn WaitLatch(latch: *mut pg_sys::Latch, events: c_int, timeout: c_long, wait_event: u32) -> c_int;
+    pub fn WaitLatch(
+        latch: *mut pg_sys::Latch,
+        events: c_int,
+        timeout: c_long,
+        wait_event: u32,
+    ) -> c_int;
 
     // tcop/tcopprot.h: signal handlers
     pub fn die(signal: c_int);

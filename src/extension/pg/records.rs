@@ -35,7 +35,10 @@ impl DurableTable {
     /// errors of the catalog.
     pub fn open(name: &CStr, rows: u32) -> DurableTable {
         let relation = find_relation(name);
-        let mut table = DurableTable { relation, positions: Vec::new() };
+        let mut table = DurableTable {
+            relation,
+            positions: Vec::new(),
+        };
         table.load();
         if (table.positions.len() as u32) < rows {
             fill(name, table.positions.len() as u32, rows);
@@ -46,7 +49,10 @@ impl DurableTable {
 
     /// Keeps VACUUM FULL and CLUSTER, which would move the rows, away for the life of this process. Once in a process.
     pub fn pin(&self) {
-        let mut id = pg_sys::LockRelId { relId: self.relation, dbId: my_database() };
+        let mut id = pg_sys::LockRelId {
+            relId: self.relation,
+            dbId: my_database(),
+        };
         // SAFETY: a session-level lock on a relation that exists.
         unsafe { pg_sys::LockRelationIdForSession(&mut id, pg_sys::RowExclusiveLock as i32) };
         PINNED.store(self.relation.to_u32(), Ordering::Relaxed);
@@ -61,7 +67,10 @@ impl DurableTable {
         });
         found.sort_by_key(|(id, _)| *id);
         assert!(
-            found.iter().enumerate().all(|(index, (id, _))| index as u32 == *id),
+            found
+                .iter()
+                .enumerate()
+                .all(|(index, (id, _))| index as u32 == *id),
             "rows of a table of durable records are numbered without gaps"
         );
         self.positions = found.into_iter().map(|(_, position)| position).collect();
@@ -118,7 +127,8 @@ impl DurableTable {
         // SAFETY: as write(); shared buffer locks, every line pointer is checked before use.
         unsafe {
             let relation = pg_sys::table_open(self.relation, pg_sys::AccessShareLock as i32);
-            let blocks = pg_sys::RelationGetNumberOfBlocksInFork(relation, pg_sys::ForkNumber::MAIN_FORKNUM);
+            let blocks =
+                pg_sys::RelationGetNumberOfBlocksInFork(relation, pg_sys::ForkNumber::MAIN_FORKNUM);
             for block in 0..blocks {
                 let buffer = pg_sys::ReadBuffer(relation, block);
                 pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_SHARE as i32);
@@ -145,8 +155,10 @@ static PINNED: AtomicU32 = AtomicU32::new(0);
 /// Core gives back session-level locks on relations only when a transaction is rolled back; a process that ends outside of one leaves
 /// them to whoever gets its place in the array of processes.
 fn unpin() {
-    let mut id =
-        pg_sys::LockRelId { relId: pg_sys::Oid::from(PINNED.load(Ordering::Relaxed)), dbId: my_database() };
+    let mut id = pg_sys::LockRelId {
+        relId: pg_sys::Oid::from(PINNED.load(Ordering::Relaxed)),
+        dbId: my_database(),
+    };
     // SAFETY: taken by pin(). This runs before core's own exit callback, which could give it back.
     unsafe { pg_sys::UnlockRelationIdForSession(&mut id, pg_sys::RowExclusiveLock as i32) };
 }
@@ -167,7 +179,10 @@ fn find_relation(name: &CStr) -> pg_sys::Oid {
     unsafe {
         let namespace = pg_sys::get_namespace_oid(c"mtm".as_ptr(), false);
         let relation = pg_sys::get_relname_relid(name.as_ptr(), namespace);
-        assert!(relation != pg_sys::Oid::INVALID, "table mtm.{name:?} belongs to the extension");
+        assert!(
+            relation != pg_sys::Oid::INVALID,
+            "table mtm.{name:?} belongs to the extension"
+        );
         relation
     }
 }
@@ -185,7 +200,10 @@ fn fill(name: &CStr, first: u32, rows: u32) {
 unsafe fn line_pointers(page: *const u8) -> u16 {
     // SAFETY: a valid page header.
     let (lower, header) = unsafe {
-        ((*page.cast::<pg_sys::PageHeaderData>()).pd_lower as usize, pg_sys::SizeOfPageHeaderData())
+        (
+            (*page.cast::<pg_sys::PageHeaderData>()).pd_lower as usize,
+            pg_sys::SizeOfPageHeaderData(),
+        )
     };
     (lower.saturating_sub(header) / size_of::<pg_sys::ItemIdData>()) as u16
 }
@@ -193,7 +211,9 @@ unsafe fn line_pointers(page: *const u8) -> u16 {
 unsafe fn line_pointer(page: *const u8, offset: u16) -> pg_sys::ItemIdData {
     // SAFETY: 1 <= offset <= line_pointers(page).
     unsafe {
-        let first = page.add(pg_sys::SizeOfPageHeaderData()).cast::<pg_sys::ItemIdData>();
+        let first = page
+            .add(pg_sys::SizeOfPageHeaderData())
+            .cast::<pg_sys::ItemIdData>();
         *first.add(offset as usize - 1)
     }
 }

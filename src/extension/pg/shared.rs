@@ -9,7 +9,9 @@ use super::raw;
 use pgrx::pg_sys;
 use protocol::{Csn, Decision, GenerationNum, Gid, NodeId, NodeSet, Refusal};
 use std::cell::UnsafeCell;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{
+    AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, Ordering,
+};
 
 /// Node ids are 1 to 16; index 0 of per-node arrays is unused.
 pub const NODES: usize = 17;
@@ -73,12 +75,26 @@ impl ProcCell {
 
     /// Takes an empty cell for the calling process; false when another process is in it.
     pub fn claim(&self) -> bool {
-        self.0.compare_exchange(0, my_proc_number() as u32 + 1, Ordering::AcqRel, Ordering::Acquire).is_ok()
+        self.0
+            .compare_exchange(
+                0,
+                my_proc_number() as u32 + 1,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            )
+            .is_ok()
     }
 
     /// Empties the cell, if the calling process is in it; says whether it was.
     pub fn release(&self) -> bool {
-        self.0.compare_exchange(my_proc_number() as u32 + 1, 0, Ordering::AcqRel, Ordering::Acquire).is_ok()
+        self.0
+            .compare_exchange(
+                my_proc_number() as u32 + 1,
+                0,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            )
+            .is_ok()
     }
 
     /// Sets the process's latch, if there is a process. Callable from any thread.
@@ -122,7 +138,12 @@ impl GidCell {
     pub fn set(&self, gid: Option<Gid>) {
         self.version.fetch_add(1, Ordering::AcqRel);
         let (node, generation, xid, started_at) = match gid {
-            Some(gid) => (u32::from(gid.coordinator.get()), gid.generation.0, gid.xid, gid.started_at),
+            Some(gid) => (
+                u32::from(gid.coordinator.get()),
+                gid.generation.0,
+                gid.xid,
+                gid.started_at,
+            ),
             None => (0, 0, 0, 0),
         };
         self.coordinator.store(node, Ordering::Relaxed);
@@ -161,7 +182,8 @@ impl RefusalCell {
     pub fn set(&self, refusal: &Refusal) {
         // SAFETY: see the Sync implementation.
         let bytes = unsafe { &mut *self.bytes.get() };
-        let length = bincode::serde::encode_into_slice(refusal, bytes, bincode::config::standard()).unwrap_or(0);
+        let length = bincode::serde::encode_into_slice(refusal, bytes, bincode::config::standard())
+            .unwrap_or(0);
         self.length.store(length as u32, Ordering::Release);
     }
 
@@ -169,7 +191,8 @@ impl RefusalCell {
         let length = self.length.load(Ordering::Acquire) as usize;
         // SAFETY: see the Sync implementation; the length was published after the bytes.
         let bytes = unsafe { &(&*self.bytes.get())[..length.min(EVENT_BYTES)] };
-        let (refusal, _) = bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok()?;
+        let (refusal, _) =
+            bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok()?;
         Some(refusal)
     }
 }
@@ -222,7 +245,12 @@ impl BackendSlot {
     ) -> bool {
         let claimed = self
             .stage
-            .compare_exchange(stage::RUNNING, stage::MARKING, Ordering::AcqRel, Ordering::Acquire)
+            .compare_exchange(
+                stage::RUNNING,
+                stage::MARKING,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            )
             .is_ok();
         if !claimed {
             return false;
@@ -254,8 +282,12 @@ impl BackendSlot {
                 stage::RUNNING => return,
                 stage::MARKING => std::hint::spin_loop(),
                 seen => {
-                    let changed =
-                        self.stage.compare_exchange(seen, stage::RUNNING, Ordering::AcqRel, Ordering::Acquire);
+                    let changed = self.stage.compare_exchange(
+                        seen,
+                        stage::RUNNING,
+                        Ordering::AcqRel,
+                        Ordering::Acquire,
+                    );
                     if changed.is_ok() {
                         return;
                     }
@@ -412,7 +444,8 @@ const ADDIN_SHMEM_INIT_LOCK: usize = 21;
 /// Before the postmaster has made it, which only our own start-up code could see.
 pub fn shared() -> &'static Shared {
     // SAFETY: the segment is made before any process that calls this is started, and never moves in the life of a process.
-    unsafe { SHARED.load(Ordering::Acquire).as_ref() }.expect("shared memory is made at server start")
+    unsafe { SHARED.load(Ordering::Acquire).as_ref() }
+        .expect("shared memory is made at server start")
 }
 
 /// True in a server that has our shared memory (false in `postgres --single` and during `initdb`).
@@ -496,7 +529,11 @@ impl Shared {
     /// The configured nodes.
     pub fn configured_nodes(&self) -> NodeSet {
         (1..NODES as u8)
-            .filter(|node| self.nodes[*node as usize].configured.load(Ordering::Acquire))
+            .filter(|node| {
+                self.nodes[*node as usize]
+                    .configured
+                    .load(Ordering::Acquire)
+            })
             .filter_map(NodeId::new)
             .collect()
     }
@@ -507,7 +544,9 @@ impl Shared {
 
     /// Raises `visible` of the coordinator: its commit `csn` is about to be finished here.
     pub fn raise_visible(&self, coordinator: NodeId, csn: Csn) {
-        self.node(coordinator).visible.fetch_max(csn.0, Ordering::AcqRel);
+        self.node(coordinator)
+            .visible
+            .fetch_max(csn.0, Ordering::AcqRel);
     }
 
     /// Wakes the tokio thread.
@@ -564,7 +603,10 @@ pub fn register(workers_max: usize) {
         pg_sys::shmem_request_hook = Some(request);
         PREVIOUS_STARTUP = pg_sys::shmem_startup_hook;
         pg_sys::shmem_startup_hook = Some(startup);
-        WAKE_FD.store(libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC), Ordering::Relaxed);
+        WAKE_FD.store(
+            libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC),
+            Ordering::Relaxed,
+        );
     }
 }
 
@@ -594,7 +636,8 @@ unsafe fn area<T>(name: &std::ffi::CStr, count: usize) -> (*mut T, bool) {
     let mut found = false;
     // SAFETY: the caller holds AddinShmemInitLock; the space was requested.
     unsafe {
-        let start = pg_sys::ShmemInitStruct(name.as_ptr(), count * size_of::<T>(), &mut found).cast::<T>();
+        let start =
+            pg_sys::ShmemInitStruct(name.as_ptr(), count * size_of::<T>(), &mut found).cast::<T>();
         if !found {
             std::ptr::write_bytes(start, 0, count);
         }
@@ -612,13 +655,24 @@ unsafe extern "C-unwind" fn startup() {
         let lock = &raw mut (*pg_sys::MainLWLockArray.add(ADDIN_SHMEM_INIT_LOCK)).lock;
         pg_sys::LWLockAcquire(lock, pg_sys::LWLockMode::LW_EXCLUSIVE);
         let (shared, found) = area::<Shared>(c"multimaster", 1);
-        BACKENDS.store(area(c"multimaster backends", backend_count()).0, Ordering::Release);
-        WORKERS.store(area(c"multimaster workers", workers_requested()).0, Ordering::Release);
-        RINGS.store(area(c"multimaster rings", workers_requested()).0, Ordering::Release);
+        BACKENDS.store(
+            area(c"multimaster backends", backend_count()).0,
+            Ordering::Release,
+        );
+        WORKERS.store(
+            area(c"multimaster workers", workers_requested()).0,
+            Ordering::Release,
+        );
+        RINGS.store(
+            area(c"multimaster rings", workers_requested()).0,
+            Ordering::Release,
+        );
         if !found {
             (*shared).events.init();
             (*shared).finishes.init();
-            (*shared).workers_max.store(workers_requested() as u32, Ordering::Relaxed);
+            (*shared)
+                .workers_max
+                .store(workers_requested() as u32, Ordering::Relaxed);
         }
         SHARED.store(shared, Ordering::Release);
         pg_sys::LWLockRelease(lock);

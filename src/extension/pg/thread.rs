@@ -15,7 +15,9 @@ pub fn spawn_without_signals<T: Send + 'static>(
         let mut before: libc::sigset_t = std::mem::zeroed();
         libc::sigfillset(&mut all);
         libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-        let handle = std::thread::Builder::new().name(name.to_owned()).spawn(body);
+        let handle = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(body);
         libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
         handle.expect("the system can start one thread")
     }

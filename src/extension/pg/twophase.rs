@@ -25,18 +25,27 @@ pub enum Finished {
 
 /// Commits or rolls back a prepared transaction, durably, in a transaction of its own.
 pub fn finish(name: &str, commit: bool) -> Finished {
-    let Ok(name) = CString::new(name) else { return Finished::Unknown };
+    let Ok(name) = CString::new(name) else {
+        return Finished::Unknown;
+    };
     let result = PgTryBuilder::new(|| {
         process::in_transaction(|| {
             // SAFETY: guarded; the name outlives the call.
             unsafe {
-                pg_sys::ffi::pg_guard_ffi_boundary(|| guarded::FinishPreparedTransaction(name.as_ptr(), commit));
+                pg_sys::ffi::pg_guard_ffi_boundary(|| {
+                    guarded::FinishPreparedTransaction(name.as_ptr(), commit)
+                });
             }
         });
         Finished::Done
     })
-    .catch_when(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, |_| Finished::Unknown)
-    .catch_when(PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, |_| Finished::Busy)
+    .catch_when(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, |_| {
+        Finished::Unknown
+    })
+    .catch_when(
+        PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+        |_| Finished::Busy,
+    )
     .execute();
     if result != Finished::Done {
         process::abort_transaction();
@@ -53,17 +62,24 @@ pub fn finish(name: &str, commit: bool) -> Finished {
 pub unsafe fn finish_in_transaction(name: *const std::ffi::c_char, commit: bool) -> Finished {
     let attempt = || {
         // SAFETY: guarded: errors become unwinding, which the handlers below end.
-        unsafe { pg_sys::ffi::pg_guard_ffi_boundary(|| guarded::FinishPreparedTransaction(name, commit)) };
+        unsafe {
+            pg_sys::ffi::pg_guard_ffi_boundary(|| guarded::FinishPreparedTransaction(name, commit))
+        };
         Finished::Done
     };
     PgTryBuilder::new(std::panic::AssertUnwindSafe(attempt))
-        .catch_when(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, |_| Finished::Unknown)
-        .catch_when(PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, |_| {
-            // "is busy" is raised with the lock on the table of prepared transactions held; the transaction goes on, so it is given back here.
-            // SAFETY: no lock of this kind is held by the commit sequence itself.
-            unsafe { pg_sys::LWLockReleaseAll() };
-            Finished::Busy
+        .catch_when(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, |_| {
+            Finished::Unknown
         })
+        .catch_when(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            |_| {
+                // "is busy" is raised with the lock on the table of prepared transactions held; the transaction goes on, so it is given back here.
+                // SAFETY: no lock of this kind is held by the commit sequence itself.
+                unsafe { pg_sys::LWLockReleaseAll() };
+                Finished::Busy
+            },
+        )
         .catch_others(|_| Finished::Failed)
         .execute()
 }

@@ -54,7 +54,12 @@ pub unsafe fn after_command(statement: *mut pg_sys::TransactionStmt) {
             _ => return,
         };
         let (payload, length) = finish_payload(CStr::from_ptr((*statement).gid).to_bytes(), commit);
-        let lsn = raw::LogLogicalMessage(FINISH_PREFIX.as_ptr(), payload.as_ptr().cast(), length, false);
+        let lsn = raw::LogLogicalMessage(
+            FINISH_PREFIX.as_ptr(),
+            payload.as_ptr().cast(),
+            length,
+            false,
+        );
         pg_sys::XLogFlush(lsn);
     }
 }

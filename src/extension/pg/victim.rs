@@ -23,7 +23,8 @@ unsafe extern "C-unwind" fn rewrite(data: *mut pg_sys::ErrorData) {
     // SAFETY: PostgreSQL passes the error that is being reported; new texts are made in the context that owns the old ones.
     unsafe {
         if is_refused_prepare(&*data) {
-            (*data).hint = pg_sys::MemoryContextStrdup((*data).assoc_context, PREPARE_HINT.as_ptr());
+            (*data).hint =
+                pg_sys::MemoryContextStrdup((*data).assoc_context, PREPARE_HINT.as_ptr());
         }
         if is_victims_error(&*data)
             && let Some((message, detail)) = reason()
@@ -31,7 +32,8 @@ unsafe extern "C-unwind" fn rewrite(data: *mut pg_sys::ErrorData) {
             (*data).sqlerrcode = PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32;
             (*data).message = pg_sys::MemoryContextStrdup((*data).assoc_context, message.as_ptr());
             if !detail.is_empty() {
-                (*data).detail = pg_sys::MemoryContextStrdup((*data).assoc_context, detail.as_ptr());
+                (*data).detail =
+                    pg_sys::MemoryContextStrdup((*data).assoc_context, detail.as_ptr());
             }
         }
         if let Some(previous) = PREVIOUS {
@@ -51,7 +53,9 @@ unsafe fn is_refused_prepare(data: &pg_sys::ErrorData) -> bool {
             && data.hint.is_null()
             && !data.message.is_null()
             && super::commit::commits_globally()
-            && CStr::from_ptr(data.message).to_bytes().starts_with(b"cannot PREPARE ")
+            && CStr::from_ptr(data.message)
+                .to_bytes()
+                .starts_with(b"cannot PREPARE ")
     }
 }
 
@@ -81,5 +85,8 @@ fn is_victims_error(data: &pg_sys::ErrorData) -> bool {
 
 fn reason() -> Option<(CString, CString)> {
     let refusal = shared::my_backend().refusal.get()?;
-    Some((CString::new(refusal.message()).ok()?, CString::new(refusal.detail()).ok()?))
+    Some((
+        CString::new(refusal.message()).ok()?,
+        CString::new(refusal.detail()).ok()?,
+    ))
 }

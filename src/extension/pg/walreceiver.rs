@@ -49,25 +49,37 @@ impl Stream {
     /// Opens a logical replication connection. Blocks up to the conninfo's `connect_timeout`, serving interrupts.
     pub fn connect(conninfo: &str, name: &str) -> Result<Stream, StreamError> {
         let functions = functions();
-        let conninfo = CString::new(conninfo).map_err(|error| StreamError::Connect(error.to_string()))?;
+        let conninfo =
+            CString::new(conninfo).map_err(|error| StreamError::Connect(error.to_string()))?;
         let name = CString::new(name).map_err(|error| StreamError::Connect(error.to_string()))?;
         let mut message: *mut c_char = std::ptr::null_mut();
-        let connect = functions.walrcv_connect.expect("libpqwalreceiver fills its table");
+        let connect = functions
+            .walrcv_connect
+            .expect("libpqwalreceiver fills its table");
         // SAFETY: zero-terminated strings that outlive the call.
         let connection =
             guarded(|| unsafe { connect(conninfo.as_ptr(), true, name.as_ptr(), &mut message) });
         if connection.is_null() {
             // SAFETY: on failure the message is a palloc'd string.
-            let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().trim().to_owned();
+            let text = unsafe { CStr::from_ptr(message) }
+                .to_string_lossy()
+                .trim()
+                .to_owned();
             return Err(StreamError::Connect(text));
         }
-        Ok(Stream { connection, functions })
+        Ok(Stream {
+            connection,
+            functions,
+        })
     }
 
     /// Starts logical replication at `start` (or the slot's confirmed position, if that is later).
     pub fn start(&mut self, slot: &str, start: Lsn) -> Result<(), StreamError> {
         let name = CString::new(slot).map_err(|error| StreamError::Connect(error.to_string()))?;
-        let call = self.functions.walrcv_startstreaming.expect("libpqwalreceiver fills its table");
+        let call = self
+            .functions
+            .walrcv_startstreaming
+            .expect("libpqwalreceiver fills its table");
         // SAFETY: an all-zero options struct is valid; the list and its string live in the current memory context for the call.
         let started = unsafe {
             let mut options: pg_sys::WalRcvStreamOptions = std::mem::zeroed();
@@ -77,15 +89,23 @@ impl Stream {
             options.proto.logical.proto_version = 3;
             options.proto.logical.twophase = true;
             let publication = pg_sys::makeString(pg_sys::pstrdup(c"multimaster".as_ptr()));
-            options.proto.logical.publication_names = pg_sys::lappend(std::ptr::null_mut(), publication.cast());
+            options.proto.logical.publication_names =
+                pg_sys::lappend(std::ptr::null_mut(), publication.cast());
             guarded(|| call(self.connection, &options))
         };
-        if started { Ok(()) } else { Err(StreamError::Start(slot.to_owned())) }
+        if started {
+            Ok(())
+        } else {
+            Err(StreamError::Start(slot.to_owned()))
+        }
     }
 
     /// Takes the next message, if one is there.
     pub fn receive(&mut self) -> Received<'_> {
-        let call = self.functions.walrcv_receive.expect("libpqwalreceiver fills its table");
+        let call = self
+            .functions
+            .walrcv_receive
+            .expect("libpqwalreceiver fills its table");
         let mut buffer: *mut c_char = std::ptr::null_mut();
         let mut socket: pg_sys::pgsocket = -1;
         // SAFETY: a live connection; the buffer belongs to it until the next call.
@@ -93,16 +113,27 @@ impl Stream {
         match length {
             0 => Received::Nothing { socket },
             // SAFETY: the library returned that many bytes.
-            1.. => Received::Message(unsafe { std::slice::from_raw_parts(buffer.cast(), length as usize) }),
+            1.. => Received::Message(unsafe {
+                std::slice::from_raw_parts(buffer.cast(), length as usize)
+            }),
             _ => Received::End,
         }
     }
 
     /// Sends a CopyData message.
     pub fn send(&mut self, message: &[u8]) {
-        let call = self.functions.walrcv_send.expect("libpqwalreceiver fills its table");
+        let call = self
+            .functions
+            .walrcv_send
+            .expect("libpqwalreceiver fills its table");
         // SAFETY: a live connection and a buffer of that length.
-        guarded(|| unsafe { call(self.connection, message.as_ptr().cast(), message.len() as i32) });
+        guarded(|| unsafe {
+            call(
+                self.connection,
+                message.as_ptr().cast(),
+                message.len() as i32,
+            )
+        });
     }
 }
 
