@@ -59,7 +59,13 @@ CREATE TABLE mtm.marks (
 );
 COMMENT ON TABLE mtm.marks IS 'how far each peer''s changes are safe here; never to be changed by hand';
 
-REVOKE ALL ON mtm.cluster, mtm.cluster_nodes, mtm.records, mtm.marks FROM PUBLIC;
+CREATE TABLE mtm.slots_made (
+    slot_name  name PRIMARY KEY,
+    made_at    pg_lsn NOT NULL
+);
+COMMENT ON TABLE mtm.slots_made IS 'replication slots that this server had to make again after the cluster was formed, and where they began';
+
+REVOKE ALL ON mtm.cluster, mtm.cluster_nodes, mtm.records, mtm.marks, mtm.slots_made FROM PUBLIC;
 
 -- Forming a cluster.
 

@@ -31,7 +31,7 @@ pub fn build(source: &Source) -> Result<Installation> {
             "--profile",
             PROFILE,
         ])
-        .args(["--features", &format!("pg{MAJOR}")])
+        .args(["--features", &format!("pg{MAJOR},failpoints")])
         .arg("--target-dir")
         .arg(&target)
         .env("PGRX_PG_CONFIG_PATH", &source.pg_config);

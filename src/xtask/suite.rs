@@ -165,7 +165,7 @@ fn lint() -> Result<Tally> {
             "--profile",
             extension::PROFILE,
         ])
-        .args(["--features", &format!("pg{MAJOR}")])
+        .args(["--features", &format!("pg{MAJOR},failpoints")])
         .env("PGRX_PG_CONFIG_PATH", &source.pg_config);
     command::show(extension.args(denied))?;
     Ok(Tally::PASSED)

@@ -24,19 +24,13 @@ impl Tally {
 
     /// Reads the summaries that `cargo test` and `cargo nextest` print.
     pub fn read(output: &str) -> Tally {
-        let mut tally = Tally::default();
-        for line in output.lines() {
-            let line = line.trim_start();
-            if line.starts_with("test result:") || line.starts_with("Summary [") {
-                tally += Tally {
-                    passed: count_before(line, "passed"),
-                    failed: count_before(line, "failed")
-                        + count_before(line, "timed out")
-                        + count_before(line, "exec failed"),
-                };
-            }
+        // nextest also shows what a failed test printed, which has a summary of its own.
+        let nextest: Tally = sum(output, "Summary [");
+        if nextest == Tally::default() {
+            sum(output, "test result:")
+        } else {
+            nextest
         }
-        tally
     }
 
     /// Did all tests pass, and was there at least one?
@@ -50,6 +44,24 @@ impl AddAssign for Tally {
         self.passed += other.passed;
         self.failed += other.failed;
     }
+}
+
+/// Adds up the summary lines that start with `mark`.
+fn sum(output: &str, mark: &str) -> Tally {
+    let mut tally = Tally::default();
+    for line in output
+        .lines()
+        .map(str::trim_start)
+        .filter(|line| line.starts_with(mark))
+    {
+        tally += Tally {
+            passed: count_before(line, "passed"),
+            failed: count_before(line, "failed")
+                + count_before(line, "timed out")
+                + count_before(line, "exec failed"),
+        };
+    }
+    tally
 }
 
 /// The number right before the first `word`, or 0.

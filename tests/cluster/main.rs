@@ -5,7 +5,10 @@
 use std::process::ExitCode;
 
 mod bulk;
+mod crash;
 mod intruder;
+mod kill;
+mod ledger;
 mod life;
 mod load;
 mod refusals;
@@ -17,6 +20,8 @@ fn main() -> ExitCode {
         load::cases(),
         life::cases(),
         bulk::cases(),
+        crash::cases(),
+        kill::cases(),
     ];
     multimaster_tests::run_own(cases.concat())
 }

@@ -440,8 +440,8 @@ fn refusal_of_the_first_temporary_schema_leaves_no_orphans(rig: &Rig) -> Result<
     let mut sessions = (0..3).map(|_| rig.session(1)).collect::<Result<Vec<_>>>()?;
     for session in &mut sessions {
         session.run("BEGIN; CREATE TEMP TABLE mine (id int); INSERT INTO t VALUES (-1, 'no')")?;
-        session.refused("COMMIT")?;
-        if session.is_closed() {
+        if session.refused("COMMIT")?.severity() == "FATAL" {
+            // A session that ends leaves nothing to look after.
             continue;
         }
         session.run("CREATE TEMP TABLE mine (id int); INSERT INTO mine VALUES (1); INSERT INTO t SELECT count(*) FROM t")?;

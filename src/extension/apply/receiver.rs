@@ -8,16 +8,21 @@ use crate::cluster::{Identity, slot_name};
 use crate::failpoint::{Failpoint, hit};
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
+use crate::pg::remote::Connection;
 use crate::pg::shared::{self, NodeShared, shared};
 use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
 use crate::pg::{clock, locks};
-use protocol::{Decision, Gid, Lsn, NodeId, Record, Refusal, Vote};
+use protocol::{Decision, Gid, Lsn, NodeId, Record, Vote};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use wire::stream::{Message, StreamFrame};
 
+/// Pause before a peer that does not fit is tried again.
+const REFUSED_PAUSE_MS: u64 = 5000;
+/// How long the peer is given to tell the end of its WAL.
+const POSITION_PATIENCE: Duration = Duration::from_secs(5);
 /// How often the mark is stored and the peer is told, while it moves.
 const STATUS_INTERVAL: Duration = Duration::from_millis(200);
 /// The same while the peer asks for an answer.
@@ -50,7 +55,7 @@ struct Receiver {
     prepared: BTreeSet<Gid>,
     ended: BTreeSet<Gid>,
     /// Those of them whose PREPARE lies nobody knows where in the stream: see `place`.
-    unplaced: Vec<(Gid, Vote)>,
+    unplaced: Vec<Gid>,
     stored_at: Instant,
     told_at: Instant,
     seen: Lsn,
@@ -81,6 +86,18 @@ pub fn main(peer: NodeId) {
         return;
     };
     let mut receiver = Receiver::recover(peer, node);
+    let slot = slot_name(identity.tag, identity.node_id);
+    let ends = match process::in_transaction(|| ends_of(&target.conninfo, &slot)) {
+        Ok(ends) => ends,
+        Err(error) => {
+            return pgrx::log!("multimaster receiver of node {}: {error}", peer.get());
+        }
+    };
+    if let Err(error) = ends.check(receiver.stored) {
+        pgrx::warning!("multimaster receiver of node {}: {error}", peer.get());
+        return process::pause_ms(REFUSED_PAUSE_MS);
+    }
+    place(&receiver.unplaced, ends.wal);
     let mut stream = match Stream::connect(
         &target.conninfo,
         &format!("multimaster node {}", identity.node_id.get()),
@@ -88,7 +105,7 @@ pub fn main(peer: NodeId) {
         Ok(stream) => stream,
         Err(error) => return pgrx::log!("multimaster receiver of node {}: {error}", peer.get()),
     };
-    if let Err(error) = stream.start(&slot_name(identity.tag, identity.node_id), receiver.stored) {
+    if let Err(error) = stream.start(&slot, receiver.stored) {
         return pgrx::warning!("multimaster receiver of node {}: {error}", peer.get());
     }
     node.receiving.store(true, Ordering::Release);
@@ -181,13 +198,11 @@ impl Receiver {
             Some(b'w') if message.len() > DATA_HEADER_BYTES => {
                 let at = Lsn(number(message, 1));
                 self.seen = self.seen.max(Lsn(number(message, 9)));
-                self.place();
                 self.on_data(at, &message[DATA_HEADER_BYTES..]);
             }
             Some(b'k') if message.len() >= 18 => {
                 let end = Lsn(number(message, 1));
                 self.seen = self.seen.max(end);
-                self.place();
                 if matches!(self.current, Current::None) {
                     self.progress.pass(end);
                 }
@@ -199,19 +214,6 @@ impl Receiver {
             ),
         }
         self.node.received.store(self.seen.0, Ordering::Relaxed);
-    }
-
-    /// Tells the arbiter behind which position of the stream the transactions found at the start are certainly prepared: the peer had flushed each
-    /// PREPARE before this server could know of it, so before it sent what has just come. Without that, nobody could ever say that the mark has
-    /// passed a PREPARE that is not sent again.
-    fn place(&mut self) {
-        for (gid, vote) in std::mem::take(&mut self.unplaced) {
-            submit(&LocalEvent::Voted {
-                gid,
-                vote,
-                lsn: self.seen,
-            });
-        }
     }
 
     /// `at` is the end of the PREPARE for the message that ends a transaction.
@@ -373,28 +375,94 @@ impl Receiver {
     }
 }
 
-/// Transactions whose place in the stream no record tells, with what this server has to say about each.
-fn unplaced(prepared: &BTreeSet<Gid>, records: &BTreeMap<Gid, Record>) -> Vec<(Gid, Vote)> {
+/// Transactions found at the start whose place in the stream no record tells.
+fn unplaced(prepared: &BTreeSet<Gid>, records: &BTreeMap<Gid, Record>) -> Vec<Gid> {
     let is_placed = |gid: &Gid| {
         records
             .get(gid)
             .is_some_and(|record| record.prepare_lsn > Lsn::ZERO)
     };
-    let ended = records
-        .values()
-        .filter(|record| record.decision.is_some())
-        .map(|record| record.gid);
-    let refused = || Vote::No(Refusal::retry("the transaction has ended on this node", ""));
-    prepared
-        .iter()
-        .map(|gid| (*gid, Vote::Yes))
-        .chain(
-            ended
-                .filter(|gid| !prepared.contains(gid))
-                .map(|gid| (gid, refused())),
-        )
-        .filter(|(gid, _)| !is_placed(gid))
-        .collect()
+    let all: BTreeSet<Gid> = prepared.iter().chain(records.keys()).copied().collect();
+    all.into_iter().filter(|gid| !is_placed(gid)).collect()
+}
+
+/// Tells the arbiter a position behind which these transactions are certainly prepared in the peer's WAL: the peer had flushed each PREPARE before
+/// this server could know of it, so the end of its WAL now is beyond all of them. Without that, nobody could ever say that the mark has
+/// passed a PREPARE that is not sent again, and its record would stay for ever.
+fn place(unplaced: &[Gid], end: Lsn) {
+    for gid in unplaced {
+        submit(&LocalEvent::PrepareBefore {
+            gid: *gid,
+            lsn: end,
+        });
+    }
+}
+
+/// Where the peer's WAL ends, and up to where its slot for this node has been confirmed.
+struct Ends {
+    wal: Lsn,
+    confirmed: Lsn,
+    /// The slot still stands where the peer has made it anew (see `arbiter::slots`).
+    made_anew: bool,
+}
+
+/// Why this node and a peer do not fit together.
+#[derive(Debug, thiserror::Error)]
+enum Mismatch {
+    #[error(
+        "this server has forgotten what it had confirmed: its mark is {mark}, the slot's {confirmed}. It seems to be an old copy of its node and must not take part"
+    )]
+    OldCopyHere { mark: Lsn, confirmed: Lsn },
+    #[error(
+        "the peer's WAL ends at {end}, before this server's mark {mark}. The peer seems to be an old copy of its node"
+    )]
+    OldCopyThere { mark: Lsn, end: Lsn },
+}
+
+impl Ends {
+    /// A server that was restored from a backup lacks what its node had promised or committed since; going on would be divergence.
+    fn check(&self, mark: Lsn) -> Result<(), Mismatch> {
+        // Before the first mark the slot stands where it was created; so does one that was made anew.
+        if mark > Lsn::ZERO && self.confirmed > mark && !self.made_anew {
+            return Err(Mismatch::OldCopyHere {
+                mark,
+                confirmed: self.confirmed,
+            });
+        }
+        if self.wal < mark {
+            return Err(Mismatch::OldCopyThere {
+                mark,
+                end: self.wal,
+            });
+        }
+        Ok(())
+    }
+}
+
+fn ends_of(conninfo: &str, slot: &str) -> Result<Ends, String> {
+    let connection = Connection::open(conninfo, "multimaster receiver", POSITION_PATIENCE)
+        .map_err(|error| error.0)?;
+    // Slot names are made of digits, letters and underscores.
+    let sql = format!(
+        "SELECT (pg_catalog.pg_current_wal_flush_lsn() - '0/0'::pg_catalog.pg_lsn)::pg_catalog.text, \
+                (s.confirmed_flush_lsn - '0/0'::pg_catalog.pg_lsn)::pg_catalog.text, \
+                (m.made_at IS NOT DISTINCT FROM s.confirmed_flush_lsn)::pg_catalog.text \
+           FROM pg_catalog.pg_replication_slots s LEFT JOIN mtm.slots_made m USING (slot_name) \
+          WHERE slot_name = '{slot}'"
+    );
+    let rows = connection.query(&sql, 3).map_err(|error| error.0)?;
+    let row = rows
+        .first()
+        .ok_or_else(|| format!("the peer has no slot \"{slot}\""))?;
+    let number = |column: usize| row.get(column)?.as_deref()?.parse().ok().map(Lsn);
+    match (number(0), number(1)) {
+        (Some(wal), Some(confirmed)) => Ok(Ends {
+            wal,
+            confirmed,
+            made_anew: row[2].as_deref() == Some("true"),
+        }),
+        _ => Err("the peer did not tell where its WAL ends".to_owned()),
+    }
 }
 
 /// A standby status update: written, flushed and applied positions, time, no reply wanted.

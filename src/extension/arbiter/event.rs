@@ -34,6 +34,8 @@ pub enum LocalEvent {
     Abandoned { gid: Gid },
     /// A view asks; the answer goes to the board under this number.
     Ask { number: u64, question: Question },
+    /// The PREPARE of a transaction found at the start ends at or before this position of its coordinator's WAL.
+    PrepareBefore { gid: Gid, lsn: Lsn },
     /// The stored mark of a peer's stream has reached this position.
     MarkStored { node: NodeId, lsn: Lsn },
 }

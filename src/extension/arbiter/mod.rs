@@ -7,6 +7,7 @@ pub mod durable;
 pub mod event;
 mod finishing;
 mod net_config;
+pub mod slots;
 mod start;
 mod thread;
 mod user_votes;

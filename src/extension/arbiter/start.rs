@@ -4,6 +4,7 @@ use super::RESTART_PAUSE;
 use super::durable::{RECORDS_MAX, Tuples};
 use super::event;
 use super::net_config::{NetSettings, millis, start_mesh};
+use super::slots;
 use super::thread::{Arbiter, FromMain, MainLink};
 use crate::cluster::Identity;
 use crate::cluster::identity::ClusterState;
@@ -154,6 +155,10 @@ pub fn recover(identity: &Identity) -> RecoveredState {
     hit(Failpoint::StartBeforeEpoch);
     let epoch = next_epoch(identity.node_id);
     hit(Failpoint::StartAfterEpoch);
+    shared().slots_missing.store(
+        process::in_transaction(|| !slots::missing(identity).is_empty()),
+        Ordering::Release,
+    );
     publish(identity);
     let config = config(identity, epoch);
     let tuples = Tuples::new(found.iter().map(|(gid, (tuple, _))| (*gid, *tuple)));
@@ -311,6 +316,15 @@ impl Children {
             return;
         }
         let shared = shared();
+        if shared.slots_missing.load(Ordering::Acquire) {
+            let running = shared.slot_maker.is_set();
+            self.keep(
+                "multimaster slot maker",
+                "multimaster_slot_maker_main",
+                0,
+                running,
+            );
+        }
         self.keep(
             "multimaster monitor",
             "multimaster_monitor_main",

@@ -304,6 +304,9 @@ impl Arbiter {
                 self.input(Input::Abandoned { gid });
             }
             LocalEvent::Ask { number, question } => self.answer(number, &question),
+            LocalEvent::PrepareBefore { gid, lsn } => {
+                self.input(Input::PrepareBefore { gid, lsn });
+            }
             LocalEvent::MarkStored { node, lsn } => {
                 self.input(Input::MarkPassed { origin: node, lsn })
             }

@@ -164,9 +164,15 @@ fn unpin() {
 }
 
 /// Makes everything up to the position durable. One flush serves all callers that wait for the same WAL.
+///
+/// Where the server has synchronous standbys they have it too, as they have PREPARE and COMMIT PREPARED: one of them may take this node's place.
 pub fn flush(lsn: protocol::Lsn) {
-    // SAFETY: raises only PANIC on I/O failure.
-    unsafe { pg_sys::XLogFlush(lsn.0) };
+    // SAFETY: the first raises only PANIC on I/O failure; the second waits outside of any critical section and returns at once without
+    // synchronous standbys.
+    unsafe {
+        pg_sys::XLogFlush(lsn.0);
+        pg_sys::SyncRepWaitForLSN(lsn.0, false);
+    }
 }
 
 fn my_database() -> pg_sys::Oid {

@@ -400,6 +400,9 @@ pub struct Shared {
     pub epoch: AtomicU32,
     /// The arbiter has found out whether this server belongs to a cluster. Until then no write may commit.
     pub identity_known: AtomicBool,
+    /// Slots that the peers need are not there; the process that makes them.
+    pub slots_missing: AtomicBool,
+    pub slot_maker: ProcCell,
     /// A database that finders can attach to, and whether the finder has answered.
     pub finder_database: AtomicU32,
     pub finder_done: AtomicBool,

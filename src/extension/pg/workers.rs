@@ -32,6 +32,12 @@ pub extern "C-unwind" fn multimaster_finder_main(argument: pg_sys::Datum) {
 
 #[pg_guard]
 #[unsafe(no_mangle)]
+pub extern "C-unwind" fn multimaster_slot_maker_main(_argument: pg_sys::Datum) {
+    arbiter::slots::main();
+}
+
+#[pg_guard]
+#[unsafe(no_mangle)]
 pub extern "C-unwind" fn multimaster_monitor_main(_argument: pg_sys::Datum) {
     conflict::main();
 }

@@ -118,6 +118,8 @@ fn any_input() -> impl Strategy<Value = Input> {
 }
 
 proptest! {
+    // A failure prints its inputs; they belong into a test with a name, not into a file of seeds.
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn a_core_keeps_its_word(inputs in prop::collection::vec((any_input(), 0u64..500), 0..60)) {
         let mut bench = Bench::new(1);

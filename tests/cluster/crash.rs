@@ -1,0 +1,264 @@
+//! A node dies at every failpoint of the commit path, of apply and of its start, under load.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use multimaster_tests::{OwnCase, Session, cases};
+use xtask::cluster::{Cluster, wait_for};
+use xtask::installation::Installation;
+use xtask::server::{Server, settings};
+use xtask::suite::Size;
+
+use crate::ledger::{Dice, Ledger};
+
+pub fn cases() -> Vec<OwnCase> {
+    cases![
+        coordinator_dies_at_every_failpoint,
+        participant_dies_at_every_failpoint,
+        node_dies_at_every_failpoint_of_its_start,
+        errors_and_delays_at_every_failpoint_do_no_harm,
+    ]
+}
+
+/// Makes a run repeat another one's choices.
+const SEED_VARIABLE: &str = "MULTIMASTER_TEST_SEED";
+/// A point that is not passed by then is not on the path that it names.
+const HIT_LIMIT: Duration = Duration::from_secs(15);
+/// Load before and after the fault.
+const LOAD: Duration = Duration::from_millis(150);
+/// Nodes (from 0) with the clients: two of them, so that the first takes part in others' transactions as well.
+const CLIENTS: [usize; 4] = [0, 0, 2, 2];
+const COORDINATOR: usize = 0;
+/// Has no clients: it only takes part.
+const PARTICIPANT: usize = 1;
+
+/// How often each point is visited.
+fn rounds() -> u64 {
+    match Size::chosen() {
+        Size::Ci => 1,
+        Size::Full => 2,
+        Size::Long => 10,
+    }
+}
+
+/// The seed of this run, printed so that it can be repeated.
+pub fn dice() -> Dice {
+    let chosen = std::env::var(SEED_VARIABLE)
+        .ok()
+        .and_then(|text| text.parse().ok());
+    let seed = chosen.unwrap_or_else(|| {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        now.map_or(1, |since| u64::from(since.subsec_nanos()))
+    });
+    println!("  {SEED_VARIABLE}={seed}");
+    Dice::new(seed)
+}
+
+/// A cluster that notices lost nodes soon.
+pub fn with_quick_cluster(
+    installation: &Installation,
+    work: impl FnOnce(&mut Cluster) -> Result<()>,
+) -> Result<()> {
+    let mut specs = xtask::cluster::specs(3);
+    for spec in &mut specs {
+        spec.settings.extend(xtask::cluster::member_settings(3));
+        spec.settings.extend(settings(&[
+            ("multimaster.heartbeat_send_timeout", "100"),
+            ("multimaster.heartbeat_recv_timeout", "1000"),
+        ]));
+    }
+    let mut cluster = Cluster::start_servers(installation, &specs)?;
+    let outcome = cluster.init_cluster().and_then(|()| work(&mut cluster));
+    outcome.map_err(|error| {
+        cluster.keep_logs();
+        anyhow::anyhow!("{error:#}\n{}", cluster.log_tails(15))
+    })
+}
+
+/// All failpoints with their roles, as the server lists them.
+fn failpoints(cluster: &Cluster) -> Result<BTreeMap<String, String>> {
+    let list = Session::new(cluster.connect(0)?).text("SHOW multimaster.failpoints")?;
+    list.split_whitespace()
+        .map(|item| {
+            let (name, role) = item.split_once(':').context("a failpoint without a role")?;
+            Ok((name.to_owned(), role.to_owned()))
+        })
+        .collect()
+}
+
+fn arm(server: &Server, value: &str) -> Result<()> {
+    Session::new(server.connect()?).run(&format!("SET multimaster.failpoint = '{value}'"))
+}
+
+fn coordinator_dies_at_every_failpoint(installation: &Installation) -> Result<()> {
+    with_quick_cluster(installation, |cluster| {
+        die_at_all(cluster, "coordinator", COORDINATOR)
+    })
+}
+
+fn participant_dies_at_every_failpoint(installation: &Installation) -> Result<()> {
+    with_quick_cluster(installation, |cluster| {
+        die_at_all(cluster, "participant", PARTICIPANT)
+    })
+}
+
+/// Visits all points of a role (and of both) on a node.
+fn die_at_all(cluster: &mut Cluster, role: &str, node: usize) -> Result<()> {
+    let mut dice = dice();
+    let mut ledger = Ledger::open(cluster)?;
+    let started = Instant::now();
+    let mut visited = 0;
+    for _ in 0..rounds() {
+        for (name, its_role) in failpoints(cluster)? {
+            if its_role != "both" && !its_role.starts_with(role) {
+                continue;
+            }
+            let disturbed = its_role.ends_with("-disturbed");
+            die_at(cluster, &mut ledger, &mut dice, node, &name, disturbed)
+                .with_context(|| format!("at {name} on node {}", node + 1))?;
+            visited += 1;
+        }
+    }
+    let seen = ledger.conclude(cluster)?;
+    println!(
+        "  a {role} died {visited} times in {} s: {seen}",
+        started.elapsed().as_secs()
+    );
+    ensure!(visited > 0, "there are no failpoints");
+    Ok(())
+}
+
+fn die_at(
+    cluster: &mut Cluster,
+    ledger: &mut Ledger,
+    dice: &mut Dice,
+    node: usize,
+    name: &str,
+    disturbed: bool,
+) -> Result<()> {
+    let load = ledger.load(cluster, &CLIENTS, dice);
+    std::thread::sleep(LOAD);
+    let count = 1 + dice.below(3);
+    // The server may be gone before it can say that it is armed.
+    let armed = arm(&cluster.nodes[node], &format!("{name}=crash@{count}"));
+    let died = await_death(cluster, node, disturbed).and_then(|()| armed.or(Ok(())));
+    std::thread::sleep(Duration::from_millis(dice.below(300)));
+    let started = died.and_then(|()| cluster.nodes[node].start());
+    std::thread::sleep(LOAD);
+    ledger.close(load)?;
+    started?;
+    ledger.audit(cluster)
+}
+
+/// Waits until the server is gone; meanwhile, when it is to be disturbed, commits are interrupted there.
+fn await_death(cluster: &mut Cluster, node: usize, disturbed: bool) -> Result<()> {
+    let coordinator = cluster.nodes[COORDINATOR].conninfo();
+    wait_for("the failpoint to be passed", HIT_LIMIT, || {
+        if disturbed
+            && let Ok(mut client) = postgres::Client::connect(&coordinator, postgres::NoTls)
+        {
+            // Fails when it is this very server that dies.
+            let _ = client.batch_execute(
+                "SELECT pg_cancel_backend(pid) FROM pg_stat_activity
+                 WHERE application_name = 'ledger' AND state = 'active' AND query = 'COMMIT'",
+            );
+        }
+        Ok(!cluster.nodes[node].is_running())
+    })
+}
+
+fn node_dies_at_every_failpoint_of_its_start(installation: &Installation) -> Result<()> {
+    with_quick_cluster(installation, |cluster| {
+        let mut dice = dice();
+        let mut ledger = Ledger::open(cluster)?;
+        let points = failpoints(cluster)?;
+        let starting: Vec<&String> = points
+            .iter()
+            .filter(|(_, role)| *role == "start")
+            .map(|(name, _)| name)
+            .collect();
+        ensure!(!starting.is_empty(), "there are no failpoints");
+        for _ in 0..rounds() {
+            for &name in &starting {
+                for node in [COORDINATOR, PARTICIPANT] {
+                    die_at_start(cluster, &mut ledger, &mut dice, node, name)
+                        .with_context(|| format!("at {name} on node {}", node + 1))?;
+                }
+            }
+        }
+        let seen = ledger.conclude(cluster)?;
+        println!("  {seen}");
+        Ok(())
+    })
+}
+
+/// The node is killed, killed again while it starts, and then left to start.
+fn die_at_start(
+    cluster: &mut Cluster,
+    ledger: &mut Ledger,
+    dice: &mut Dice,
+    node: usize,
+    name: &str,
+) -> Result<()> {
+    let load = ledger.load(cluster, &CLIENTS, dice);
+    std::thread::sleep(LOAD + Duration::from_millis(dice.below(200)));
+    let server = &mut cluster.nodes[node];
+    let outcome = server
+        .kill()
+        .and_then(|()| {
+            server.configure(&settings(&[(
+                "multimaster.failpoint",
+                &format!("{name}=crash"),
+            )]))
+        })
+        .and_then(|()| {
+            // It may die before it takes connections.
+            let _ = server.start();
+            wait_for("the failpoint to be passed", HIT_LIMIT, || {
+                Ok(!server.is_running())
+            })
+        })
+        .and_then(|()| server.configure(&settings(&[("multimaster.failpoint", "")])))
+        .and_then(|()| server.start());
+    ledger.close(load)?;
+    outcome?;
+    ledger.audit(cluster)
+}
+
+/// Nothing may depend on how long something takes, and a process that fails with an error is replaced.
+fn errors_and_delays_at_every_failpoint_do_no_harm(installation: &Installation) -> Result<()> {
+    with_quick_cluster(installation, |cluster| {
+        let mut dice = dice();
+        let mut ledger = Ledger::open(cluster)?;
+        let points: Vec<String> = failpoints(cluster)?.into_keys().collect();
+        let load = ledger.load(cluster, &[0, 0, 1, 1, 2, 2], &mut dice);
+        let outcome = points.iter().try_for_each(|name| -> Result<()> {
+            for action in ["sleep:100", "error"] {
+                let node = dice.below(3) as usize;
+                arm(&cluster.nodes[node], &format!("{name}={action}"))
+                    .with_context(|| format!("{name}={action}"))?;
+                std::thread::sleep(Duration::from_millis(400));
+                disarm(&cluster.nodes[node]).with_context(|| format!("{name}={action}"))?;
+            }
+            Ok(())
+        });
+        ledger.close(load)?;
+        outcome?;
+        let seen = ledger.conclude(cluster)?;
+        println!("  {seen}");
+        Ok(())
+    })
+}
+
+/// The arbiter may just be starting again, and everybody waits for it then.
+fn disarm(server: &Server) -> Result<()> {
+    let deadline = Instant::now() + HIT_LIMIT;
+    while let Err(error) = arm(server, "") {
+        if Instant::now() > deadline {
+            bail!("cannot disarm: {error:#}");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}

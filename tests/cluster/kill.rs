@@ -1,0 +1,162 @@
+//! Processes of every kind are killed at random moments, under load.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use multimaster_tests::{OwnCase, Session, cases};
+use xtask::cluster::{Cluster, wait_for};
+use xtask::command;
+use xtask::installation::Installation;
+use xtask::suite::Size;
+
+use crate::crash::{dice, with_quick_cluster};
+use crate::ledger::{Dice, Ledger};
+
+pub fn cases() -> Vec<OwnCase> {
+    cases![any_process_may_be_killed_at_any_moment]
+}
+
+/// What is killed in a round.
+#[derive(Clone, Copy, Debug)]
+enum Victim {
+    /// A process of this kind, as `pg_stat_activity.backend_type` begins.
+    Process(&'static str),
+    /// A background worker of this kind is asked to end.
+    Terminated(&'static str),
+    Postmaster,
+    Node,
+    AllNodes,
+}
+
+const VICTIMS: [Victim; 16] = [
+    Victim::Process("client backend"),
+    Victim::Process("walsender"),
+    Victim::Process("multimaster receiver"),
+    Victim::Process("multimaster apply worker"),
+    Victim::Process("multimaster arbiter"),
+    Victim::Process("multimaster finisher"),
+    Victim::Process("multimaster monitor"),
+    Victim::Process("checkpointer"),
+    Victim::Terminated("multimaster receiver"),
+    Victim::Terminated("multimaster apply worker"),
+    Victim::Terminated("multimaster finisher"),
+    Victim::Terminated("multimaster arbiter"),
+    Victim::Terminated("client backend"),
+    Victim::Postmaster,
+    Victim::Node,
+    Victim::AllNodes,
+];
+
+/// How long a server may take to let go of what its killed postmaster left.
+const START_LIMIT: Duration = Duration::from_secs(30);
+
+fn rounds() -> u64 {
+    match Size::chosen() {
+        Size::Ci => 1,
+        Size::Full => 4,
+        Size::Long => 30,
+    }
+}
+
+fn any_process_may_be_killed_at_any_moment(installation: &Installation) -> Result<()> {
+    with_quick_cluster(installation, |cluster| {
+        let mut dice = dice();
+        let mut ledger = Ledger::open(cluster)?;
+        let started = Instant::now();
+        for round in 1..=rounds() {
+            for victim in VICTIMS {
+                kill_one(cluster, &mut ledger, &mut dice, victim)
+                    .with_context(|| format!("round {round}: {victim:?}"))?;
+            }
+        }
+        let seen = ledger.conclude(cluster)?;
+        println!("  {} s: {seen}", started.elapsed().as_secs());
+        Ok(())
+    })
+}
+
+fn kill_one(
+    cluster: &mut Cluster,
+    ledger: &mut Ledger,
+    dice: &mut Dice,
+    victim: Victim,
+) -> Result<()> {
+    let load = ledger.load(cluster, &[0, 0, 1, 1, 2, 2], dice);
+    std::thread::sleep(Duration::from_millis(150 + dice.below(400)));
+    let node = dice.below(3) as usize;
+    let outcome = match victim {
+        Victim::Process(kind) => kill_process(cluster, node, kind),
+        Victim::Terminated(kind) => terminate(cluster, node, kind),
+        Victim::Postmaster => kill_postmaster(cluster, node),
+        Victim::Node => cluster.nodes[node]
+            .kill()
+            .and_then(|()| start(cluster, node)),
+        Victim::AllNodes => kill_all(cluster),
+    };
+    std::thread::sleep(Duration::from_millis(100 + dice.below(200)));
+    ledger.close(load)?;
+    outcome?;
+    ledger.audit(cluster)
+}
+
+/// Process ids of a kind on a node.
+fn processes(cluster: &Cluster, node: usize, kind: &str) -> Result<Vec<String>> {
+    let mut session = Session::new(cluster.connect(node)?);
+    let mut found = String::new();
+    wait_for(&format!("a {kind}"), Duration::from_secs(10), || {
+        found = session.text(&format!(
+            "SELECT pid FROM pg_stat_activity WHERE backend_type LIKE '{kind}%' AND pid <> pg_backend_pid() ORDER BY random()"
+        ))?;
+        Ok(!found.is_empty())
+    })?;
+    Ok(found.lines().map(str::to_owned).collect())
+}
+
+/// SIGKILL: the postmaster then ends all other processes of the server and starts it again.
+fn kill_process(cluster: &Cluster, node: usize, kind: &str) -> Result<()> {
+    let victims = processes(cluster, node, kind)?;
+    signal_kill(&victims[0])
+}
+
+fn signal_kill(pid: &str) -> Result<()> {
+    command::capture(Command::new("kill").args(["-KILL", pid])).map(drop)
+}
+
+fn terminate(cluster: &Cluster, node: usize, kind: &str) -> Result<()> {
+    let victims = processes(cluster, node, kind)?;
+    Session::new(cluster.connect(node)?)
+        .run(&format!("SELECT pg_terminate_backend({})", victims[0]))
+}
+
+/// Its children notice, one after the other.
+fn kill_postmaster(cluster: &mut Cluster, node: usize) -> Result<()> {
+    let pid = cluster.nodes[node]
+        .postmaster()
+        .context("the server does not run")?;
+    signal_kill(&pid.to_string())?;
+    wait_for("the postmaster's end", START_LIMIT, || {
+        Ok(!cluster.nodes[node].is_running())
+    })?;
+    start(cluster, node)
+}
+
+fn kill_all(cluster: &mut Cluster) -> Result<()> {
+    for node in &mut cluster.nodes {
+        node.kill()?;
+    }
+    (0..cluster.nodes.len()).try_for_each(|node| start(cluster, node))
+}
+
+/// Starts a server, again and again while processes of its earlier life are still there.
+fn start(cluster: &mut Cluster, node: usize) -> Result<()> {
+    let deadline = Instant::now() + START_LIMIT;
+    while let Err(error) = cluster.nodes[node].start() {
+        if Instant::now() > deadline {
+            bail!("{error:#}");
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    ensure!(cluster.nodes[node].is_running(), "the server ended at once");
+    Ok(())
+}
