@@ -2,6 +2,7 @@
 
 use crate::pg::process::{self, Wait};
 use crate::pg::shared::{self, WorkerSlot, shared, worker};
+use std::cell::Cell;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -9,6 +10,11 @@ use std::time::Duration;
 const LOOK_AROUND: Duration = Duration::from_millis(100);
 /// How long every worker may be stuck behind locks before the youngest transaction gives way (see `claim`).
 const STUCK: Duration = Duration::from_millis(200);
+
+thread_local! {
+    /// Worker and job that this receiver is writing a transaction for.
+    static FEEDING: Cell<Option<(usize, u64)>> = const { Cell::new(None) };
+}
 
 /// The longest frame; a longer one is a protocol error. Values of PostgreSQL are limited to 1 GB.
 pub const FRAME_BYTES_MAX: usize = 1 << 30;
@@ -52,10 +58,10 @@ impl Feed {
                 )
                 .is_ok();
             if taken {
+                slot.fed.store(true, Ordering::Release);
                 slot.feeder.set_self();
-                slot.feed_broken.store(false, Ordering::Release);
-                slot.lost.store(false, Ordering::Release);
                 let job = slot.jobs_given.fetch_add(1, Ordering::AcqRel) + 1;
+                FEEDING.set(Some((index, job)));
                 shared().monitor.wake();
                 return Some(Feed { index, job, slot });
             }
@@ -67,6 +73,9 @@ impl Feed {
     pub fn write(&self, mut bytes: &[u8], mut idle: impl FnMut()) -> bool {
         let ring = shared::ring(self.index);
         while !bytes.is_empty() {
+            if self.slot.jobs_done.load(Ordering::Acquire) >= self.job {
+                return false;
+            }
             let written = ring.write(bytes);
             bytes = &bytes[written..];
             if written > 0 {
@@ -75,14 +84,17 @@ impl Feed {
             if bytes.is_empty() {
                 break;
             }
-            if self.slot.jobs_done.load(Ordering::Acquire) >= self.job {
-                return false;
-            }
             process::wait_latch(LOOK_AROUND, Wait::Ring);
             process::check_interrupts();
             idle();
         }
         true
+    }
+
+    /// Everything has been written, or need not be.
+    pub fn end(self) {
+        FEEDING.set(None);
+        self.slot.fed.store(false, Ordering::Release);
     }
 }
 
@@ -93,13 +105,20 @@ pub fn lost_one() -> bool {
         .any(|slot| slot.lost.load(Ordering::Acquire) && slot.feeder.is_self())
 }
 
-/// The calling receiver goes away: workers in the middle of a transaction of its stream drop it.
+/// The calling receiver goes away: the worker in the middle of a transaction of its stream drops it, and what workers have lost is asked for by
+/// the next receiver.
 pub fn break_off() {
-    for slot in shared::workers() {
-        if slot.state.load(Ordering::Acquire) == worker::BUSY && slot.feeder.is_self() {
-            slot.feed_broken.store(true, Ordering::Release);
-            slot.process.wake();
-        }
+    if let Some((index, job)) = FEEDING.take() {
+        let slot = &shared::workers()[index];
+        slot.broken_job.store(job, Ordering::Release);
+        slot.process.wake();
+        slot.fed.store(false, Ordering::Release);
+    }
+    for slot in shared::workers()
+        .iter()
+        .filter(|slot| slot.feeder.is_self())
+    {
+        slot.lost.store(false, Ordering::Release);
     }
 }
 

@@ -18,17 +18,14 @@ thread_local! {
     static IN_HAND: Cell<Option<Gid>> = const { Cell::new(None) };
 }
 
-/// Carries out orders until none is left; true when there was one.
-pub fn finish_all(records: &DurableTable) -> bool {
-    let mut any = false;
+/// Carries out orders until none is left.
+pub fn finish_all(records: &DurableTable) {
     while let Some(order) = FinishOrder::take() {
         IN_HAND.set(Some(order.gid));
         finish(&order, records);
         IN_HAND.set(None);
         FinishOrder::put_down();
-        any = true;
     }
-    any
 }
 
 /// The process ends: what it was finishing is another's to finish.
@@ -55,6 +52,7 @@ fn finish(order: &FinishOrder, records: &DurableTable) {
             Finished::Done | Finished::Unknown => break,
             Finished::Busy | Finished::Failed => {
                 process::wait_latch(BUSY_PAUSE, Wait::Work);
+                process::exit_if_terminated();
             }
         }
     }
@@ -67,13 +65,15 @@ fn finish(order: &FinishOrder, records: &DurableTable) {
 pub fn main() {
     process::attach_signals();
     process::stay_local();
-    process::connect_to_cluster();
-    process::tag_as_applied();
-    shared().finisher.set_self();
+    if !shared().finisher.claim() {
+        return;
+    }
     process::at_exit(|| {
         leave();
-        shared().finisher.clear();
+        shared().finisher.release();
     });
+    process::connect_to_cluster();
+    process::tag_as_applied();
     let records = process::in_transaction(|| DurableTable::open(c"records", 0));
     loop {
         finish_all(&records);

@@ -64,12 +64,15 @@ struct Receiver {
 pub fn main(peer: NodeId) {
     process::attach_signals();
     process::stay_local();
-    process::connect_to_cluster();
-    process::tag_as_applied();
     let node = shared().node(peer);
-    node.receiver.set_self();
+    // The one before may have been slow to come up, and a second one was asked for.
+    if !node.receiver.claim() {
+        return;
+    }
     RECEIVED_FROM.store(u32::from(peer.get()), Ordering::Relaxed);
     process::at_exit(leave);
+    process::connect_to_cluster();
+    process::tag_as_applied();
     // Workers may still be busy with what an earlier life of this receiver gave them: only then is it known what has come before.
     feed::drain(peer);
     let identity = match process::in_transaction(Identity::load) {
@@ -115,8 +118,8 @@ fn leave() {
     if let Some(peer) = NodeId::new(RECEIVED_FROM.load(Ordering::Relaxed) as u8) {
         let node = shared().node(peer);
         node.receiving.store(false, Ordering::Release);
-        node.receiver.clear();
         feed::break_off();
+        node.receiver.release();
         shared().wake_arbiter_thread();
         shared().arbiter.wake();
     }
@@ -259,6 +262,7 @@ impl Receiver {
             Current::Feeding(feed) => {
                 self.progress.hand(at, feed.index, feed.job);
                 hit(Failpoint::ReceiverHands);
+                feed.end();
             }
             Current::Skipping { prepared, gid } => {
                 hit(Failpoint::ReceiverSkips);
@@ -328,6 +332,10 @@ impl Receiver {
 
     /// Stores the mark if it has moved, and tells the peer.
     fn tell(&mut self, stream: &mut Stream) {
+        let mark = self
+            .progress
+            .advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
+        // In this order: a job that was lost is called lost before it is called done.
         if feed::lost_one() {
             pgrx::error!(
                 "an apply worker went away; the stream of node {} starts again from {}",
@@ -335,9 +343,6 @@ impl Receiver {
                 self.stored
             );
         }
-        let mark = self
-            .progress
-            .advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
         let quiet = self.told_at.elapsed();
         // A walsender that stops with its server asks again and again until everything it sent is confirmed.
         let pause = if self.reply_wanted {

@@ -21,6 +21,9 @@ static MY_SLOT: AtomicUsize = AtomicUsize::new(usize::MAX);
 /// The transaction in hand is durably prepared: its vote can only be yes.
 static PREPARED: AtomicBool = AtomicBool::new(false);
 
+/// It is a user's own PREPARE TRANSACTION.
+static USERS: AtomicBool = AtomicBool::new(false);
+
 /// Where the PREPARE of the transaction in hand lies in its origin's WAL.
 static PREPARE_AT: AtomicU64 = AtomicU64::new(0);
 
@@ -31,10 +34,19 @@ struct Job {
     deps: Vec<(NodeId, Csn)>,
 }
 
+impl Job {
+    /// Whether it is a user's own PREPARE TRANSACTION.
+    fn is_users(&self) -> bool {
+        !self.name.starts_with("mtm-")
+    }
+}
+
 /// Messages of one transaction, out of the ring.
 struct Inbox {
     slot: &'static WorkerSlot,
     index: usize,
+    /// The receiver's number of this job.
+    job: u64,
     buffer: Vec<u8>,
     taken: usize,
     ended: bool,
@@ -44,14 +56,17 @@ struct Inbox {
 pub fn main(index: usize) {
     process::attach_signals();
     process::stay_local();
-    process::connect_to_cluster();
-    process::tag_as_applied();
     let slot = &shared::workers()[index];
     MY_SLOT.store(index, Ordering::Relaxed);
     slot.process.set_self();
+    // Before anything can fail: a slot whose process did not come up must not stay taken.
     process::at_exit(leave);
+    process::connect_to_cluster();
+    process::tag_as_applied();
     let records = process::in_transaction(|| DurableTable::open(c"records", 0));
     shared::ring(index).reset();
+    slot.jobs_done
+        .store(slot.jobs_given.load(Ordering::Acquire), Ordering::Release);
     slot.state.store(worker::IDLE, Ordering::Release);
     loop {
         // What was to be cancelled has ended.
@@ -59,6 +74,10 @@ pub fn main(index: usize) {
         process::check_interrupts();
         finish::finish_all(&records);
         if slot.state.load(Ordering::Acquire) == worker::BUSY {
+            if !shared().finishes.is_empty() {
+                // Queued for this worker, which may now have to wait for just that.
+                shared().finisher.wake();
+            }
             run_job(slot, index);
             continue;
         }
@@ -70,26 +89,32 @@ pub fn main(index: usize) {
 
 /// Leaves the slot in a state in which nobody waits for this process.
 fn leave() {
-    finish::leave();
     let Some(slot) = shared::workers().get(MY_SLOT.load(Ordering::Relaxed)) else {
         return;
     };
-    if slot.state.load(Ordering::Acquire) == worker::BUSY && slot.gid.get().is_none() {
-        slot.lost.store(true, Ordering::Release);
-    } else if let Some(gid) = slot.gid.get() {
-        let vote = if PREPARED.load(Ordering::Relaxed) {
-            Vote::Yes
-        } else {
-            Vote::No(Refusal::retry(
-                "the process that applied the transaction was terminated",
-                "",
-            ))
-        };
-        submit(&LocalEvent::Voted {
-            gid,
-            vote,
-            lsn: Lsn(PREPARE_AT.load(Ordering::Relaxed)),
-        });
+    finish::leave();
+    // From here on no receiver can claim it.
+    let state = slot.state.swap(worker::STARTING, Ordering::AcqRel);
+    match slot.gid.get() {
+        Some(gid) => {
+            let vote = if PREPARED.load(Ordering::Relaxed) {
+                Vote::Yes
+            } else {
+                Vote::No(Refusal::retry(
+                    "the process that applied the transaction was terminated",
+                    "",
+                ))
+            };
+            send_vote(
+                gid,
+                vote,
+                Lsn(PREPARE_AT.load(Ordering::Relaxed)),
+                USERS.load(Ordering::Relaxed),
+            );
+        }
+        // Said before the job is called done: whoever sees the one sees the other.
+        None if state == worker::BUSY => slot.lost.store(true, Ordering::Release),
+        None => {}
     }
     slot.gid.set(None);
     slot.process.clear();
@@ -101,9 +126,11 @@ fn leave() {
 
 /// One transaction from its first message to the vote.
 fn run_job(slot: &'static WorkerSlot, index: usize) {
+    let job_number = slot.jobs_done.load(Ordering::Acquire) + 1;
     let mut inbox = Inbox {
         slot,
         index,
+        job: job_number,
         buffer: Vec::new(),
         taken: 0,
         ended: false,
@@ -124,8 +151,7 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
     inbox.skip_rest();
     shared::ring(index).reset();
     slot.gid.set(None);
-    slot.jobs_done
-        .store(slot.jobs_given.load(Ordering::Acquire), Ordering::Release);
+    slot.jobs_done.store(job_number, Ordering::Release);
     slot.feeder.wake();
     slot.state.store(worker::IDLE, Ordering::Release);
 }
@@ -148,22 +174,22 @@ fn report(slot: &WorkerSlot, job: &Job, end: Lsn, result: Result<Applied, ApplyF
         &shared().counters.refused
     };
     counter.fetch_add(1, Ordering::Relaxed);
-    let gid = job.gid;
     let (before, after) = match vote {
         Vote::Yes => (None, Failpoint::ApplyAfterYes),
         Vote::No(_) => (Some(Failpoint::ApplyBeforeNo), Failpoint::ApplyAfterNo),
     };
     before.into_iter().for_each(hit);
-    if job.name.starts_with("mtm-") {
-        submit(&LocalEvent::Voted {
-            gid,
-            vote,
-            lsn: end,
-        });
-    } else {
-        submit(&LocalEvent::UserVoted { gid, vote });
-    }
+    send_vote(job.gid, vote, end, job.is_users());
     hit(after);
+}
+
+/// Hands the vote to the arbiter.
+fn send_vote(gid: Gid, vote: Vote, lsn: Lsn, users: bool) {
+    if users {
+        submit(&LocalEvent::UserVoted { gid, vote });
+    } else {
+        submit(&LocalEvent::Voted { gid, vote, lsn });
+    }
 }
 
 /// What the coordinator's client will read.
@@ -175,7 +201,7 @@ fn refusal(slot: &WorkerSlot, failure: ApplyFailure) -> Refusal {
         Some(target) => format!("On node {node}, {target}."),
         None => format!("On node {node}."),
     };
-    if slot.cancel.load(Ordering::Acquire) == slot.applying.load(Ordering::Acquire)
+    if slot.cancel_said.load(Ordering::Acquire) == slot.applying.load(Ordering::Acquire)
         && let Some(reason) = slot.refusal.get()
     {
         let target = failure.target.as_deref().unwrap_or_default();
@@ -227,6 +253,7 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
                     // Right behind the start of the PREPARE record: a mark beyond it is a mark beyond the record.
                     *end = Lsn(begin.prepare_lsn.0 + 1);
                     PREPARE_AT.store(end.0, Ordering::Relaxed);
+                    USERS.store(begun.is_users(), Ordering::Relaxed);
                     inbox.slot.gid.set(Some(begun.gid));
                     // From here on there is somebody to answer, whatever happens.
                     let begun = job.insert(begun);
@@ -312,7 +339,7 @@ impl Inbox {
                 self.slot.feeder.wake();
                 continue;
             }
-            if self.slot.feed_broken.load(Ordering::Acquire) {
+            if self.slot.broken_job.load(Ordering::Acquire) == self.job {
                 return None;
             }
             process::wait_latch(LOOK_AROUND, Wait::Ring);

@@ -195,14 +195,17 @@ impl MainThread {
         let target = WORKERS_READY.max(alive + wanted).min(slots.len());
         for _ in alive..target {
             let free = slots.iter().position(|slot| {
-                slot.state
-                    .compare_exchange(
-                        worker::FREE,
-                        worker::STARTING,
-                        Ordering::AcqRel,
-                        Ordering::Acquire,
-                    )
-                    .is_ok()
+                !slot.fed.load(Ordering::Acquire)
+                    && !slot.lost.load(Ordering::Acquire)
+                    && slot
+                        .state
+                        .compare_exchange(
+                            worker::FREE,
+                            worker::STARTING,
+                            Ordering::AcqRel,
+                            Ordering::Acquire,
+                        )
+                        .is_ok()
             });
             let Some(index) = free else { return };
             let name = format!("multimaster apply worker {}", index + 1);

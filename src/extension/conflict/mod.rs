@@ -44,8 +44,13 @@ enum Blocker {
 pub fn main() {
     process::attach_signals();
     process::stay_local();
+    if !shared().monitor.claim() {
+        return;
+    }
+    process::at_exit(|| {
+        shared().monitor.release();
+    });
     process::connect_to_cluster();
-    process::at_exit(|| shared().monitor.clear());
     Monitor::default().run();
 }
 
@@ -61,7 +66,6 @@ pub struct Monitor {
 impl Monitor {
     /// Runs until the process is asked to go away.
     pub fn run(&mut self) {
-        shared().monitor.set_self();
         loop {
             process::check_interrupts();
             let busy = shared::workers()
@@ -230,6 +234,7 @@ fn cancel_worker(slot: &WorkerSlot, transaction: u64, refusal: &Refusal) {
         return;
     }
     slot.refusal.set(refusal);
+    slot.cancel_said.store(transaction, Ordering::Release);
     locks::interrupt_process(slot.process.pid());
 }
 

@@ -58,6 +58,11 @@ pub fn in_sequence() -> bool {
     IN_SEQUENCE.get()
 }
 
+/// True while this backend runs the sequence for a COMMIT, not for a user's PREPARE TRANSACTION.
+pub fn commits_globally() -> bool {
+    IN_SEQUENCE.get() && USER_PREPARING.get().is_none()
+}
+
 /// An error or the end of the process has left the sequence: what was announced becomes the arbiter's to finish. Called at abort.
 pub fn reset() {
     IN_SEQUENCE.set(false);

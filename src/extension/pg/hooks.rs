@@ -9,7 +9,7 @@ use super::shared;
 use super::{commit, ddl_bridge, process, raw, user_2pc, victim};
 use pgrx::pg_sys;
 use std::cell::Cell;
-use std::ffi::{c_char, c_void};
+use std::ffi::{CStr, c_char, c_void};
 use std::sync::atomic::Ordering;
 
 static mut PREVIOUS_UTILITY: pg_sys::ProcessUtility_hook_type = None;
@@ -215,23 +215,56 @@ fn has_proc() -> bool {
     unsafe { !pg_sys::MyProc.is_null() }
 }
 
-/// Refuses DROP DATABASE of the cluster's own database, from whatever database it is said.
-unsafe fn keep_cluster_database(node: *mut pg_sys::Node) {
+/// Refuses to drop what a running cluster consists of: its database, from whatever database it is said, and this extension in it. The arbiter
+/// has both in use for as long as the server runs, so the command would only wait.
+unsafe fn keep_cluster(node: *mut pg_sys::Node) {
     // SAFETY: the node's tag says what it is; the caller's frame owns nothing.
     unsafe {
-        if (*node).type_ != pg_sys::NodeTag::T_DropdbStmt || !shared::exists() {
-            return;
-        }
-        let cluster = shared::shared().database.load(Ordering::Relaxed);
-        let database = raw::get_database_oid((*node.cast::<pg_sys::DropdbStmt>()).dbname, true);
-        if cluster != 0 && database.to_u32() == cluster {
-            commit::raise(
-                pgrx::PgSqlErrorCode::ERRCODE_OBJECT_IN_USE as i32,
-                c"cannot drop the database of a multimaster cluster",
-                c"This node replicates it.",
-                c"To take the node out of the cluster, stop the server and remove its data directory.",
-            );
-        }
+        let message = match (*node).type_ {
+            pg_sys::NodeTag::T_DropdbStmt if drops_cluster_database(node.cast()) => {
+                c"cannot drop the database of a multimaster cluster"
+            }
+            pg_sys::NodeTag::T_DropStmt if drops_extension(node.cast()) && in_cluster() => {
+                c"cannot drop the extension of a multimaster cluster"
+            }
+            _ => return,
+        };
+        commit::raise(
+            pgrx::PgSqlErrorCode::ERRCODE_OBJECT_IN_USE as i32,
+            message,
+            c"This node replicates through it.",
+            c"To take the node out of the cluster, stop the server and remove its data directory.",
+        );
+    }
+}
+
+unsafe fn drops_cluster_database(statement: *mut pg_sys::DropdbStmt) -> bool {
+    // SAFETY: a valid statement.
+    unsafe {
+        let cluster = if shared::exists() {
+            shared::shared().database.load(Ordering::Relaxed)
+        } else {
+            0
+        };
+        cluster != 0 && raw::get_database_oid((*statement).dbname, true).to_u32() == cluster
+    }
+}
+
+/// DROP EXTENSION multimaster, or DROP SCHEMA of its schema, which would cascade to it.
+unsafe fn drops_extension(statement: *mut pg_sys::DropStmt) -> bool {
+    // SAFETY: both kinds of DROP have a list of strings.
+    unsafe {
+        let name = match (*statement).removeType {
+            pg_sys::ObjectType::OBJECT_EXTENSION => c"multimaster",
+            pg_sys::ObjectType::OBJECT_SCHEMA => c"mtm",
+            _ => return false,
+        };
+        let objects = (*statement).objects;
+        (0..(*objects).length).any(|position| {
+            let object =
+                (*(*objects).elements.add(position as usize)).ptr_value as *const pg_sys::String;
+            CStr::from_ptr((*object).sval) == name
+        })
     }
 }
 
@@ -285,7 +318,7 @@ unsafe extern "C-unwind" fn utility(
         if !is_transaction {
             victim::check();
         }
-        keep_cluster_database(node);
+        keep_cluster(node);
         if is_transaction && in_cluster && run_transaction_command(node.cast()) {
             return;
         }

@@ -58,11 +58,23 @@ pub fn wait_latch(timeout: Duration, _wait: Wait) -> bool {
             timeout.as_millis().min(i64::MAX as u128) as c_long,
             pg_sys::PG_WAIT_EXTENSION,
         );
-        if fired as u32 & pg_sys::WL_LATCH_SET != 0 {
+        let woken = fired as u32 & pg_sys::WL_LATCH_SET != 0;
+        if woken {
             raw::ResetLatch(pg_sys::MyLatch);
-            return true;
         }
-        false
+        absorb_barriers();
+        woken
+    }
+}
+
+/// Takes part in what every process of the server is waited for, as DROP DATABASE and DROP TABLESPACE do before they remove files. Elsewhere that is
+/// a part of CHECK_FOR_INTERRUPTS, which a wait for votes must not do.
+fn absorb_barriers() {
+    // SAFETY: a flag that a signal handler of this process sets; what is done (closing files) raises no errors.
+    unsafe {
+        if std::ptr::read_volatile(&raw const pg_sys::ProcSignalBarrierPending) != 0 {
+            raw::ProcessProcSignalBarrier();
+        }
     }
 }
 

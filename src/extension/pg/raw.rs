@@ -80,6 +80,9 @@ unsafe extern "C-unwind" {
     pub fn StatementCancelHandler(signal: c_int);
     pub fn ProcessInterrupts();
 
+    // storage/procsignal.h
+    pub fn ProcessProcSignalBarrier();
+
     // utils/timeout.h
     pub fn disable_timeout(id: u32, keep_indicator: bool);
 

@@ -5,8 +5,10 @@
 //! WAL record for many rows of a page, and crash recovery, base backups, standbys and promotion come for free. The tables are
 //! read through the buffers, never by a snapshot.
 
+use super::process;
 use pgrx::{Spi, pg_sys};
 use std::ffi::CStr;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Payload of a row, bytes.
 pub const BODY_BYTES: usize = 64;
@@ -45,14 +47,16 @@ impl DurableTable {
         table
     }
 
-    /// Keeps VACUUM FULL and CLUSTER, which would move the rows, away for the life of this process.
+    /// Keeps VACUUM FULL and CLUSTER, which would move the rows, away for the life of this process. Once in a process.
     pub fn pin(&self) {
         let mut id = pg_sys::LockRelId {
             relId: self.relation,
             dbId: my_database(),
         };
-        // SAFETY: a session-level lock; released at process end.
+        // SAFETY: a session-level lock on a relation that exists.
         unsafe { pg_sys::LockRelationIdForSession(&mut id, pg_sys::RowExclusiveLock as i32) };
+        PINNED.store(self.relation.to_u32(), Ordering::Relaxed);
+        process::at_exit(unpin);
     }
 
     fn load(&mut self) {
@@ -130,7 +134,9 @@ impl DurableTable {
                 pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_SHARE as i32);
                 let page = pg_sys::BufferGetPage(buffer).cast::<u8>();
                 for offset in 1..=line_pointers(page) {
-                    if line_pointer(page, offset).lp_flags() == pg_sys::LP_NORMAL {
+                    if line_pointer(page, offset).lp_flags() == pg_sys::LP_NORMAL
+                        && is_inserted(page, offset)
+                    {
                         let data = tuple_data(page, offset);
                         let bytes = std::slice::from_raw_parts(data, BODY_OFFSET + BODY_BYTES);
                         visit(Position { block, offset }, bytes);
@@ -141,6 +147,20 @@ impl DurableTable {
             pg_sys::table_close(relation, pg_sys::AccessShareLock as i32);
         }
     }
+}
+
+/// The relation that `pin` has locked.
+static PINNED: AtomicU32 = AtomicU32::new(0);
+
+/// Core gives back session-level locks on relations only when a transaction is rolled back; a process that ends outside of one leaves
+/// them to whoever gets its place in the array of processes.
+fn unpin() {
+    let mut id = pg_sys::LockRelId {
+        relId: pg_sys::Oid::from(PINNED.load(Ordering::Relaxed)),
+        dbId: my_database(),
+    };
+    // SAFETY: taken by pin(). This runs before core's own exit callback, which could give it back.
+    unsafe { pg_sys::UnlockRelationIdForSession(&mut id, pg_sys::RowExclusiveLock as i32) };
 }
 
 /// Makes everything up to the position durable. One flush serves all callers that wait for the same WAL.
@@ -201,6 +221,24 @@ unsafe fn line_pointer(page: *const u8, offset: u16) -> pg_sys::ItemIdData {
             .add(pg_sys::SizeOfPageHeaderData())
             .cast::<pg_sys::ItemIdData>();
         *first.add(offset as usize - 1)
+    }
+}
+
+/// Whether the tuple at a line pointer is there for good, or was inserted by the running transaction. A server that went down while it filled the
+/// table leaves tuples of a transaction that never committed; VACUUM will take them away.
+unsafe fn is_inserted(page: *const u8, offset: u16) -> bool {
+    // SAFETY: the line pointer is LP_NORMAL; pg_xact is asked only about transactions whose hint bits are not set yet.
+    unsafe {
+        let start = line_pointer(page, offset).lp_off() as usize;
+        let header = page.add(start).cast::<pg_sys::HeapTupleHeaderData>();
+        let hints = u32::from((*header).t_infomask);
+        if hints & pg_sys::HEAP_XMIN_COMMITTED != 0 {
+            return true;
+        }
+        let inserter = (*header).t_choice.t_heap.t_xmin;
+        hints & pg_sys::HEAP_XMIN_INVALID == 0
+            && (pg_sys::TransactionIdIsCurrentTransactionId(inserter)
+                || pg_sys::TransactionIdDidCommit(inserter))
     }
 }
 

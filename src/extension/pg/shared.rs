@@ -319,14 +319,17 @@ pub struct WorkerSlot {
     /// Jobs given, and jobs whose effect is durable (or that were refused).
     pub jobs_given: AtomicU64,
     pub jobs_done: AtomicU64,
+    /// A receiver may still write into the ring. While this or `lost` is set, no new process gets the slot.
+    pub fed: AtomicBool,
     /// The process went away before it knew which transaction it had been given: the receiver must ask for it again.
     pub lost: AtomicBool,
     /// The transaction being applied; empty between transactions.
     pub gid: GidCell,
     /// Counts applied transactions, so that the monitor's cancellation cannot hit the next one.
     pub applying: AtomicU64,
-    /// `applying` of the transaction that must die by the conflict rule; the reason is in `refusal`.
+    /// `applying` of the transaction that must die by the conflict rule: whoever sets it writes `refusal`, and then `cancel_said`.
     pub cancel: AtomicU64,
+    pub cancel_said: AtomicU64,
     pub refusal: RefusalCell,
     /// The transaction that `cancel` is for the benefit of.
     pub winner: GidCell,
@@ -334,8 +337,8 @@ pub struct WorkerSlot {
     pub target: RefusalCell,
     /// Waits until `settled` has reached what its transaction depends on.
     pub waits_for_order: AtomicBool,
-    /// The stream of the transaction ended without a PREPARE: drop it.
-    pub feed_broken: AtomicBool,
+    /// The last job whose receiver went away in the middle of it: it is to be dropped.
+    pub broken_job: AtomicU64,
 }
 
 pub type WorkerRing = Ring<RING_BYTES>;

@@ -6,7 +6,7 @@
 
 use super::shared;
 use pgrx::{PgSqlErrorCode, pg_sys};
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 
 static mut PREVIOUS: pg_sys::emit_log_hook_type = None;
 
@@ -22,6 +22,10 @@ pub fn register() {
 unsafe extern "C-unwind" fn rewrite(data: *mut pg_sys::ErrorData) {
     // SAFETY: PostgreSQL passes the error that is being reported; new texts are made in the context that owns the old ones.
     unsafe {
+        if is_refused_prepare(&*data) {
+            (*data).hint =
+                pg_sys::MemoryContextStrdup((*data).assoc_context, PREPARE_HINT.as_ptr());
+        }
         if is_victims_error(&*data)
             && let Some((message, detail)) = reason()
         {
@@ -35,6 +39,23 @@ unsafe extern "C-unwind" fn rewrite(data: *mut pg_sys::ErrorData) {
         if let Some(previous) = PREVIOUS {
             previous(data);
         }
+    }
+}
+
+/// What core's PREPARE refuses although COMMIT would not, and what to do then.
+const PREPARE_HINT: &CStr = c"In a multimaster cluster, COMMIT of a transaction that wrote something prepares it on every node. Export snapshots from transactions that write nothing, and take an advisory lock either for the session or for the transaction.";
+
+/// Whether core refused a PREPARE that the user has not asked for.
+unsafe fn is_refused_prepare(data: &pg_sys::ErrorData) -> bool {
+    // SAFETY: the message of an error is a zero-terminated string or null.
+    unsafe {
+        data.elevel == pgrx::PgLogLevel::ERROR as i32
+            && data.hint.is_null()
+            && !data.message.is_null()
+            && super::commit::commits_globally()
+            && CStr::from_ptr(data.message)
+                .to_bytes()
+                .starts_with(b"cannot PREPARE ")
     }
 }
 
