@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 mod bulk;
 mod crash;
+mod durable;
 mod intruder;
 mod kill;
 mod ledger;
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
         bulk::cases(),
         crash::cases(),
         kill::cases(),
+        durable::cases(),
     ];
     multimaster_tests::run_own(cases.concat())
 }
