@@ -305,6 +305,7 @@ unsafe fn prepare_under(
             Preparing::Commit => detach_from_session(),
             Preparing::User => SessionWork::default(),
         };
+        mark_decodable();
         // Until here, deferred triggers may have waited for anybody: to the conflict rule the transaction was still running.
         claim_commit();
         reset_outcome();
@@ -313,6 +314,23 @@ unsafe fn prepare_under(
         raw::CommitTransactionCommand();
         raw::StartTransactionCommand();
         session
+    }
+}
+
+/// Writes a message into the transaction's WAL that nobody reads.
+///
+/// Decoding hands a prepared transaction to the output plugin only when it changed something. One that has locked a row and then left it alone (ON CONFLICT
+/// DO UPDATE ... WHERE false, a BEFORE trigger that suppresses an UPDATE) would never reach the other nodes, and wait for their votes for ever.
+unsafe fn mark_decodable() {
+    const CONTENT: &CStr = c".";
+    // SAFETY: see commit_globally.
+    unsafe {
+        raw::LogLogicalMessage(
+            c"mtm".as_ptr(),
+            CONTENT.as_ptr(),
+            CONTENT.count_bytes(),
+            true,
+        );
     }
 }
 
