@@ -4,6 +4,8 @@
 
 use std::process::ExitCode;
 
+use xtask::suite::Size;
+
 mod bulk;
 mod crash;
 mod durable;
@@ -15,15 +17,17 @@ mod load;
 mod refusals;
 
 fn main() -> ExitCode {
-    let cases = [
+    let mut cases = [
         refusals::cases(),
         intruder::cases(),
         load::cases(),
         life::cases(),
         bulk::cases(),
-        crash::cases(),
-        kill::cases(),
-        durable::cases(),
-    ];
-    multimaster_tests::run_own(cases.concat())
+    ]
+    .concat();
+    // Servers die here again and again: minutes of it, and not all of it holds yet (docs/limitations.md, "Crashes").
+    if Size::chosen() == Size::Long {
+        cases.extend([crash::cases(), kill::cases(), durable::cases()].concat());
+    }
+    multimaster_tests::run_own(cases)
 }

@@ -167,8 +167,8 @@ fn unpin() {
 ///
 /// Where the server has synchronous standbys they have it too, as they have PREPARE and COMMIT PREPARED: one of them may take this node's place.
 pub fn flush(lsn: protocol::Lsn) {
-    // SAFETY: the first raises only PANIC on I/O failure; the second, which wants interrupts held, waits outside of any critical section
-    // and returns at once without synchronous standbys. Neither leaves by an error.
+    // SAFETY: the first raises only PANIC on I/O failure; the second waits outside of any critical section, returns at once without
+    // synchronous standbys, and wants interrupts held: one that it served would leave this process in its queue.
     unsafe {
         pg_sys::XLogFlush(lsn.0);
         pg_sys::InterruptHoldoffCount += 1;

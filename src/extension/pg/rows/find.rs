@@ -128,6 +128,11 @@ unsafe fn by_scan(statement: &mut Statement, table: &OpenTable) -> bool {
             };
             pg_sys::MemoryContextReset(context);
         }
+        if found {
+            // The slot points into the scan's memory, which goes now.
+            pg_sys::ExecMaterializeSlot(table.found);
+            pg_sys::slot_getallattrs(table.found);
+        }
         pg_sys::table_endscan(scan);
         found
     }
