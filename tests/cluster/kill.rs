@@ -14,7 +14,10 @@ use crate::crash::{dice, with_quick_cluster};
 use crate::ledger::{Dice, Ledger};
 
 pub fn cases() -> Vec<OwnCase> {
-    cases![any_process_may_be_killed_at_any_moment]
+    cases![
+        any_process_may_be_killed_at_any_moment,
+        users_own_prepared_transactions_are_applied_once,
+    ]
 }
 
 /// What is killed in a round.
@@ -159,4 +162,52 @@ fn start(cluster: &mut Cluster, node: usize) -> Result<()> {
     }
     ensure!(cluster.nodes[node].is_running(), "the server ended at once");
     Ok(())
+}
+
+/// Such transactions have no record: a node that died right after their end must not apply them again, nor twice while they are prepared.
+fn users_own_prepared_transactions_are_applied_once(installation: &Installation) -> Result<()> {
+    with_quick_cluster(installation, |cluster| {
+        Session::new(cluster.connect(0)?).run("CREATE TABLE once (n int)")?;
+        for n in 0..4 * rounds() {
+            let mut session = Session::new(cluster.connect(0)?);
+            session.run(&format!(
+                "BEGIN; INSERT INTO once VALUES ({n}); PREPARE TRANSACTION 'user {n}'"
+            ))?;
+            if n % 2 == 0 {
+                session.run(&format!("COMMIT PREPARED 'user {n}'"))?;
+                await_finish(cluster, n)?;
+            }
+            cluster.nodes[1].kill()?;
+            start(cluster, 1)?;
+            await_online(cluster)?;
+            if n % 2 == 1 {
+                session.run(&format!("COMMIT PREPARED 'user {n}'"))?;
+            }
+        }
+        xtask::checks::whole(cluster, START_LIMIT)?;
+        let doubles = Session::new(cluster.connect(1)?)
+            .text("SELECT n, count(*) FROM once GROUP BY n HAVING count(*) > 1")?;
+        ensure!(doubles.is_empty(), "applied more than once:\n{doubles}");
+        let rows = Session::new(cluster.connect(1)?).text("SELECT count(*) FROM once")?;
+        ensure!(rows == (4 * rounds()).to_string(), "{rows} rows");
+        Ok(())
+    })
+}
+
+/// Waits until the second node has finished a user's prepared transaction, and no longer.
+fn await_finish(cluster: &Cluster, n: u64) -> Result<()> {
+    let mut session = Session::new(cluster.connect(1)?);
+    wait_for("the end of the transaction", START_LIMIT, || {
+        let left = session.text(&format!(
+            "SELECT gid FROM pg_prepared_xacts WHERE gid = 'user {n}'"
+        ))?;
+        Ok(left.is_empty())
+    })
+}
+
+fn await_online(cluster: &Cluster) -> Result<()> {
+    let mut session = Session::new(cluster.connect(0)?);
+    wait_for("the cluster to be online", START_LIMIT, || {
+        Ok(session.text("SELECT status FROM mtm.status()")? == "online")
+    })
 }

@@ -54,6 +54,8 @@ struct Receiver {
     /// Transactions of this peer that this server knows already; what is not in here and comes is new.
     prepared: BTreeSet<Gid>,
     ended: BTreeSet<Gid>,
+    /// Names of users' prepared transactions found at the start.
+    of_users: BTreeSet<String>,
     stored_at: Instant,
     told_at: Instant,
     seen: Lsn,
@@ -128,11 +130,16 @@ fn leave() {
 impl Receiver {
     fn recover(peer: NodeId, node: &'static NodeShared) -> Receiver {
         // In this order: finishes go on meanwhile, and each writes its record first. What is no longer prepared has its record by then.
-        let prepared: BTreeSet<Gid> = locks::prepared_names()
+        let names = locks::prepared_names();
+        let prepared: BTreeSet<Gid> = names
             .values()
             .filter_map(|name| Gid::parse(name))
             .map(|(_, gid)| gid)
             .filter(|gid| gid.coordinator == peer)
+            .collect();
+        let of_users = names
+            .into_values()
+            .filter(|name| Gid::parse(name).is_none())
             .collect();
         let (marks, stored, ended) = process::in_transaction(|| {
             let marks = DurableTable::open(c"marks", MARK_ROWS);
@@ -157,6 +164,7 @@ impl Receiver {
             current: Current::None,
             prepared,
             ended,
+            of_users,
             stored_at: Instant::now(),
             told_at: Instant::now(),
             seen: stored,
@@ -244,7 +252,8 @@ impl Receiver {
         let gid = begin.gid;
         hit(Failpoint::ReceiverBegins);
         let prepared = self.prepared.contains(&gid);
-        self.current = if prepared || self.ended.contains(&gid) {
+        let of_user = !self.of_users.is_empty() && self.of_users.remove(&begin.name.to_string());
+        self.current = if prepared || of_user || self.ended.contains(&gid) {
             Current::Skipping { prepared, gid }
         } else {
             Current::Feeding(Feed::claim(|| ()))
@@ -314,12 +323,18 @@ impl Receiver {
     }
 
     /// A user's COMMIT or ROLLBACK PREPARED. Its PREPARE came earlier in some stream; where that is still under way, it is waited for.
+    ///
+    /// Such transactions have no record. Instead the mark behind the PREPARE precedes the finish in WAL, so that it does not come again.
     fn finish_user(&mut self, name: &[u8], commit: bool, end: Lsn) {
+        let mut mark = self.advance();
         while !self.progress.is_idle() {
-            self.progress
-                .advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
             process::wait_latch(Duration::from_millis(5), Wait::Worker);
             process::check_interrupts();
+            mark = self.advance();
+        }
+        if mark > self.stored {
+            let row = (u32::from(self.peer.get()), body_of(mark.0));
+            process::in_transaction(|| self.marks.write(&mut [row]));
         }
         if let Ok(name) = std::str::from_utf8(name) {
             while twophase::finish(name, commit) == twophase::Finished::Busy {
@@ -330,8 +345,8 @@ impl Receiver {
         self.progress.pass(end);
     }
 
-    /// Stores the mark if it has moved, and tells the peer.
-    fn tell(&mut self, stream: &mut Stream) {
+    /// How far everything is safe here.
+    fn advance(&mut self) -> Lsn {
         let mark = self
             .progress
             .advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
@@ -343,6 +358,12 @@ impl Receiver {
                 self.stored
             );
         }
+        mark
+    }
+
+    /// Stores the mark if it has moved, and tells the peer.
+    fn tell(&mut self, stream: &mut Stream) {
+        let mark = self.advance();
         let quiet = self.told_at.elapsed();
         // A walsender that stops with its server asks again and again until everything it sent is confirmed.
         let pause = if self.reply_wanted {
