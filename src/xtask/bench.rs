@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr};
 use std::thread;
 use std::time::Duration;
 
@@ -14,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use crate::cluster::{Cluster, member_settings, specs, stop_servers_on_signal, wait_for};
 use crate::installation::{Installation, MAJOR, Source};
 use crate::pgbench::Report;
-use crate::server::{Server, Spec, settings};
+use crate::server::{Server, settings};
 use crate::{command, extension, screen, setup};
 
 /// What is measured, and for how long.
@@ -208,11 +207,9 @@ fn streaming(installation: &Installation) -> Result<Cluster> {
     primary.settings = stock_settings();
     let mut cluster = Cluster::start_servers(installation, &[primary])?;
     for number in [1, 2] {
-        let spec = Spec {
-            name: format!("standby{number}"),
-            address: IpAddr::V4(Ipv4Addr::LOCALHOST),
-            settings: stock_settings(),
-        };
+        let mut spec = specs(1).remove(0);
+        spec.name = format!("standby{number}");
+        spec.settings = stock_settings();
         cluster.add_standby(installation, &spec)?;
     }
     let mut primary = cluster.connect(0)?;

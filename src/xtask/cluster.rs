@@ -257,6 +257,8 @@ pub fn specs(count: usize) -> Vec<Spec> {
         .map(|number| Spec {
             name: format!("node{number}"),
             address: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            namespace: None,
+            disk_bytes: None,
             settings: Vec::new(),
         })
         .collect()

@@ -12,6 +12,7 @@ pub mod demo;
 pub mod extension;
 pub mod host;
 pub mod installation;
+pub mod network;
 pub mod pgbench;
 pub mod screen;
 pub mod server;

@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use postgres::{Client, NoTls};
 
 use crate::installation::Installation;
-use crate::{command, host};
+use crate::{command, host, network};
 
 /// How long a server may take to start or to stop.
 const START_STOP: Duration = Duration::from_secs(60);
@@ -24,6 +24,12 @@ const START_STOP: Duration = Duration::from_secs(60);
 /// Ports are taken from here, below the range that the kernel gives to outgoing connections: a stopped server finds its
 /// port still free when it comes back.
 const PORTS: std::ops::Range<u16> = 21_000..32_000;
+
+/// Ports of a server that has a network namespace to itself.
+const PRIVATE_PORTS: [u16; 2] = [5432, 7432];
+
+/// Takes all room of a disk.
+const BALLAST: &str = "ballast";
 
 /// Process ids of the servers that run, for [`kill_all`].
 static RUNNING: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
@@ -34,6 +40,10 @@ pub struct Spec {
     pub name: String,
     /// Where the server listens and where its peers reach it.
     pub address: IpAddr,
+    /// The network namespace that it runs in, when it is not this program's own.
+    pub namespace: Option<String>,
+    /// Size of the disk that it has for itself, when it does not share one. Needs root.
+    pub disk_bytes: Option<u64>,
     /// Lines of postgresql.conf; later ones win.
     pub settings: Vec<(String, String)>,
 }
@@ -45,7 +55,10 @@ pub struct Server {
     pub address: IpAddr,
     pub port: u16,
     pub arbiter_port: u16,
+    namespace: Option<String>,
     data: PathBuf,
+    /// The data directory is a file system of its own.
+    own_disk: bool,
     log: PathBuf,
     installation: Installation,
     process: Option<Child>,
@@ -75,6 +88,7 @@ impl Server {
             .arg("--pgdata")
             .arg(&server.data);
         command::capture(&mut initdb)?;
+        server.trust_network()?;
         server.configure(&server.base_settings())?;
         server.configure(&spec.settings)?;
         Ok(server)
@@ -120,9 +134,16 @@ impl Server {
         data_root: &Path,
         log_dir: &Path,
     ) -> Result<Server> {
-        let [port, arbiter_port] = free_ports(spec.address)?;
+        let [port, arbiter_port] = match spec.namespace {
+            // Nobody else is there.
+            Some(_) => PRIVATE_PORTS,
+            None => free_ports(spec.address)?,
+        };
         let data = data_root.join(&spec.name);
         fs::create_dir(&data).with_context(|| format!("cannot create {}", data.display()))?;
+        if let Some(bytes) = spec.disk_bytes {
+            mount_disk(&data, bytes)?;
+        }
         fs::set_permissions(&data, fs::Permissions::from_mode(0o700))
             .with_context(|| format!("cannot protect {}", data.display()))?;
         host::give_to_server(&data)?;
@@ -131,11 +152,25 @@ impl Server {
             address: spec.address,
             port,
             arbiter_port,
+            namespace: spec.namespace.clone(),
+            own_disk: spec.disk_bytes.is_some(),
             log: log_dir.join(format!("{}.log", spec.name)),
             data,
             installation: installation.clone(),
             process: None,
         })
+    }
+
+    /// Lets the other hosts in, where the server is one by itself; initdb trusts the loopback address only.
+    fn trust_network(&self) -> Result<()> {
+        if self.namespace.is_none() {
+            return Ok(());
+        }
+        let file = self.data.join("pg_hba.conf");
+        let mut text =
+            fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        text.push_str("host all all 10.0.0.0/8 trust\nhost replication all 10.0.0.0/8 trust\n");
+        fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))
     }
 
     fn base_settings(&self) -> Vec<(String, String)> {
@@ -195,7 +230,11 @@ impl Server {
             .append(true)
             .open(&self.log)
             .with_context(|| format!("cannot write {}", self.log.display()))?;
-        let mut postgres = host::server_command(self.installation.program("postgres"))?;
+        let program = self.installation.program("postgres");
+        let mut postgres = match &self.namespace {
+            Some(namespace) => network::server_command_in(namespace, &program)?,
+            None => host::server_command(program)?,
+        };
         postgres
             .arg("-D")
             .arg(&self.data)
@@ -295,6 +334,64 @@ impl Server {
             let _ = kill(pid, Signal::SIGKILL);
         }
         self.wait_for_exit(START_STOP)
+    }
+
+    /// Ends the server without a checkpoint (PostgreSQL's "immediate" shutdown).
+    ///
+    /// # Errors
+    /// When it takes longer than a minute.
+    pub fn stop_immediately(&mut self) -> Result<()> {
+        self.signal(Signal::SIGQUIT)?;
+        self.wait_for_exit(START_STOP)
+    }
+
+    /// Stops every process of the server where it is (SIGSTOP).
+    ///
+    /// # Errors
+    /// When the server does not run.
+    pub fn freeze(&self) -> Result<()> {
+        self.signal_all(Signal::SIGSTOP)
+    }
+
+    /// Lets a frozen server go on.
+    ///
+    /// # Errors
+    /// When the server does not run.
+    pub fn thaw(&self) -> Result<()> {
+        self.signal_all(Signal::SIGCONT)
+    }
+
+    fn signal_all(&self, signal: Signal) -> Result<()> {
+        // The postmaster first: it starts nobody then.
+        self.signal(signal)?;
+        let postmaster = self.process.as_ref().map(Child::id).unwrap_or_default();
+        for pid in descendants_of(postmaster) {
+            // It may have ended by itself in the meantime.
+            let _ = kill(pid, signal);
+        }
+        Ok(())
+    }
+
+    /// Takes all room that is left on the server's own disk.
+    ///
+    /// # Errors
+    /// When the server shares its disk.
+    pub fn fill_disk(&self) -> Result<()> {
+        if !self.own_disk {
+            bail!("{} has no disk of its own", self.name)
+        }
+        let mut ballast = File::create(self.data.join(BALLAST))?;
+        let block = [0; 64 * 1024];
+        while std::io::Write::write_all(&mut ballast, &block).is_ok() {}
+        Ok(())
+    }
+
+    /// Gives the room back.
+    ///
+    /// # Errors
+    /// When nothing was taken.
+    pub fn free_disk(&self) -> Result<()> {
+        fs::remove_file(self.data.join(BALLAST)).context("the disk was not full")
     }
 
     fn signal(&self, signal: Signal) -> Result<()> {
@@ -412,8 +509,20 @@ impl Drop for Server {
             // Its processes hang; what they write is about to be removed anyway.
             let _ = self.kill();
         }
+        if self.own_disk {
+            let _ = command::run(Command::new("umount").arg("--lazy").arg(&self.data));
+        }
         let _ = fs::remove_dir_all(&self.data);
     }
+}
+
+/// Mounts a small file system in memory on the directory.
+fn mount_disk(directory: &Path, bytes: u64) -> Result<()> {
+    let mut mount = Command::new("mount");
+    mount
+        .args(["-t", "tmpfs", "-o", &format!("size={bytes}"), "tmpfs"])
+        .arg(directory);
+    command::capture(&mut mount).map(drop)
 }
 
 /// Settings from literals.
@@ -444,13 +553,22 @@ pub fn end_abandoned(data: &Path) {
                 .next()
                 .and_then(|line| line.trim().parse::<u32>().ok())
         });
-    let Some(pid) = pid else { return };
-    if fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|directory| directory == data) {
+    if let Some(pid) = pid
+        && fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|directory| directory == data)
+    {
         let children = descendants_of(pid);
         let postmaster = Pid::from_raw(pid.cast_signed());
         for process in std::iter::once(postmaster).chain(children) {
             let _ = kill(process, Signal::SIGKILL);
         }
+    }
+    let mounts = fs::read_to_string("/proc/mounts").unwrap_or_default();
+    let place = data.to_string_lossy();
+    if mounts
+        .lines()
+        .any(|line| line.split(' ').nth(1) == Some(&*place))
+    {
+        let _ = command::run(Command::new("umount").arg("--lazy").arg(data));
     }
 }
 

@@ -9,11 +9,13 @@ use xtask::suite::Size;
 mod bulk;
 mod crash;
 mod durable;
+mod hosts;
 mod intruder;
 mod kill;
 mod ledger;
 mod life;
 mod load;
+mod minority;
 mod refusals;
 
 fn main() -> ExitCode {
@@ -23,6 +25,7 @@ fn main() -> ExitCode {
         load::cases(),
         life::cases(),
         bulk::cases(),
+        minority::cases(),
     ]
     .concat();
     // Servers die here again and again: minutes of it, and not all of it holds yet (docs/limitations.md, "Crashes").

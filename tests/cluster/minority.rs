@@ -1,0 +1,160 @@
+//! What clients of a node see that is not part of a working majority.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use multimaster_tests::{OwnCase, Session, cases};
+use xtask::cluster::wait_for;
+use xtask::command;
+use xtask::installation::Installation;
+
+use crate::hosts::{Hosts, PATIENCE, with_hosts};
+
+pub fn cases() -> Vec<OwnCase> {
+    cases![
+        minority_refuses_what_touches_data,
+        a_stopped_node_shows_nothing_stale,
+    ]
+}
+
+/// Nothing is served there: drivers reconnect on it.
+const CANNOT_CONNECT_NOW: &str = "57P03";
+
+fn minority_refuses_what_touches_data(installation: &Installation) -> Result<()> {
+    with_hosts(installation, 3, &[], |hosts| {
+        let mut open = hosts.session(2)?;
+        open.run("CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t VALUES (1, 1)")?;
+        open.run(
+            "CREATE FUNCTION count_t() RETURNS bigint LANGUAGE sql AS 'SELECT count(*) FROM t'",
+        )?;
+        hosts.network.isolate(2)?;
+        await_refusal(&mut open)?;
+        refuses_data(&mut open)?;
+        shows_itself(&mut open)?;
+        allows_minority_reads(&mut open)?;
+        sends_clients_on(hosts)?;
+        hosts.network.heal()?;
+        hosts.await_status(2, "online")?;
+        open.run("UPDATE t SET n = n + 1")?;
+        xtask::checks::whole(&hosts.cluster, PATIENCE)
+    })
+}
+
+fn await_refusal(session: &mut Session) -> Result<()> {
+    wait_for("reads to be refused", PATIENCE, || {
+        Ok(session.refused("SELECT * FROM t").is_ok())
+    })
+}
+
+fn refuses_data(session: &mut Session) -> Result<()> {
+    for sql in [
+        "SELECT * FROM t",
+        "SELECT count_t()",
+        "INSERT INTO t VALUES (2, 2)",
+        "UPDATE t SET n = 2",
+        "DELETE FROM t",
+        "SELECT * FROM t FOR UPDATE",
+        "COPY t TO STDOUT",
+        "TRUNCATE t",
+        "CREATE TABLE u (id int)",
+        "LOCK TABLE t",
+        "BEGIN; DECLARE c CURSOR FOR SELECT * FROM t",
+        "DO $$ BEGIN PERFORM * FROM t; END $$",
+    ] {
+        let error = session.refused_with(CANNOT_CONNECT_NOW, sql)?;
+        ensure!(error.message().contains("node 3"), "{error:?}");
+        ensure!(error.detail().is_some(), "{error:?}");
+        session.run("ROLLBACK")?;
+    }
+    Ok(())
+}
+
+fn shows_itself(session: &mut Session) -> Result<()> {
+    for sql in [
+        "SELECT * FROM mtm.status()",
+        "SELECT * FROM mtm.nodes()",
+        "SELECT * FROM mtm.get_nodes_state()",
+        "SELECT * FROM mtm.transactions",
+        "SELECT * FROM mtm.stat_commits",
+        "SELECT count(*) FROM pg_class",
+        "SELECT 1",
+        "SHOW work_mem",
+    ] {
+        session.run(sql)?;
+    }
+    let status = session.text("SELECT status FROM mtm.status()")?;
+    ensure!(status != "online", "an isolated node calls itself {status}");
+    Ok(())
+}
+
+fn allows_minority_reads(session: &mut Session) -> Result<()> {
+    session.run("SET multimaster.minority_reads = on")?;
+    ensure!(session.text("SELECT n FROM t")? == "1");
+    session.run("COPY t TO PROGRAM 'cat > /dev/null'")?;
+    session.refused_with(CANNOT_CONNECT_NOW, "UPDATE t SET n = 2")?;
+    session.run("RESET multimaster.minority_reads")
+}
+
+/// libpq, given all hosts, goes on to one that takes writes.
+fn sends_clients_on(hosts: &Hosts) -> Result<()> {
+    let addresses = |order: &[usize]| {
+        let list: Vec<String> = order
+            .iter()
+            .map(|node| hosts.network.address(*node).to_string())
+            .collect();
+        list.join(",")
+    };
+    let mut psql = hosts.cluster.nodes[0].client_program("psql");
+    psql.args(["--no-psqlrc", "--no-align", "--tuples-only", "--dbname"])
+        .arg(format!(
+            "host={} port=5432 user=postgres dbname=postgres target_session_attrs=read-write connect_timeout=5",
+            addresses(&[2, 0])
+        ))
+        .args(["--command", "SELECT my_node_id FROM mtm.status()"]);
+    let node = command::capture(&mut psql).context("psql with two hosts")?;
+    ensure!(node.trim() == "1", "psql went to node {node}");
+    let read_only = hosts
+        .session(2)?
+        .text("SHOW default_transaction_read_only")?;
+    ensure!(read_only == "on", "a session there says {read_only}");
+    Ok(())
+}
+
+/// A node that was stopped in the middle of everything does not know that the others went on: its lease has run out.
+fn a_stopped_node_shows_nothing_stale(installation: &Installation) -> Result<()> {
+    with_hosts(installation, 3, &[], |hosts| {
+        hosts
+            .session(0)?
+            .run("CREATE TABLE t (n int); INSERT INTO t VALUES (0)")?;
+        let rounds = 5;
+        for round in 1..=rounds {
+            let mut reader = hosts.session(2)?;
+            reader.run("SELECT * FROM t")?;
+            hosts.cluster.nodes[2].freeze()?;
+            let written = write(hosts, round);
+            // Asked while it cannot answer: it does as soon as it can.
+            let asked = std::thread::spawn(move || reader.text("SELECT n FROM t"));
+            std::thread::sleep(Duration::from_millis(200));
+            hosts.cluster.nodes[2].thaw()?;
+            written?;
+            match asked.join() {
+                Ok(Ok(seen)) => ensure!(
+                    seen == round.to_string(),
+                    "read {seen} after {round} was committed"
+                ),
+                Ok(Err(_)) => {}
+                Err(_) => anyhow::bail!("the reader panicked"),
+            }
+            hosts.await_status(2, "online")?;
+        }
+        Ok(())
+    })
+}
+
+/// Writes on the first node as soon as it goes on without the third.
+fn write(hosts: &Hosts, number: u32) -> Result<()> {
+    let mut writer = hosts.session(0)?;
+    wait_for("a commit without the stopped node", PATIENCE, || {
+        Ok(writer.run(&format!("UPDATE t SET n = {number}")).is_ok())
+    })
+}
