@@ -149,7 +149,7 @@ fn die_at(
     std::thread::sleep(Duration::from_millis(dice.below(300)));
     let started = died.and_then(|()| cluster.nodes[node].start());
     std::thread::sleep(LOAD);
-    ledger.close(load)?;
+    ledger.close(cluster, load)?;
     started?;
     ledger.audit(cluster)
 }
@@ -218,7 +218,7 @@ fn die_at_start(
         .and_then(|()| die_again(server))
         .and_then(|()| server.configure(&settings(&[("multimaster.failpoint", "")])))
         .and_then(|()| server.start());
-    ledger.close(load)?;
+    ledger.close(cluster, load)?;
     outcome?;
     ledger.audit(cluster)
 }
@@ -260,7 +260,7 @@ fn errors_and_delays_at_every_failpoint_do_no_harm(installation: &Installation) 
             }
             Ok(())
         });
-        ledger.close(load)?;
+        ledger.close(cluster, load)?;
         outcome?;
         let seen = ledger.conclude(cluster)?;
         println!("  {seen}");

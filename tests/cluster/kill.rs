@@ -99,7 +99,7 @@ fn kill_one(
         Victim::AllNodes => kill_all(cluster),
     };
     std::thread::sleep(Duration::from_millis(100 + dice.below(200)));
-    ledger.close(load)?;
+    ledger.close(cluster, load)?;
     outcome?;
     ledger.audit(cluster)
 }

@@ -105,8 +105,12 @@ impl Ledger {
     }
 
     /// Waits until the clients have stopped and keeps their answers.
-    pub fn close(&mut self, load: Load) -> Result<()> {
+    pub fn close(&mut self, cluster: &Cluster, load: Load) -> Result<()> {
         load.stop.store(true, Ordering::Relaxed);
+        let stopped = wait_for("the clients' last answers", WHOLE_LIMIT, || {
+            Ok(load.clients.iter().all(JoinHandle::is_finished))
+        });
+        stopped.with_context(|| stuck(cluster))?;
         for client in load.clients {
             match client.join() {
                 Ok(attempts) => self.attempts.extend(attempts),
@@ -149,6 +153,31 @@ impl Ledger {
             count(Answer::Unknown)
         ))
     }
+}
+
+/// What holds clients up: the transactions of every node.
+fn stuck(cluster: &Cluster) -> String {
+    const SQL: &str = "
+        SELECT 'prepared', gid FROM pg_prepared_xacts
+        UNION ALL SELECT concat(role, ' ', state, ' ', ballot, ' missing ', missing), gid FROM mtm.transactions
+        UNION ALL SELECT concat(backend_type, ' ', wait_event), query FROM pg_stat_activity
+        WHERE application_name = 'ledger' OR backend_type LIKE 'multimaster%'";
+    let tell = |node: &xtask::server::Server| {
+        let rows = node
+            .connect()
+            .and_then(|client| Session::new(client).text(SQL));
+        format!(
+            "{}:\n{}",
+            node.name,
+            rows.unwrap_or_else(|error| format!("{error:#}"))
+        )
+    };
+    cluster
+        .nodes
+        .iter()
+        .map(tell)
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 /// All nodes online, equal, nothing prepared, nothing in flight, no record left.
