@@ -332,16 +332,19 @@ impl Receiver {
             process::check_interrupts();
             mark = self.advance();
         }
+        hit(Failpoint::UserBeforeMark);
         if mark > self.stored {
             let row = (u32::from(self.peer.get()), body_of(mark.0));
             process::in_transaction(|| self.marks.write(&mut [row]));
         }
+        hit(Failpoint::UserBeforeFinish);
         if let Ok(name) = std::str::from_utf8(name) {
             while twophase::finish(name, commit) == twophase::Finished::Busy {
                 process::wait_latch(Duration::from_millis(5), Wait::Work);
                 process::check_interrupts();
             }
         }
+        hit(Failpoint::UserAfterFinish);
         self.progress.pass(end);
     }
 

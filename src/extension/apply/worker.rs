@@ -7,7 +7,7 @@ use crate::pg::apply_error::{ApplyFailure, attempt};
 use crate::pg::process::{self, Wait};
 use crate::pg::records::DurableTable;
 use crate::pg::shared::{self, WorkerSlot, shared, worker};
-use crate::pg::{ddl, rows, sequences, twophase};
+use crate::pg::{ddl, locks, rows, sequences, twophase};
 use protocol::{Csn, Gid, Lsn, NodeId, Refusal, Vote};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -146,6 +146,11 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
         process::abort_transaction();
     }
     if let Some(job) = job {
+        // An error behind the PREPARE takes nothing back: what is durably prepared has voted yes.
+        let result = match result {
+            Err(_) if is_prepared(&job) => Ok(Applied::Prepared),
+            other => other,
+        };
         report(slot, &job, end, result);
     }
     inbox.skip_rest();
@@ -154,6 +159,17 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
     slot.jobs_done.store(job_number, Ordering::Release);
     slot.feeder.wake();
     slot.state.store(worker::IDLE, Ordering::Release);
+}
+
+/// Whether the transaction in hand is prepared here, after an error that can have come before or behind that.
+///
+/// Nobody else prepares under a name of the cluster's. A user's name can be another node's as well, so there it is what this process knows.
+fn is_prepared(job: &Job) -> bool {
+    PREPARED.load(Ordering::Relaxed)
+        || (!job.is_users()
+            && locks::prepared_names()
+                .values()
+                .any(|name| *name == job.name))
 }
 
 fn report(slot: &WorkerSlot, job: &Job, end: Lsn, result: Result<Applied, ApplyFailure>) {
