@@ -60,6 +60,8 @@ struct Receiver {
     told_at: Instant,
     seen: Lsn,
     reply_wanted: bool,
+    /// A user waits at the peer for what has just been done here.
+    confirm_now: bool,
 }
 
 /// Body of the background worker `multimaster receiver <peer>`.
@@ -169,6 +171,7 @@ impl Receiver {
             told_at: Instant::now(),
             seen: stored,
             reply_wanted: true,
+            confirm_now: false,
         }
     }
 
@@ -189,7 +192,7 @@ impl Receiver {
                     return;
                 }
             }
-            if self.told_at.elapsed() >= STATUS_INTERVAL {
+            if self.confirm_now || self.told_at.elapsed() >= STATUS_INTERVAL {
                 self.tell(stream);
             }
         }
@@ -298,7 +301,10 @@ impl Receiver {
                     self.on_outcome(end.gid, end.name.as_bytes(), Decision::Abort, end.end_lsn)
                 }
                 Ok(StreamFrame::FinishUser(finish)) => {
-                    self.finish_user(finish.name.as_bytes(), finish.commit, finish.lsn)
+                    // The message begins there: only a mark beyond it says that this was done.
+                    let beyond = Lsn(finish.lsn.0 + 1);
+                    self.finish_user(finish.name.as_bytes(), finish.commit, beyond);
+                    self.confirm_now = true;
                 }
                 Ok(_) => pgrx::error!(
                     "multimaster receiver of node {}: a change outside of a transaction",
@@ -374,7 +380,8 @@ impl Receiver {
         } else {
             STATUS_INTERVAL
         };
-        if mark > self.stored && self.stored_at.elapsed() >= pause {
+        let now = std::mem::take(&mut self.confirm_now);
+        if mark > self.stored && (now || self.stored_at.elapsed() >= pause) {
             let row = (u32::from(self.peer.get()), body_of(mark.0));
             hit(Failpoint::MarkBeforeStore);
             let end = process::in_transaction(|| self.marks.write(&mut [row]));
