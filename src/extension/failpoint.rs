@@ -187,7 +187,7 @@ mod hits {
     pub fn hit(point: Failpoint) {
         match take(point) {
             Some(Action::Error) => pgrx::error!("failpoint {point:?}"),
-            action => act(action),
+            action => act(point, action),
         }
     }
 
@@ -195,31 +195,31 @@ mod hits {
     pub fn hit_in_backend(point: Failpoint) {
         match take(point) {
             Some(Action::Error) => raise_in_backend(),
-            action => act(action),
+            action => act(point, action),
         }
     }
 
     /// Passes a point on the arbiter's network thread.
     pub fn hit_in_thread(point: Failpoint) {
-        act(take(point));
+        act(point, take(point));
     }
 
     /// Passes a point behind a message that was queued on the network thread: it must be able to leave.
     pub fn hit_after_sending(point: Failpoint) {
         match take(point) {
             Some(Action::Crash { .. }) => {
-                std::thread::spawn(|| {
+                std::thread::spawn(move || {
                     std::thread::sleep(SENDING);
-                    lose_power();
+                    lose_power(point);
                 });
             }
-            action => act(action),
+            action => act(point, action),
         }
     }
 
-    fn act(action: Option<Action>) {
+    fn act(point: Failpoint, action: Option<Action>) {
         match action {
-            Some(Action::Crash { .. }) => lose_power(),
+            Some(Action::Crash { .. }) => lose_power(point),
             Some(Action::Sleep { ms }) => std::thread::sleep(Duration::from_millis(u64::from(ms))),
             Some(Action::Error) | None => {}
         }

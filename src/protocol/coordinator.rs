@@ -11,6 +11,7 @@
 use crate::config::Fault;
 use crate::effect::{Effect, Outcome, Source};
 use crate::message::Message;
+use crate::outcome::reply;
 use crate::site::Turn;
 use crate::txn::{Local, Txn};
 use crate::types::{Ballot, Decision, Gid, NodeId, NodeSet, Refusal, Verdict, Vote};
@@ -81,7 +82,14 @@ impl Txn {
     pub fn on_committing(&mut self, turn: &mut Turn, wait_peers: bool) {
         let Some(own) = &mut self.own else { return };
         if self.local == Local::Finished {
-            return;
+            // Resolved after a restart, before the backend came to announce it.
+            own.wait_peers = wait_peers;
+            if let Some(decision) = self.record.decision {
+                let csn = self.announced.csn.unwrap_or_default();
+                let refusal = own.refusal.clone();
+                turn.out.push(reply(self.gid(), decision, csn, refusal));
+            }
+            return self.report_peers(turn);
         }
         own.backend = Backend::Waiting;
         own.looking_up = false;

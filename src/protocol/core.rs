@@ -6,6 +6,7 @@ use crate::config::{Config, Fault, Recovered};
 use crate::coordinator::Backend;
 use crate::effect::{Effect, Effects, Event, Input};
 use crate::message::Message;
+use crate::outcome::reply;
 use crate::recovery::recover;
 use crate::site::{Site, Turn};
 use crate::txn::Txn;
@@ -59,6 +60,11 @@ impl Core {
             Input::LinkDown { peer } => self.on_link_down(now, peer, out),
             Input::Committing { gid, wait_peers } => {
                 self.own(gid, now);
+                if let Some(decision) = self.site.forgotten.get(gid) {
+                    // The backend was slow to announce what was resolved after a restart.
+                    out.push(reply(gid, decision, Csn::ZERO, None));
+                    out.push(Effect::PeersFinished { gid });
+                }
                 self.entry(gid, now, out, |txn, turn| {
                     txn.on_committing(turn, wait_peers)
                 });

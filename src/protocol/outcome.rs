@@ -14,7 +14,7 @@ use crate::effect::{Effect, Outcome, Source};
 use crate::message::Message;
 use crate::site::Turn;
 use crate::txn::{Local, Txn};
-use crate::types::{Csn, Decision, NodeId, NodeSet, Refusal};
+use crate::types::{Csn, Decision, Gid, NodeId, NodeSet, Refusal};
 
 impl Txn {
     /// Takes note of the outcome and sets everything in motion that follows from it. `number` is the coordinator's, when it was the
@@ -102,10 +102,7 @@ impl Txn {
                     Backend::Waiting => {
                         own.backend = Backend::Finishing;
                         let refusal = own.refusal.clone();
-                        turn.out.push(Effect::Reply {
-                            gid,
-                            outcome: outcome(decision, csn, refusal),
-                        });
+                        turn.out.push(reply(gid, decision, csn, refusal));
                     }
                     Backend::Gone => turn.out.push(Effect::Finish { gid, decision }),
                     Backend::Unknown | Backend::Finishing => {}
@@ -261,8 +258,9 @@ impl Txn {
     }
 }
 
-fn outcome(decision: Decision, csn: Csn, refusal: Option<Refusal>) -> Outcome {
-    match decision {
+/// What a client hears of a decision.
+pub(crate) fn reply(gid: Gid, decision: Decision, csn: Csn, refusal: Option<Refusal>) -> Effect {
+    let outcome = match decision {
         Decision::Commit => Outcome::Commit { csn },
         Decision::Abort => Outcome::Abort(refusal.unwrap_or_else(|| {
             Refusal::retry(
@@ -270,5 +268,6 @@ fn outcome(decision: Decision, csn: Csn, refusal: Option<Refusal>) -> Outcome {
                 "A member could not be reached or had not yet received the transaction when it was resolved.",
             )
         })),
-    }
+    };
+    Effect::Reply { gid, outcome }
 }

@@ -189,6 +189,7 @@ impl Server {
         if self.process.is_some() {
             bail!("{} is already running", self.name);
         }
+        self.await_orphans()?;
         let log = File::options()
             .create(true)
             .append(true)
@@ -209,6 +210,20 @@ impl Server {
         running().insert(child.id().cast_signed());
         self.process = Some(child);
         self.wait_until_ready()
+    }
+
+    /// Waits for processes that a killed postmaster left: they hold its shared memory until they notice, and no server starts meanwhile.
+    fn await_orphans(&self) -> Result<()> {
+        let data = fs::canonicalize(&self.data)
+            .with_context(|| format!("cannot find {}", self.data.display()))?;
+        let deadline = Instant::now() + START_STOP;
+        while works_in(&data) {
+            if Instant::now() > deadline {
+                bail!("processes of an earlier life of {} stay", self.name);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
     }
 
     fn wait_until_ready(&mut self) -> Result<()> {
@@ -437,6 +452,14 @@ pub fn end_abandoned(data: &Path) {
             let _ = kill(process, Signal::SIGKILL);
         }
     }
+}
+
+/// Whether any process has this working directory, which is what every process of a server has as its data directory.
+fn works_in(data: &Path) -> bool {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .filter_map(|process| fs::read_link(process.path().join("cwd")).ok())
+        .any(|directory| directory == data)
 }
 
 fn running() -> std::sync::MutexGuard<'static, BTreeSet<i32>> {

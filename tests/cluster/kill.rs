@@ -3,11 +3,12 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use multimaster_tests::{OwnCase, Session, cases};
 use xtask::cluster::{Cluster, wait_for};
 use xtask::command;
 use xtask::installation::Installation;
+use xtask::server::Server;
 use xtask::suite::Size;
 
 use crate::crash::{dice, with_quick_cluster};
@@ -51,8 +52,8 @@ const VICTIMS: [Victim; 16] = [
     Victim::AllNodes,
 ];
 
-/// How long a server may take to let go of what its killed postmaster left.
-const START_LIMIT: Duration = Duration::from_secs(30);
+/// How long what follows a death may take.
+const LIMIT: Duration = Duration::from_secs(30);
 
 fn rounds() -> u64 {
     match Size::chosen() {
@@ -94,7 +95,7 @@ fn kill_one(
         Victim::Postmaster => kill_postmaster(cluster, node),
         Victim::Node => cluster.nodes[node]
             .kill()
-            .and_then(|()| start(cluster, node)),
+            .and_then(|()| cluster.nodes[node].start()),
         Victim::AllNodes => kill_all(cluster),
     };
     std::thread::sleep(Duration::from_millis(100 + dice.below(200)));
@@ -138,30 +139,17 @@ fn kill_postmaster(cluster: &mut Cluster, node: usize) -> Result<()> {
         .postmaster()
         .context("the server does not run")?;
     signal_kill(&pid.to_string())?;
-    wait_for("the postmaster's end", START_LIMIT, || {
+    wait_for("the postmaster's end", LIMIT, || {
         Ok(!cluster.nodes[node].is_running())
     })?;
-    start(cluster, node)
+    cluster.nodes[node].start()
 }
 
 fn kill_all(cluster: &mut Cluster) -> Result<()> {
     for node in &mut cluster.nodes {
         node.kill()?;
     }
-    (0..cluster.nodes.len()).try_for_each(|node| start(cluster, node))
-}
-
-/// Starts a server, again and again while processes of its earlier life are still there.
-fn start(cluster: &mut Cluster, node: usize) -> Result<()> {
-    let deadline = Instant::now() + START_LIMIT;
-    while let Err(error) = cluster.nodes[node].start() {
-        if Instant::now() > deadline {
-            bail!("{error:#}");
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    ensure!(cluster.nodes[node].is_running(), "the server ended at once");
-    Ok(())
+    cluster.nodes.iter_mut().try_for_each(Server::start)
 }
 
 /// Such transactions have no record: a node that died right after their end must not apply them again, nor twice while they are prepared.
@@ -178,13 +166,13 @@ fn users_own_prepared_transactions_are_applied_once(installation: &Installation)
                 await_finish(cluster, n)?;
             }
             cluster.nodes[1].kill()?;
-            start(cluster, 1)?;
+            cluster.nodes[1].start()?;
             await_online(cluster)?;
             if n % 2 == 1 {
                 session.run(&format!("COMMIT PREPARED 'user {n}'"))?;
             }
         }
-        xtask::checks::whole(cluster, START_LIMIT)?;
+        xtask::checks::whole(cluster, LIMIT)?;
         let doubles = Session::new(cluster.connect(1)?)
             .text("SELECT n, count(*) FROM once GROUP BY n HAVING count(*) > 1")?;
         ensure!(doubles.is_empty(), "applied more than once:\n{doubles}");
@@ -197,7 +185,7 @@ fn users_own_prepared_transactions_are_applied_once(installation: &Installation)
 /// Waits until the second node has finished a user's prepared transaction, and no longer.
 fn await_finish(cluster: &Cluster, n: u64) -> Result<()> {
     let mut session = Session::new(cluster.connect(1)?);
-    wait_for("the end of the transaction", START_LIMIT, || {
+    wait_for("the end of the transaction", LIMIT, || {
         let left = session.text(&format!(
             "SELECT gid FROM pg_prepared_xacts WHERE gid = 'user {n}'"
         ))?;
@@ -207,7 +195,7 @@ fn await_finish(cluster: &Cluster, n: u64) -> Result<()> {
 
 fn await_online(cluster: &Cluster) -> Result<()> {
     let mut session = Session::new(cluster.connect(0)?);
-    wait_for("the cluster to be online", START_LIMIT, || {
+    wait_for("the cluster to be online", LIMIT, || {
         Ok(session.text("SELECT status FROM mtm.status()")? == "online")
     })
 }

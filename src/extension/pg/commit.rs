@@ -38,7 +38,7 @@ thread_local! {
     static IN_SEQUENCE: Cell<bool> = const { Cell::new(false) };
     /// The last xid whose existence this session made sure to be on disk.
     static ON_DISK: Cell<pg_sys::TransactionId> = const { Cell::new(pg_sys::InvalidTransactionId) };
-    /// Announced to the arbiter and not finished by this backend yet.
+    /// Being prepared or prepared, and not finished by this backend yet.
     static UNFINISHED: Cell<Option<Gid>> = const { Cell::new(None) };
     /// A user's own PREPARE TRANSACTION, announced to the arbiter and not answered yet.
     static USER_PREPARING: Cell<Option<Gid>> = const { Cell::new(None) };
@@ -63,7 +63,7 @@ pub fn commits_globally() -> bool {
     IN_SEQUENCE.get() && USER_PREPARING.get().is_none()
 }
 
-/// An error or the end of the process has left the sequence: what was announced becomes the arbiter's to finish. Called at abort.
+/// An error or the end of the process has left the sequence: what may be prepared becomes the arbiter's to finish. Called at abort.
 pub fn reset() {
     IN_SEQUENCE.set(false);
     if let Some(gid) = UNFINISHED.take() {
@@ -145,7 +145,10 @@ pub unsafe fn commit_globally() {
     // SAFETY: the sequence of the module's head, each call as its own code path in xact.c makes it.
     unsafe {
         IN_SEQUENCE.set(true);
-        let session = prepare_under(name.as_ptr(), Preparing::Commit, || {});
+        // From the moment the PREPARE can be seen, an error leaves the transaction to the arbiter.
+        let session = prepare_under(name.as_ptr(), Preparing::Commit, || {
+            UNFINISHED.set(Some(gid));
+        });
         let wait_peers = guc::wait_peer_commits();
         hit_in_backend(Failpoint::BackendAfterPrepare);
         announce(gid, wait_peers);
@@ -402,7 +405,6 @@ fn reset_outcome() {
 
 /// Tells the arbiter that the PREPARE is durable and that this backend waits.
 fn announce(gid: Gid, wait_peers: bool) {
-    UNFINISHED.set(Some(gid));
     shared::my_backend().gid.set(Some(gid));
     submit(&LocalEvent::Committing {
         gid,

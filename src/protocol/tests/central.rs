@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Bench, gid, n, words};
-use protocol::{Ballot, Csn, Decision, Input, Lsn, Message, Refusal, Verdict, Vote};
+use protocol::{Ballot, Csn, Decision, Input, Lsn, Message, Recovered, Refusal, Verdict, Vote};
 
 fn commit_to_decision(bench: &mut Bench) {
     let gid = gid(1, 7);
@@ -235,6 +235,44 @@ fn a_vanished_backend_leaves_its_finish_to_the_core() {
         words(&bench.give(Input::Abandoned { gid })),
         ["finish Commit"]
     );
+}
+
+/// A backend can be slow between its PREPARE and its announcement, and this node can have restarted and resolved the transaction meanwhile.
+#[test]
+fn a_late_announcement_is_answered_with_the_outcome() {
+    let gid = gid(1, 7);
+    let found = Recovered {
+        gid,
+        record: None,
+        prepared: true,
+    };
+    let (mut bench, _) = Bench::recovered(1, vec![found]);
+    for peer in [n(2), n(3)] {
+        bench.give(Input::LinkUp { peer, epoch: 1 });
+    }
+    let told = Message::Decided {
+        gid,
+        decision: Decision::Abort,
+        csn: None,
+    };
+    bench.hear(2, told);
+    bench.give(Input::Finished { gid });
+    let committing = Input::Committing {
+        gid,
+        wait_peers: true,
+    };
+    let reply = ["reply abort: transaction was aborted by the cluster"];
+    assert_eq!(words(&bench.give(committing.clone())), reply, "finished");
+    let finished = Message::Finished {
+        gid,
+        decision: Decision::Abort,
+        csn: None,
+    };
+    bench.hear(2, finished.clone());
+    bench.hear(3, finished);
+    assert!(bench.core.transactions(0).next().is_none(), "forgotten");
+    let effects = words(&bench.give(committing));
+    assert_eq!(effects, [reply[0], "peers finished"], "forgotten");
 }
 
 #[test]
