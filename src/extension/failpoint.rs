@@ -10,8 +10,15 @@
 //! | `NAME=error` | the process raises an error, once; the network thread, which cannot, goes on |
 //! | empty | nothing |
 //!
-//! `SHOW multimaster.failpoints` lists all points with the nodes on which the commit of a transaction passes them, so that a test
-//! forgets none.
+//! `SHOW multimaster.failpoints` lists all points with the role of the nodes that pass them, so that a test forgets none:
+//!
+//! | role | passed when |
+//! |---|---|
+//! | `coordinator`, `participant`, `both` | a transaction commits |
+//! | `...-refused`, `...-disturbed` | one is refused; the client is interrupted while votes are awaited |
+//! | `start` | a node starts again after it was killed under load |
+//! | `user` | a user's own prepared transaction is finished |
+//! | `rare` | resolvers compete, or a promise was made without a vote: not at will |
 
 /// Declares the points: variant, name, and the role of the nodes that pass it.
 macro_rules! points {
@@ -36,6 +43,9 @@ macro_rules! points {
 }
 
 points! {
+    // The backend that learns the name of its transaction before COMMIT: its xid must be on disk by then.
+    NameBeforeFlush "name-before-flush" "coordinator",
+    NameAfterFlush "name-after-flush" "coordinator",
     // The backend that commits.
     BackendBeforePrepare "backend-before-prepare" "coordinator",
     BackendAfterPrepare "backend-after-prepare" "coordinator",
@@ -79,6 +89,14 @@ points! {
     AfterStatus "after-status" "coordinator-disturbed",
     BeforePromise "before-promise" "participant-disturbed",
     AfterPromise "after-promise" "participant-disturbed",
+    BeforeRefused "before-refused" "rare",
+    AfterRefused "after-refused" "rare",
+    BeforeQuery "before-query" "rare",
+    AfterQuery "after-query" "rare",
+    BeforeAskHorizon "before-ask-horizon" "start",
+    AfterAskHorizon "after-ask-horizon" "start",
+    BeforeHorizon "before-horizon" "start",
+    AfterHorizon "after-horizon" "start",
     BeforeReply "before-reply" "coordinator",
     AfterReply "after-reply" "coordinator",
     BeforeFinishOrder "before-finish-order" "participant",
@@ -91,8 +109,13 @@ points! {
     MarkBeforeFlush "mark-before-flush" "both",
     MarkBeforeConfirm "mark-before-confirm" "both",
     MarkAfterConfirm "mark-after-confirm" "both",
+    // The receiver that finishes a user's own prepared transaction.
+    UserBeforeMark "user-before-mark" "user",
+    UserBeforeFinish "user-before-finish" "user",
+    UserAfterFinish "user-after-finish" "user",
     // The walsender.
     DecodePrepare "decode-prepare" "coordinator",
+    DecodeOutcome "decode-outcome" "coordinator",
     // The arbiter's start.
     StartBeforeEpoch "start-before-epoch" "start",
     StartBeforeEpochFlush "start-before-epoch-flush" "start",
@@ -102,19 +125,22 @@ points! {
 }
 
 /// What a message is to the points around its sending.
-pub fn around(message: &protocol::Message) -> Option<(Failpoint, Failpoint)> {
+pub fn around(message: &protocol::Message) -> (Failpoint, Failpoint) {
     use Failpoint::*;
     use protocol::Message::*;
     match message {
-        Vote { .. } => Some((BeforeVote, AfterVote)),
-        Propose { .. } => Some((BeforePrecommit, AfterPrecommit)),
-        Accepted { .. } => Some((BeforePrecommitted, AfterPrecommitted)),
-        Decided { .. } => Some((BeforeDecided, AfterDecided)),
-        Finished { .. } => Some((BeforeFinished, AfterFinished)),
-        Forget { .. } => Some((BeforeForget, AfterForget)),
-        Status { .. } => Some((BeforeStatus, AfterStatus)),
-        Promised { .. } => Some((BeforePromise, AfterPromise)),
-        Refused { .. } | Query { .. } | AskHorizon | Horizon { .. } => None,
+        Vote { .. } => (BeforeVote, AfterVote),
+        Propose { .. } => (BeforePrecommit, AfterPrecommit),
+        Accepted { .. } => (BeforePrecommitted, AfterPrecommitted),
+        Decided { .. } => (BeforeDecided, AfterDecided),
+        Finished { .. } => (BeforeFinished, AfterFinished),
+        Forget { .. } => (BeforeForget, AfterForget),
+        Status { .. } => (BeforeStatus, AfterStatus),
+        Promised { .. } => (BeforePromise, AfterPromise),
+        Refused { .. } => (BeforeRefused, AfterRefused),
+        Query { .. } => (BeforeQuery, AfterQuery),
+        AskHorizon => (BeforeAskHorizon, AfterAskHorizon),
+        Horizon { .. } => (BeforeHorizon, AfterHorizon),
     }
 }
 

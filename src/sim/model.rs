@@ -108,8 +108,8 @@ pub enum Step {
     Suspect(NodeId, Gid),
     /// Every timer of the node fires.
     Tick(NodeId),
+    /// The node loses its memory and what was not flushed, and starts again.
     Crash(NodeId),
-    Restart(NodeId),
 }
 
 impl fmt::Display for Scope {
@@ -212,11 +212,7 @@ impl Model for Scope {
     fn actions(&self, cluster: &Cluster, steps: &mut Vec<Step>) {
         steps.extend((0..cluster.network.len()).map(Step::Deliver));
         for (name, node) in &cluster.nodes {
-            if node.core.is_none() {
-                steps.push(Step::Restart(*name));
-                continue;
-            }
-            if !node.wal.is_empty() || !node.gates.is_empty() {
+            if !node.wal.is_empty() {
                 steps.push(Step::Flush(*name));
             }
             if cluster.crashes < self.crashes {
@@ -236,7 +232,7 @@ impl Model for Scope {
                 let Envelope { from, to, msg } = last.network.iter().nth(place)?.clone();
                 cluster.input(to, Input::Message { from, msg });
             }
-            Step::Flush(node) => cluster.flush(node),
+            Step::Flush(node) => cluster.sync(node),
             Step::Announce(gid) => cluster.input(
                 gid.coordinator,
                 Input::Committing {
@@ -290,8 +286,10 @@ impl Model for Scope {
                 );
             }
             Step::Tick(node) => cluster.input(node, Input::Tick),
-            Step::Crash(node) => cluster.crash(node),
-            Step::Restart(node) => cluster.restart(self, node),
+            Step::Crash(node) => {
+                cluster.crash(node);
+                cluster.restart(self, node);
+            }
         }
         (cluster != *last).then_some(cluster)
     }

@@ -16,6 +16,7 @@ pub fn cases() -> Vec<OwnCase> {
     cases![
         coordinator_dies_at_every_failpoint,
         participant_dies_at_every_failpoint,
+        resolver_dies_at_every_failpoint,
         node_dies_at_every_failpoint_of_its_start,
         errors_and_delays_at_every_failpoint_do_no_harm,
     ]
@@ -36,13 +37,33 @@ const COORDINATOR: usize = 0;
 /// Has no clients: it only takes part.
 const PARTICIPANT: usize = 1;
 
+/// What a resolver says while the coordinator is gone.
+const RESOLVING: [&str; 6] = [
+    "before-status",
+    "after-status",
+    "before-precommit",
+    "after-precommit",
+    "before-decided",
+    "after-decided",
+];
+
 /// How often each point is visited.
 fn rounds() -> u64 {
     match Size::chosen() {
-        Size::Ci => 1,
-        Size::Full => 2,
+        Size::Ci | Size::Full => 1,
         Size::Long => 10,
     }
+}
+
+/// The points of this run in an order of its own: all of them, but for a short run, which visits `few`.
+fn chosen<T>(mut points: Vec<T>, dice: &mut Dice, few: usize) -> Vec<T> {
+    for last in (1..points.len()).rev() {
+        points.swap(last, dice.below(last as u64 + 1) as usize);
+    }
+    if Size::chosen() == Size::Ci {
+        points.truncate(few);
+    }
+    points
 }
 
 /// The seed of this run, printed so that it can be repeated.
@@ -80,7 +101,7 @@ pub fn with_quick_cluster(
 }
 
 /// All failpoints with their roles, as the server lists them.
-fn failpoints(cluster: &Cluster) -> Result<BTreeMap<String, String>> {
+pub fn failpoints(cluster: &Cluster) -> Result<BTreeMap<String, String>> {
     let list = Session::new(cluster.connect(0)?).text("SHOW multimaster.failpoints")?;
     list.split_whitespace()
         .map(|item| {
@@ -90,7 +111,7 @@ fn failpoints(cluster: &Cluster) -> Result<BTreeMap<String, String>> {
         .collect()
 }
 
-fn arm(server: &Server, value: &str) -> Result<()> {
+pub fn arm(server: &Server, value: &str) -> Result<()> {
     Session::new(server.connect()?).run(&format!("SET multimaster.failpoint = '{value}'"))
 }
 
@@ -111,12 +132,13 @@ fn die_at_all(cluster: &mut Cluster, role: &str, node: usize) -> Result<()> {
     let mut dice = dice();
     let mut ledger = Ledger::open(cluster)?;
     let started = Instant::now();
+    let points: Vec<(String, String)> = failpoints(cluster)?
+        .into_iter()
+        .filter(|(_, its_role)| its_role == "both" || its_role.starts_with(role))
+        .collect();
     let mut visited = 0;
     for _ in 0..rounds() {
-        for (name, its_role) in failpoints(cluster)? {
-            if its_role != "both" && !its_role.starts_with(role) {
-                continue;
-            }
+        for (name, its_role) in chosen(points.clone(), &mut dice, 7) {
             let disturbed = its_role.ends_with("-disturbed");
             die_at(cluster, &mut ledger, &mut dice, node, &name, disturbed)
                 .with_context(|| format!("at {name} on node {}", node + 1))?;
@@ -143,15 +165,32 @@ fn die_at(
     let load = ledger.load(cluster, &CLIENTS, dice);
     std::thread::sleep(LOAD);
     let count = 1 + dice.below(3);
+    let before = deaths(&cluster.nodes[node], name);
     // The server may be gone before it can say that it is armed.
     let armed = arm(&cluster.nodes[node], &format!("{name}=crash@{count}"));
     let died = await_death(cluster, node, disturbed).and_then(|()| armed.or(Ok(())));
     std::thread::sleep(Duration::from_millis(dice.below(300)));
-    let started = died.and_then(|()| cluster.nodes[node].start());
+    let started = died
+        .and_then(|()| died_there(&cluster.nodes[node], name, before))
+        .and_then(|()| cluster.nodes[node].start());
     std::thread::sleep(LOAD);
-    ledger.close(load)?;
+    ledger.close(cluster, load)?;
     started?;
     ledger.audit(cluster)
+}
+
+/// How often a server has died at a point.
+pub fn deaths(server: &Server, name: &str) -> usize {
+    let line = format!("failpoint {name}: the server dies");
+    server.log_text().matches(&line).count()
+}
+
+pub fn died_there(server: &Server, name: &str, before: usize) -> Result<()> {
+    ensure!(
+        deaths(server, name) > before,
+        "the server died, but not there"
+    );
+    Ok(())
 }
 
 /// Waits until the server is gone; meanwhile, when it is to be disturbed, commits are interrupted there.
@@ -171,23 +210,74 @@ fn await_death(cluster: &mut Cluster, node: usize, disturbed: bool) -> Result<()
     })
 }
 
+/// The coordinator is gone, and then the node that resolves what it left.
+fn resolver_dies_at_every_failpoint(installation: &Installation) -> Result<()> {
+    with_quick_cluster(installation, |cluster| {
+        let mut dice = dice();
+        let mut ledger = Ledger::open(cluster)?;
+        for _ in 0..rounds() {
+            for name in chosen(RESOLVING.to_vec(), &mut dice, 2) {
+                die_while_resolving(cluster, &mut ledger, &mut dice, name)
+                    .with_context(|| format!("at {name}"))?;
+            }
+        }
+        let seen = ledger.conclude(cluster)?;
+        println!("  {seen}");
+        Ok(())
+    })
+}
+
+fn die_while_resolving(
+    cluster: &mut Cluster,
+    ledger: &mut Ledger,
+    dice: &mut Dice,
+    name: &str,
+) -> Result<()> {
+    for _ in 0..START_ATTEMPTS {
+        let load = ledger.load(cluster, &CLIENTS, dice);
+        std::thread::sleep(LOAD + Duration::from_millis(dice.below(100)));
+        let died = lose_coordinator(cluster, name);
+        let started = cluster.nodes[COORDINATOR].start();
+        ledger.close(cluster, load)?;
+        let died = died?;
+        started?;
+        ledger.audit(cluster)?;
+        if died {
+            return Ok(());
+        }
+    }
+    bail!("the failpoint was not passed")
+}
+
+/// Kills the coordinator and starts the resolver again that has died at the point; false when there was nothing to resolve.
+fn lose_coordinator(cluster: &mut Cluster, name: &str) -> Result<bool> {
+    let before = deaths(&cluster.nodes[PARTICIPANT], name);
+    arm(&cluster.nodes[PARTICIPANT], &format!("{name}=crash"))?;
+    cluster.nodes[COORDINATOR].kill()?;
+    let resolver = &mut cluster.nodes[PARTICIPANT];
+    if wait_for("a resolver", START_HIT_LIMIT, || Ok(!resolver.is_running())).is_err() {
+        arm(resolver, "")?;
+        return Ok(false);
+    }
+    died_there(resolver, name, before)?;
+    resolver.start()?;
+    Ok(true)
+}
+
 fn node_dies_at_every_failpoint_of_its_start(installation: &Installation) -> Result<()> {
     with_quick_cluster(installation, |cluster| {
         let mut dice = dice();
         let mut ledger = Ledger::open(cluster)?;
-        let points = failpoints(cluster)?;
-        let starting: Vec<&String> = points
-            .iter()
-            .filter(|(_, role)| *role == "start")
-            .map(|(name, _)| name)
+        let starting: Vec<(String, usize)> = failpoints(cluster)?
+            .into_iter()
+            .filter(|(_, role)| role == "start")
+            .flat_map(|(name, _)| [(name.clone(), COORDINATOR), (name, PARTICIPANT)])
             .collect();
         ensure!(!starting.is_empty(), "there are no failpoints");
         for _ in 0..rounds() {
-            for &name in &starting {
-                for node in [COORDINATOR, PARTICIPANT] {
-                    die_at_start(cluster, &mut ledger, &mut dice, node, name)
-                        .with_context(|| format!("at {name} on node {}", node + 1))?;
-                }
+            for (name, node) in chosen(starting.clone(), &mut dice, 5) {
+                die_at_start(cluster, &mut ledger, &mut dice, node, &name)
+                    .with_context(|| format!("at {name} on node {}", node + 1))?;
             }
         }
         let seen = ledger.conclude(cluster)?;
@@ -215,28 +305,28 @@ fn die_at_start(
                 &format!("{name}=crash"),
             )]))
         })
-        .and_then(|()| die_again(server))
+        .and_then(|()| die_again(server, name))
         .and_then(|()| server.configure(&settings(&[("multimaster.failpoint", "")])))
         .and_then(|()| server.start());
-    ledger.close(load)?;
+    ledger.close(cluster, load)?;
     outcome?;
     ledger.audit(cluster)
 }
 
 /// Starts the server until it dies at its failpoint. Some points are passed only when there is something to be done again: then it is
 /// killed once more under load.
-fn die_again(server: &mut Server) -> Result<()> {
+fn die_again(server: &mut Server, name: &str) -> Result<()> {
+    let before = deaths(server, name);
     for _ in 0..START_ATTEMPTS {
         // It may die before it takes connections.
-        let _ = server.start();
-        if wait_for(
+        let started = server.start();
+        let died = wait_for(
             "the failpoint",
             START_HIT_LIMIT,
             || Ok(!server.is_running()),
-        )
-        .is_ok()
-        {
-            return Ok(());
+        );
+        if died.is_ok() {
+            return died_there(server, name, before).or_else(|error| started.and(Err(error)));
         }
         server.kill()?;
     }
@@ -248,7 +338,7 @@ fn errors_and_delays_at_every_failpoint_do_no_harm(installation: &Installation) 
     with_quick_cluster(installation, |cluster| {
         let mut dice = dice();
         let mut ledger = Ledger::open(cluster)?;
-        let points: Vec<String> = failpoints(cluster)?.into_keys().collect();
+        let points = chosen(failpoints(cluster)?.into_keys().collect(), &mut dice, 20);
         let load = ledger.load(cluster, &[0, 0, 1, 1, 2, 2], &mut dice);
         let outcome = points.iter().try_for_each(|name| -> Result<()> {
             for action in ["sleep:100", "error"] {
@@ -260,7 +350,7 @@ fn errors_and_delays_at_every_failpoint_do_no_harm(installation: &Installation) 
             }
             Ok(())
         });
-        ledger.close(load)?;
+        ledger.close(cluster, load)?;
         outcome?;
         let seen = ledger.conclude(cluster)?;
         println!("  {seen}");

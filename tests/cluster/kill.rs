@@ -11,7 +11,7 @@ use xtask::installation::Installation;
 use xtask::server::Server;
 use xtask::suite::Size;
 
-use crate::crash::{dice, with_quick_cluster};
+use crate::crash::{arm, deaths, dice, died_there, failpoints, with_quick_cluster};
 use crate::ledger::{Dice, Ledger};
 
 pub fn cases() -> Vec<OwnCase> {
@@ -58,7 +58,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 fn rounds() -> u64 {
     match Size::chosen() {
         Size::Ci => 1,
-        Size::Full => 4,
+        Size::Full => 3,
         Size::Long => 30,
     }
 }
@@ -99,7 +99,7 @@ fn kill_one(
         Victim::AllNodes => kill_all(cluster),
     };
     std::thread::sleep(Duration::from_millis(100 + dice.below(200)));
-    ledger.close(load)?;
+    ledger.close(cluster, load)?;
     outcome?;
     ledger.audit(cluster)
 }
@@ -152,39 +152,82 @@ fn kill_all(cluster: &mut Cluster) -> Result<()> {
     cluster.nodes.iter_mut().try_for_each(Server::start)
 }
 
+/// Node that dies in the test of users' own prepared transactions.
+const OTHER: usize = 1;
+
 /// Such transactions have no record: a node that died right after their end must not apply them again, nor twice while they are prepared.
 fn users_own_prepared_transactions_are_applied_once(installation: &Installation) -> Result<()> {
     with_quick_cluster(installation, |cluster| {
         Session::new(cluster.connect(0)?).run("CREATE TABLE once (n int)")?;
-        for n in 0..4 * rounds() {
-            let mut session = Session::new(cluster.connect(0)?);
-            session.run(&format!(
-                "BEGIN; INSERT INTO once VALUES ({n}); PREPARE TRANSACTION 'user {n}'"
-            ))?;
-            if n % 2 == 0 {
-                session.run(&format!("COMMIT PREPARED 'user {n}'"))?;
-                await_finish(cluster, n)?;
-            }
-            cluster.nodes[1].kill()?;
-            cluster.nodes[1].start()?;
-            await_online(cluster)?;
-            if n % 2 == 1 {
-                session.run(&format!("COMMIT PREPARED 'user {n}'"))?;
+        let points: Vec<String> = failpoints(cluster)?
+            .into_iter()
+            .filter(|(_, role)| role == "user")
+            .map(|(name, _)| name)
+            .collect();
+        ensure!(!points.is_empty(), "there are no failpoints");
+        let mut done = 0;
+        for _ in 0..rounds() {
+            kill_behind_finish(cluster, done)?;
+            kill_while_prepared(cluster, done + 1)?;
+            done += 2;
+            for name in &points {
+                die_at_finish(cluster, done, name).with_context(|| format!("at {name}"))?;
+                done += 1;
             }
         }
         xtask::checks::whole(cluster, LIMIT)?;
-        let doubles = Session::new(cluster.connect(1)?)
-            .text("SELECT n, count(*) FROM once GROUP BY n HAVING count(*) > 1")?;
+        let mut session = Session::new(cluster.connect(OTHER)?);
+        let doubles =
+            session.text("SELECT n, count(*) FROM once GROUP BY n HAVING count(*) > 1")?;
         ensure!(doubles.is_empty(), "applied more than once:\n{doubles}");
-        let rows = Session::new(cluster.connect(1)?).text("SELECT count(*) FROM once")?;
-        ensure!(rows == (4 * rounds()).to_string(), "{rows} rows");
+        let rows = session.text("SELECT count(*) FROM once")?;
+        ensure!(rows == done.to_string(), "{rows} rows instead of {done}");
         Ok(())
     })
 }
 
+fn prepare(cluster: &Cluster, n: u64) -> Result<Session> {
+    let mut session = Session::new(cluster.connect(0)?);
+    session.run(&format!(
+        "BEGIN; INSERT INTO once VALUES ({n}); PREPARE TRANSACTION 'user {n}'"
+    ))?;
+    Ok(session)
+}
+
+fn restart(cluster: &mut Cluster) -> Result<()> {
+    cluster.nodes[OTHER].start()?;
+    await_online(cluster)
+}
+
+fn kill_behind_finish(cluster: &mut Cluster, n: u64) -> Result<()> {
+    prepare(cluster, n)?.run(&format!("COMMIT PREPARED 'user {n}'"))?;
+    await_finish(cluster, n)?;
+    cluster.nodes[OTHER].kill()?;
+    restart(cluster)
+}
+
+fn kill_while_prepared(cluster: &mut Cluster, n: u64) -> Result<()> {
+    let mut session = prepare(cluster, n)?;
+    cluster.nodes[OTHER].kill()?;
+    restart(cluster)?;
+    session.run(&format!("COMMIT PREPARED 'user {n}'"))
+}
+
+fn die_at_finish(cluster: &mut Cluster, n: u64, name: &str) -> Result<()> {
+    let mut session = prepare(cluster, n)?;
+    let before = deaths(&cluster.nodes[OTHER], name);
+    arm(&cluster.nodes[OTHER], &format!("{name}=crash"))?;
+    session.run(&format!("COMMIT PREPARED 'user {n}'"))?;
+    wait_for("the failpoint to be passed", LIMIT, || {
+        Ok(!cluster.nodes[OTHER].is_running())
+    })?;
+    died_there(&cluster.nodes[OTHER], name, before)?;
+    restart(cluster)
+}
+
 /// Waits until the second node has finished a user's prepared transaction, and no longer.
 fn await_finish(cluster: &Cluster, n: u64) -> Result<()> {
-    let mut session = Session::new(cluster.connect(1)?);
+    let mut session = Session::new(cluster.connect(OTHER)?);
     wait_for("the end of the transaction", LIMIT, || {
         let left = session.text(&format!(
             "SELECT gid FROM pg_prepared_xacts WHERE gid = 'user {n}'"

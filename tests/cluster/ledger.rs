@@ -1,7 +1,8 @@
-//! A ledger of transfers, written by clients on several nodes who keep what they were answered, and its audit.
+//! TPC-B written by clients on several nodes who keep what they were answered, and its audit.
 //!
-//! Each transaction moves money, counts itself and leaves a token that nothing else writes: a token that is there twice was applied twice,
-//! one that is missing was lost. The table of tokens has no key, so that nothing but the cluster prevents doubles.
+//! Each transaction adds an amount to an account, a teller and a branch, counts itself, and leaves a line of history that nothing else writes: a
+//! line that is there twice was applied twice, one that is missing was lost. History has no key, so that nothing but the cluster
+//! prevents doubles.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,8 +17,9 @@ use xtask::checks;
 use xtask::cluster::{Cluster, wait_for};
 
 /// Few, so that transactions of different nodes meet.
-const ACCOUNTS: u64 = 12;
-const OPENING_BALANCE: u64 = 1000;
+const ACCOUNTS: u64 = 40;
+const TELLERS: u64 = 20;
+const BRANCHES: u64 = 8;
 /// Pause of a client whose node takes no commits.
 const REFUSED_PAUSE: Duration = Duration::from_millis(10);
 /// How long the cluster may take to be whole again.
@@ -80,9 +82,13 @@ impl Ledger {
     pub fn open(cluster: &Cluster) -> Result<Ledger> {
         Session::new(cluster.connect(0)?).run(&format!(
             "CREATE TABLE account (id int PRIMARY KEY, balance bigint NOT NULL);
+             CREATE TABLE teller (id int PRIMARY KEY, balance bigint NOT NULL);
+             CREATE TABLE branch (id int PRIMARY KEY, balance bigint NOT NULL);
              CREATE TABLE tally (client bigint PRIMARY KEY, n bigint NOT NULL);
-             CREATE TABLE token (client bigint, n bigint);
-             INSERT INTO account SELECT id, {OPENING_BALANCE} FROM generate_series(1, {ACCOUNTS}) id"
+             CREATE TABLE history (client bigint, n bigint, delta bigint);
+             INSERT INTO account SELECT id, 0 FROM generate_series(1, {ACCOUNTS}) id;
+             INSERT INTO teller SELECT id, 0 FROM generate_series(1, {TELLERS}) id;
+             INSERT INTO branch SELECT id, 0 FROM generate_series(1, {BRANCHES}) id"
         ))?;
         Ok(Ledger::default())
     }
@@ -105,8 +111,12 @@ impl Ledger {
     }
 
     /// Waits until the clients have stopped and keeps their answers.
-    pub fn close(&mut self, load: Load) -> Result<()> {
+    pub fn close(&mut self, cluster: &Cluster, load: Load) -> Result<()> {
         load.stop.store(true, Ordering::Relaxed);
+        let stopped = wait_for("the clients' last answers", WHOLE_LIMIT, || {
+            Ok(load.clients.iter().all(JoinHandle::is_finished))
+        });
+        stopped.with_context(|| stuck(cluster))?;
         for client in load.clients {
             match client.join() {
                 Ok(attempts) => self.attempts.extend(attempts),
@@ -121,9 +131,9 @@ impl Ledger {
         await_whole(cluster)?;
         let mut session = Session::new(cluster.connect(0)?);
         check_sums(&mut session)?;
-        let tokens = tokens(&mut session)?;
+        let lines = lines(&mut session)?;
         for attempt in &self.attempts[self.audited..] {
-            let found = tokens
+            let found = lines
                 .get(&(attempt.client, attempt.number))
                 .copied()
                 .unwrap_or(0);
@@ -149,6 +159,31 @@ impl Ledger {
             count(Answer::Unknown)
         ))
     }
+}
+
+/// What holds clients up: the transactions of every node.
+fn stuck(cluster: &Cluster) -> String {
+    const SQL: &str = "
+        SELECT 'prepared', gid FROM pg_prepared_xacts
+        UNION ALL SELECT concat(role, ' ', state, ' ', ballot, ' missing ', missing), gid FROM mtm.transactions
+        UNION ALL SELECT concat(backend_type, ' ', wait_event), query FROM pg_stat_activity
+        WHERE application_name = 'ledger' OR backend_type LIKE 'multimaster%'";
+    let tell = |node: &xtask::server::Server| {
+        let rows = node
+            .connect()
+            .and_then(|client| Session::new(client).text(SQL));
+        format!(
+            "{}:\n{}",
+            node.name,
+            rows.unwrap_or_else(|error| format!("{error:#}"))
+        )
+    };
+    cluster
+        .nodes
+        .iter()
+        .map(tell)
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 /// All nodes online, equal, nothing prepared, nothing in flight, no record left.
@@ -183,26 +218,30 @@ fn await_whole(cluster: &Cluster) -> Result<()> {
 }
 
 fn check_sums(session: &mut Session) -> Result<()> {
-    let sum = session.text("SELECT sum(balance) FROM account")?;
-    let expected = ACCOUNTS * OPENING_BALANCE;
+    let sums = session.text(
+        "SELECT (SELECT sum(balance) FROM account), (SELECT sum(balance) FROM teller), (SELECT sum(balance) FROM branch),
+            (SELECT coalesce(sum(delta), 0) FROM history)",
+    )?;
+    let mut each = sums.split('|');
+    let first = each.next();
     ensure!(
-        sum == expected.to_string(),
-        "the accounts hold {sum} instead of {expected}"
+        each.all(|sum| Some(sum) == first),
+        "accounts, tellers, branches and history sum up to {sums}"
     );
     let tallies = session.text(
-        "SELECT client, t.n, k.n FROM tally t FULL JOIN (SELECT client, count(*) AS n FROM token GROUP BY 1) k USING (client)
+        "SELECT client, t.n, k.n FROM tally t FULL JOIN (SELECT client, count(*) AS n FROM history GROUP BY 1) k USING (client)
          WHERE coalesce(t.n, 0) <> coalesce(k.n, 0)",
     )?;
     ensure!(
         tallies.is_empty(),
-        "tallies and tokens differ (client, tally, tokens):\n{tallies}"
+        "tallies and history differ (client, tally, lines):\n{tallies}"
     );
     Ok(())
 }
 
-fn tokens(session: &mut Session) -> Result<BTreeMap<(u64, u64), u64>> {
+fn lines(session: &mut Session) -> Result<BTreeMap<(u64, u64), u64>> {
     let mut found = BTreeMap::new();
-    for row in session.query("SELECT client, n FROM token", &[])? {
+    for row in session.query("SELECT client, n FROM history", &[])? {
         let (client, number): (i64, i64) = (row.get(0), row.get(1));
         *found
             .entry((client.cast_unsigned(), number.cast_unsigned()))
@@ -241,12 +280,12 @@ fn check(cluster: &Cluster, attempt: &Attempt, found: u64) -> Result<()> {
     };
     ensure!(
         found == expected,
-        "its token is there {found} times instead of {expected}"
+        "its line is there {found} times instead of {expected}"
     );
     Ok(())
 }
 
-/// One client: transfers until it is stopped.
+/// One client: works until it is stopped.
 fn write(conninfo: &str, stop: &AtomicBool, mut dice: Dice) -> Vec<Attempt> {
     let client = CLIENTS.fetch_add(1, Ordering::Relaxed);
     let mut attempts: Vec<Attempt> = Vec::new();
@@ -259,7 +298,7 @@ fn write(conninfo: &str, stop: &AtomicBool, mut dice: Dice) -> Vec<Attempt> {
             continue;
         };
         number += 1;
-        let attempt = transfer(open, client, number, &mut dice);
+        let attempt = transact(open, client, number, &mut dice);
         if attempt.answer != Answer::Committed {
             // Fails too when the connection is gone, which the next round sees.
             let _ = open.batch_execute("ROLLBACK");
@@ -270,7 +309,7 @@ fn write(conninfo: &str, stop: &AtomicBool, mut dice: Dice) -> Vec<Attempt> {
     attempts
 }
 
-fn transfer(session: &mut Client, client: u64, number: u64, dice: &mut Dice) -> Attempt {
+fn transact(session: &mut Client, client: u64, number: u64, dice: &mut Dice) -> Attempt {
     let mut attempt = Attempt {
         client,
         number,
@@ -278,13 +317,18 @@ fn transfer(session: &mut Client, client: u64, number: u64, dice: &mut Dice) -> 
         answer: Answer::Refused,
     };
     attempt.gid = begin(session);
-    let (from, to) = (1 + dice.below(ACCOUNTS), 1 + dice.below(ACCOUNTS));
-    let amount = dice.below(100);
+    let (account, teller, branch) = (
+        1 + dice.below(ACCOUNTS),
+        1 + dice.below(TELLERS),
+        1 + dice.below(BRANCHES),
+    );
+    let delta = dice.below(10_000).cast_signed() - 5_000;
     let work = format!(
-        "INSERT INTO token VALUES ({client}, {number});
+        "UPDATE account SET balance = balance + {delta} WHERE id = {account};
+         UPDATE teller SET balance = balance + {delta} WHERE id = {teller};
+         UPDATE branch SET balance = balance + {delta} WHERE id = {branch};
          INSERT INTO tally VALUES ({client}, 1) ON CONFLICT (client) DO UPDATE SET n = tally.n + 1;
-         UPDATE account SET balance = balance + CASE id WHEN {from} THEN -{amount} ELSE {amount} END
-         WHERE id IN ({from}, {to}) AND {from} <> {to}"
+         INSERT INTO history VALUES ({client}, {number}, {delta})"
     );
     // Nothing can happen before COMMIT is sent.
     if attempt.gid.is_some() && session.batch_execute(&work).is_ok() {

@@ -4,8 +4,6 @@
 
 use std::process::ExitCode;
 
-use xtask::suite::Size;
-
 mod bulk;
 mod crash;
 mod durable;
@@ -19,18 +17,17 @@ mod minority;
 mod refusals;
 
 fn main() -> ExitCode {
-    let mut cases = [
+    let cases = [
         refusals::cases(),
         intruder::cases(),
         load::cases(),
         life::cases(),
         bulk::cases(),
         minority::cases(),
+        crash::cases(),
+        kill::cases(),
+        durable::cases(),
     ]
     .concat();
-    // Servers die here again and again: minutes of it, and not all of it holds yet (docs/limitations.md, "Crashes").
-    if Size::chosen() == Size::Long {
-        cases.extend([crash::cases(), kill::cases(), durable::cases()].concat());
-    }
     multimaster_tests::run_own(cases)
 }

@@ -7,7 +7,7 @@ use crate::pg::apply_error::{ApplyFailure, attempt};
 use crate::pg::process::{self, Wait};
 use crate::pg::records::DurableTable;
 use crate::pg::shared::{self, WorkerSlot, shared, worker};
-use crate::pg::{ddl, rows, sequences, twophase};
+use crate::pg::{ddl, locks, rows, sequences, twophase};
 use protocol::{Csn, Gid, Lsn, NodeId, Refusal, Vote};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -81,6 +81,7 @@ pub fn main(index: usize) {
             run_job(slot, index);
             continue;
         }
+        process::report_statistics();
         if shared().finishes.is_empty() {
             process::wait_latch(LOOK_AROUND, Wait::Work);
         }
@@ -117,6 +118,7 @@ fn leave() {
         None => {}
     }
     slot.gid.set(None);
+    slot.waits_for_row.store(false, Ordering::Release);
     slot.process.clear();
     slot.jobs_done
         .store(slot.jobs_given.load(Ordering::Acquire), Ordering::Release);
@@ -146,14 +148,61 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
         process::abort_transaction();
     }
     if let Some(job) = job {
+        // An error behind the PREPARE takes nothing back: what is durably prepared has voted yes.
+        let result = match result {
+            Err(_) if is_prepared(&job) => Ok(Applied::Prepared),
+            other => other,
+        };
         report(slot, &job, end, result);
     }
     inbox.skip_rest();
     shared::ring(index).reset();
     slot.gid.set(None);
+    slot.waits_for_row.store(false, Ordering::Release);
     slot.jobs_done.store(job_number, Ordering::Release);
-    slot.feeder.wake();
-    slot.state.store(worker::IDLE, Ordering::Release);
+    slot.state.store(worker::IDLE, Ordering::SeqCst);
+    if shared().worker_awaited.swap(false, Ordering::SeqCst) {
+        wake_receivers();
+    }
+    wake_feeder(slot);
+}
+
+/// Some receiver waits for a worker, and this one has become idle.
+fn wake_receivers() {
+    for node in shared().configured_nodes().iter() {
+        shared().node(node).receiver.wake();
+    }
+}
+
+/// Wakes the feeder if it sleeps: most transactions fit the ring, and it has better to do than to hear of each.
+fn wake_feeder(slot: &WorkerSlot) {
+    if slot.feeder_waits.swap(false, Ordering::SeqCst) {
+        slot.feeder.wake();
+    }
+}
+
+/// This process, if it is an apply worker, is about to wait for a transaction that has a row in hand: the conflict rule has to look at it now.
+pub fn wait_for_row(wait: impl FnOnce()) {
+    let slot = shared::workers().get(MY_SLOT.load(Ordering::Relaxed));
+    if let Some(slot) = slot {
+        slot.waits_for_row.store(true, Ordering::Release);
+        shared().monitor.wake();
+    }
+    wait();
+    if let Some(slot) = slot {
+        slot.waits_for_row.store(false, Ordering::Release);
+    }
+}
+
+/// Whether the transaction in hand is prepared here, after an error that can have come before or behind that.
+///
+/// Nobody else prepares under a name of the cluster's. A user's name can be another node's as well, so there it is what this process knows.
+fn is_prepared(job: &Job) -> bool {
+    PREPARED.load(Ordering::Relaxed)
+        || (!job.is_users()
+            && locks::prepared_names()
+                .values()
+                .any(|name| *name == job.name))
 }
 
 fn report(slot: &WorkerSlot, job: &Job, end: Lsn, result: Result<Applied, ApplyFailure>) {
@@ -336,7 +385,7 @@ impl Inbox {
             self.buffer.drain(..self.taken);
             self.taken = 0;
             if shared::ring(self.index).read(&mut self.buffer) > 0 {
-                self.slot.feeder.wake();
+                wake_feeder(self.slot);
                 continue;
             }
             if self.slot.broken_job.load(Ordering::Acquire) == self.job {

@@ -14,7 +14,7 @@ use super::process::{self, Wait};
 use super::shared::{self, outcome, stage};
 use super::{fixed_text::FixedText, raw, twophase};
 use crate::arbiter::event::{LocalEvent, submit};
-use crate::failpoint::{Failpoint, hit_in_backend};
+use crate::failpoint::{Failpoint, hit, hit_in_backend};
 use crate::guc;
 use pgrx::{PgLogLevel, pg_sys};
 use protocol::Gid;
@@ -108,10 +108,11 @@ pub fn identifying_text() -> Option<String> {
             let trace = 0u8;
             pg_sys::XLogBeginInsert();
             pg_sys::XLogRegisterData((&raw const trace).cast_mut().cast(), 1);
-            pg_sys::XLogFlush(pg_sys::XLogInsert(
-                pg_sys::RmgrIds::RM_XLOG_ID as u8,
-                pg_sys::XLOG_NOOP as u8,
-            ));
+            let end =
+                pg_sys::XLogInsert(pg_sys::RmgrIds::RM_XLOG_ID as u8, pg_sys::XLOG_NOOP as u8);
+            hit(Failpoint::NameBeforeFlush);
+            pg_sys::XLogFlush(end);
+            hit(Failpoint::NameAfterFlush);
         }
     }
     super::hooks::note_harmless();
@@ -272,7 +273,10 @@ fn leave() {
 /// A cancel that came while votes were awaited was meant for this command, which has succeeded: it must not hit what core does to end it.
 ///
 /// A procedure goes on after its COMMIT: there the cancel stays, and ends the procedure.
-unsafe fn forget_late_cancel() {
+///
+/// # Safety
+/// In a backend.
+pub unsafe fn forget_late_cancel() {
     // SAFETY: plain variables of this process; a portal's fields are valid while it is active.
     unsafe {
         let portal = pg_sys::ActivePortal;

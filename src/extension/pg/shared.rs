@@ -314,8 +314,12 @@ pub mod worker {
 pub struct WorkerSlot {
     pub state: AtomicU32,
     pub process: ProcCell,
-    /// The receiver that feeds it, to be woken when the ring has room or the job is done.
+    /// The receiver that feeds it.
     pub feeder: ProcCell,
+    /// The feeder sleeps until the ring has room.
+    pub feeder_waits: AtomicBool,
+    /// The worker is about to wait for a transaction that has a row in hand, or does so.
+    pub waits_for_row: AtomicBool,
     /// Jobs given, and jobs whose effect is durable (or that were refused).
     pub jobs_given: AtomicU64,
     pub jobs_done: AtomicU64,
@@ -416,6 +420,10 @@ pub struct Shared {
     pub workers_max: AtomicU32,
     pub arbiter: ProcCell,
     pub monitor: ProcCell,
+    /// The monitor sleeps until somebody applies again.
+    pub monitor_idle: AtomicBool,
+    /// Some receiver sleeps until a worker becomes idle.
+    pub worker_awaited: AtomicBool,
     pub finisher: ProcCell,
     /// True while an event has been queued that the tokio thread has not looked at: no second write to the eventfd is needed.
     pub wake_pending: AtomicBool,

@@ -170,19 +170,15 @@ impl Arbiter {
     }
 
     pub(super) fn send(&self, to: NodeId, msg: &Message) {
-        let around = failpoint::around(msg);
-        around
-            .into_iter()
-            .for_each(|(before, _)| hit_in_thread(before));
+        let (before, after) = failpoint::around(msg);
+        hit_in_thread(before);
         if let Err(error) = self.mesh.send(to, msg) {
             self.main.log(
                 LogLevel::Warning,
                 format!("a message to node {} was not sent: {error}", to.get()),
             );
         }
-        around
-            .into_iter()
-            .for_each(|(_, after)| failpoint::hit_after_sending(after));
+        failpoint::hit_after_sending(after);
     }
 
     pub(super) fn reconfigure(&self, times: HeartbeatTimes) {

@@ -12,6 +12,7 @@ mod plan;
 mod values;
 
 use crate::decode;
+use crate::failpoint::{Failpoint, hit};
 use decoder::Decoder;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
@@ -154,7 +155,7 @@ unsafe extern "C-unwind" fn prepare(
     // SAFETY: core's context and transaction, valid for this call.
     unsafe {
         decoder(context).prepare(&*transaction);
-        crate::failpoint::hit(crate::failpoint::Failpoint::DecodePrepare);
+        hit(Failpoint::DecodePrepare);
         flush(context);
     }
 }
@@ -168,6 +169,7 @@ unsafe extern "C-unwind" fn commit_prepared(
     // SAFETY: core's context and transaction, valid for this call.
     unsafe {
         decoder(context).finish(&*transaction, true);
+        hit(Failpoint::DecodeOutcome);
         flush(context);
     }
 }
@@ -182,6 +184,7 @@ unsafe extern "C-unwind" fn rollback_prepared(
     // SAFETY: core's context and transaction, valid for this call.
     unsafe {
         decoder(context).finish(&*transaction, false);
+        hit(Failpoint::DecodeOutcome);
         flush(context);
     }
 }
