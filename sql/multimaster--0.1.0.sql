@@ -153,6 +153,18 @@ CREATE FUNCTION mtm.recent_conflicts(
     AS 'MODULE_PATHNAME', 'recent_conflicts_wrapper';
 COMMENT ON FUNCTION mtm.recent_conflicts() IS 'internal: see the view mtm.conflicts';
 
+CREATE FUNCTION mtm.recent_events(
+    OUT happened_at timestamptz,
+    OUT node_id integer,
+    OUT event text,
+    OUT reason text,
+    OUT generation bigint,
+    OUT lasted_ms bigint
+) RETURNS SETOF record
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'recent_events_wrapper';
+COMMENT ON FUNCTION mtm.recent_events() IS 'internal: see the view mtm.events';
+
 CREATE FUNCTION mtm.counters(
     OUT outcome text,
     OUT reason text,
@@ -276,6 +288,11 @@ CREATE VIEW mtm.conflicts AS
     SELECT happened_at, kind, node_id, relation, key, loser, winner FROM mtm.recent_conflicts();
 COMMENT ON VIEW mtm.conflicts IS 'the last conflicts that this node has settled';
 
+CREATE VIEW mtm.events AS
+    SELECT happened_at, node_id, event, reason, generation, lasted_ms * interval '1 millisecond' AS lasted
+      FROM mtm.recent_events();
+COMMENT ON VIEW mtm.events IS 'who was lost or came back, when, why, and after how long, as this node saw it';
+
 CREATE VIEW mtm.stat_commits AS
     SELECT outcome, reason, transactions FROM mtm.counters();
 COMMENT ON VIEW mtm.stat_commits IS 'transactions of this node since its start, by outcome and reason';
@@ -285,10 +302,10 @@ COMMENT ON VIEW mtm.stat_commits IS 'transactions of this node since its start, 
 GRANT USAGE ON SCHEMA mtm TO PUBLIC;
 
 REVOKE ALL ON FUNCTION
-    mtm.without_secrets(text), mtm.peer_states(), mtm.in_flight(), mtm.recent_conflicts(), mtm.counters(),
+    mtm.without_secrets(text), mtm.peer_states(), mtm.in_flight(), mtm.recent_conflicts(), mtm.recent_events(), mtm.counters(),
     mtm.get_nodes_state(), mtm.nodes()
     FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION
-    mtm.peer_states(), mtm.in_flight(), mtm.recent_conflicts(), mtm.counters(), mtm.get_nodes_state(), mtm.nodes()
+    mtm.peer_states(), mtm.in_flight(), mtm.recent_conflicts(), mtm.recent_events(), mtm.counters(), mtm.get_nodes_state(), mtm.nodes()
     TO mtm_monitor, pg_monitor;
-GRANT SELECT ON mtm.transactions, mtm.conflicts, mtm.stat_commits TO mtm_monitor, pg_monitor;
+GRANT SELECT ON mtm.transactions, mtm.conflicts, mtm.events, mtm.stat_commits TO mtm_monitor, pg_monitor;

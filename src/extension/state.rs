@@ -1,12 +1,13 @@
 //! What the views show, out of shared memory.
 
-use crate::arbiter::event::{Conflict, Ended, InFlight, LocalEvent, Question, submit};
+use crate::arbiter::event::{Conflict, Ended, InFlight, LocalEvent, MemberEvent, Question, submit};
 use crate::decode::Environment;
 use crate::fate;
 use crate::pg::shared::{NODES, NodeStatus, shared};
 use crate::pg::{board, commit, locks};
 use crate::views::{
-    ConflictRow, CounterRow, NodeStateRow, Source, StatusRow, TransactionRow, TransactionStatus,
+    ConflictRow, CounterRow, EventRow, NodeStateRow, Source, StatusRow, TransactionRow,
+    TransactionStatus,
 };
 use protocol::{Csn, Decision, NodeId};
 use std::sync::atomic::Ordering;
@@ -106,6 +107,20 @@ impl Source for SharedSource {
             .all::<Conflict>()
             .into_iter()
             .map(conflict_row)
+            .collect()
+    }
+
+    fn events(&self) -> Vec<EventRow> {
+        let events = shared().member_events.all::<MemberEvent>().into_iter();
+        events
+            .map(|event| EventRow {
+                happened_at: event.happened_at,
+                node_id: i32::from(event.node.get()),
+                event: event.event,
+                reason: event.reason,
+                generation: i64::from(event.generation),
+                lasted_ms: event.lasted_ms.map(|ms| ms as i64),
+            })
             .collect()
     }
 

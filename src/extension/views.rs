@@ -81,6 +81,19 @@ pub struct ConflictRow {
     pub winner: Option<String>,
 }
 
+/// Something that happened to the set of working nodes.
+#[derive(Debug, Clone, Default)]
+pub struct EventRow {
+    pub happened_at: i64,
+    /// Whom it concerns.
+    pub node_id: i32,
+    pub event: String,
+    pub reason: String,
+    pub generation: i64,
+    /// How long the state lasted that has ended, milliseconds.
+    pub lasted_ms: Option<i64>,
+}
+
 /// Number of this node's transactions that ended in one way.
 #[derive(Debug, Clone, Default)]
 pub struct CounterRow {
@@ -117,6 +130,7 @@ pub trait Source: Sync {
     fn nodes(&self) -> Vec<NodeStateRow>;
     fn transactions(&self) -> Vec<TransactionRow>;
     fn conflicts(&self) -> Vec<ConflictRow>;
+    fn events(&self) -> Vec<EventRow>;
     fn counters(&self) -> Vec<CounterRow>;
     fn transaction_status(&self, gid: &str) -> TransactionStatus;
     /// Name of the running transaction; missing outside a cluster.
@@ -255,6 +269,30 @@ fn recent_conflicts() -> TableIterator<
             row.key,
             row.loser,
             row.winner,
+        )
+    }))
+}
+
+#[pg_extern]
+fn recent_events() -> TableIterator<
+    'static,
+    (
+        name!(happened_at, Option<TimestampWithTimeZone>),
+        name!(node_id, i32),
+        name!(event, String),
+        name!(reason, String),
+        name!(generation, i64),
+        name!(lasted_ms, Option<i64>),
+    ),
+> {
+    TableIterator::new(source().events().into_iter().map(|row| {
+        (
+            timestamp(row.happened_at),
+            row.node_id,
+            row.event,
+            row.reason,
+            row.generation,
+            row.lasted_ms,
         )
     }))
 }

@@ -68,6 +68,8 @@ struct Receiver {
     stored_at: Instant,
     told_at: Instant,
     seen: Lsn,
+    /// Losses of the peer when this process began.
+    losses: u64,
     reply_wanted: bool,
     /// A user waits at the peer for what has just been done here.
     confirm_now: bool,
@@ -181,16 +183,31 @@ impl Receiver {
             stored_at: Instant::now(),
             told_at: Instant::now(),
             seen: stored,
+            losses: node.losses.load(Ordering::Acquire),
             reply_wanted: true,
             confirm_now: false,
             told_too_much: false,
         }
     }
 
+    /// Whether the arbiters have lost each other since the stream began and talk again. What was cut may have left this connection dead without
+    /// telling: it would be noticed only much later.
+    fn is_outlived(&self) -> bool {
+        self.node.losses.load(Ordering::Acquire) != self.losses
+            && self.node.linked.load(Ordering::Acquire)
+    }
+
     fn run(&mut self, stream: &mut Stream) {
         let mut waiting = None::<SocketWait>;
         loop {
             process::check_interrupts();
+            if self.is_outlived() {
+                pgrx::log!(
+                    "multimaster receiver of node {}: connects anew, as the arbiters did",
+                    self.peer.get()
+                );
+                return;
+            }
             match stream.receive() {
                 Received::Message(message) => self.on_message(message),
                 Received::Nothing { socket } => {
@@ -487,6 +504,13 @@ impl Ends {
 fn ends_of(conninfo: &str, slot: &str) -> Result<Ends, String> {
     let connection = Connection::open(conninfo, "multimaster receiver", POSITION_PATIENCE)
         .map_err(|error| error.0)?;
+    // A walsender of an earlier connection that broke without telling still has the slot.
+    let free = format!(
+        "SELECT pg_catalog.pg_terminate_backend(active_pid, {})::pg_catalog.text FROM pg_catalog.pg_replication_slots \
+          WHERE slot_name = '{slot}' AND active_pid IS NOT NULL",
+        POSITION_PATIENCE.as_millis()
+    );
+    connection.query(&free, 1).map_err(|error| error.0)?;
     // Slot names are made of digits, letters and underscores.
     let sql = format!(
         "SELECT (pg_catalog.pg_current_wal_flush_lsn() - '0/0'::pg_catalog.pg_lsn)::pg_catalog.text, \

@@ -92,6 +92,21 @@ pub struct Conflict {
     pub winner: Option<Gid>,
 }
 
+/// Something that happened to the set of working nodes, as `mtm.events` shows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MemberEvent {
+    /// Microseconds since 2000-01-01.
+    pub happened_at: i64,
+    /// Whom it concerns.
+    pub node: NodeId,
+    pub event: String,
+    pub reason: String,
+    /// The generation that this node is in since.
+    pub generation: u32,
+    /// How long the state lasted that has ended, milliseconds.
+    pub lasted_ms: Option<u64>,
+}
+
 /// An order to finish a prepared transaction.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FinishOrder {

@@ -55,6 +55,8 @@ pub struct Arbiter {
     linked: NodeSet,
     peer_views: BTreeMap<NodeId, NodeSet>,
     leases: lease::LeaseKeeper,
+    /// Heartbeat times of the peers, as they say.
+    peer_times: BTreeMap<NodeId, Option<HeartbeatTimes>>,
 }
 
 #[derive(Clone, Copy)]
@@ -92,6 +94,7 @@ impl Arbiter {
             linked: NodeSet::default(),
             peer_views: BTreeMap::new(),
             leases,
+            peer_times: BTreeMap::new(),
         }
     }
 

@@ -1,4 +1,4 @@
-//! Two ways out of the arbiter and the workers for views: a board for one question at a time, and a log of the last conflicts.
+//! Two ways out of the arbiter and the workers for views: a board for one question at a time, and logs of the last things that happened.
 
 use super::process::{self, Wait};
 use super::shared::{self, ProcCell, shared};
@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 pub const ANSWER_BYTES: usize = 256 * 1024;
 /// How long a view waits for its turn and for the answer.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Conflicts remembered.
-const CONFLICTS: usize = 256;
-/// Longest encoded conflict, bytes; longer ones are not remembered.
-const CONFLICT_BYTES: usize = 1024;
+/// Entries remembered.
+const ENTRIES: usize = 256;
+/// Longest encoded entry, bytes; longer ones are not remembered.
+const ENTRY_BYTES: usize = 1024;
 
 /// A place for one answer of the tokio thread. The asker owns it from `claim` to `release`.
 #[repr(C)]
@@ -82,35 +82,34 @@ impl Board {
     }
 }
 
-/// The last conflicts, oldest overwritten first.
+/// The last things of one kind that happened, oldest overwritten first.
 #[repr(C)]
-pub struct ConflictLog {
+pub struct RecentLog {
     next: AtomicU64,
-    entries: [ConflictEntry; CONFLICTS],
+    entries: [RecentEntry; ENTRIES],
 }
 
 #[repr(C)]
-struct ConflictEntry {
+struct RecentEntry {
     /// Odd while it is being written.
     version: AtomicU64,
     length: AtomicU32,
-    bytes: UnsafeCell<[u8; CONFLICT_BYTES]>,
+    bytes: UnsafeCell<[u8; ENTRY_BYTES]>,
 }
 
 // SAFETY: a reader drops what changed its version while it was read; the bytes are plain data.
-unsafe impl Sync for ConflictEntry {}
+unsafe impl Sync for RecentEntry {}
 
-impl ConflictLog {
-    /// Remembers a conflict. A second writer of the same entry, 256 conflicts later in the same microsecond, drops its own.
-    pub fn add(&self, conflict: &impl Serialize) {
-        let Ok(encoded) = bincode::serde::encode_to_vec(conflict, bincode::config::standard())
-        else {
+impl RecentLog {
+    /// Remembers something. A second writer of the same entry, 256 entries later in the same microsecond, drops its own.
+    pub fn add(&self, what: &impl Serialize) {
+        let Ok(encoded) = bincode::serde::encode_to_vec(what, bincode::config::standard()) else {
             return;
         };
-        if encoded.len() > CONFLICT_BYTES {
+        if encoded.len() > ENTRY_BYTES {
             return;
         }
-        let entry = &self.entries[self.next.fetch_add(1, Ordering::AcqRel) as usize % CONFLICTS];
+        let entry = &self.entries[self.next.fetch_add(1, Ordering::AcqRel) as usize % ENTRIES];
         let version = entry.version.load(Ordering::Acquire);
         if version % 2 == 1
             || entry
@@ -129,17 +128,17 @@ impl ConflictLog {
     /// What is remembered, oldest first.
     pub fn all<T: DeserializeOwned>(&self) -> Vec<T> {
         let next = self.next.load(Ordering::Acquire) as usize;
-        (0..CONFLICTS)
-            .filter_map(|step| self.entries[(next + step) % CONFLICTS].read())
+        (0..ENTRIES)
+            .filter_map(|step| self.entries[(next + step) % ENTRIES].read())
             .collect()
     }
 }
 
-impl ConflictEntry {
+impl RecentEntry {
     fn read<T: DeserializeOwned>(&self) -> Option<T> {
         let version = self.version.load(Ordering::Acquire);
         let length = self.length.load(Ordering::Relaxed) as usize;
-        if version == 0 || version % 2 == 1 || length > CONFLICT_BYTES {
+        if version == 0 || version % 2 == 1 || length > ENTRY_BYTES {
             return None;
         }
         // SAFETY: a copy of plain bytes; it is used only if nobody wrote meanwhile.

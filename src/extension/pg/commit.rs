@@ -12,12 +12,12 @@
 
 use super::process::{self, Wait};
 use super::shared::{self, outcome, stage};
-use super::{fixed_text::FixedText, raw, twophase};
+use super::{barrier, fixed_text::FixedText, raw, twophase};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit, hit_in_backend};
 use crate::guc;
 use pgrx::{PgLogLevel, pg_sys};
-use protocol::Gid;
+use protocol::{GenerationNum, Gid};
 use std::cell::Cell;
 use std::ffi::{CStr, c_char};
 use std::fmt::Write;
@@ -65,7 +65,9 @@ pub fn commits_globally() -> bool {
 
 /// An error or the end of the process has left the sequence: what may be prepared becomes the arbiter's to finish. Called at abort.
 pub fn reset() {
-    IN_SEQUENCE.set(false);
+    if IN_SEQUENCE.replace(false) {
+        barrier::leave();
+    }
     if let Some(gid) = UNFINISHED.take() {
         shared::my_backend().gid.set(None);
         submit(&LocalEvent::Abandoned { gid });
@@ -147,7 +149,7 @@ pub unsafe fn commit_globally() {
     unsafe {
         IN_SEQUENCE.set(true);
         // From the moment the PREPARE can be seen, an error leaves the transaction to the arbiter.
-        let session = prepare_under(name.as_ptr(), Preparing::Commit, || {
+        let session = prepare_under(name.as_ptr(), Preparing::Commit, gid.generation, || {
             UNFINISHED.set(Some(gid));
         });
         let wait_peers = guc::wait_peer_commits();
@@ -217,7 +219,7 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
     unsafe {
         IN_SEQUENCE.set(true);
         // The votes are counted from the moment the PREPARE can be seen.
-        prepare_under(name, Preparing::User, || {
+        prepare_under(name, Preparing::User, gid.generation, || {
             USER_PREPARING.set(Some(gid));
             shared::my_backend()
                 .user_prepare
@@ -295,6 +297,7 @@ pub unsafe fn forget_late_cancel() {
 unsafe fn prepare_under(
     name: *const c_char,
     preparing: Preparing,
+    generation: GenerationNum,
     before_prepare: impl FnOnce(),
 ) -> SessionWork {
     // SAFETY: see commit_globally.
@@ -316,9 +319,13 @@ unsafe fn prepare_under(
         // Until here, deferred triggers may have waited for anybody: to the conflict rule the transaction was still running.
         claim_commit();
         reset_outcome();
+        if barrier::enter() != generation {
+            refuse_changed_generation();
+        }
         before_prepare();
         hit_in_backend(Failpoint::BackendBeforePrepare);
         raw::CommitTransactionCommand();
+        barrier::leave();
         raw::StartTransactionCommand();
         session
     }
@@ -475,6 +482,19 @@ unsafe fn finish(name: *const c_char, commit: bool) {
         }
         pg_sys::SetUserIdAndSecContext(user, context);
     }
+}
+
+/// The set of members has changed since the transaction got its name: it is not prepared under the old one.
+unsafe fn refuse_changed_generation() {
+    // SAFETY: as raise_refusal.
+    unsafe {
+        raise(
+            pgrx::PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32,
+            c"the set of working nodes has changed during the commit",
+            c"",
+            c"The transaction was rolled back; run it again.",
+        )
+    };
 }
 
 /// Refuses to begin a commit that cannot get its votes.

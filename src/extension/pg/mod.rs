@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 pub mod apply_error;
+pub mod barrier;
 pub mod board;
 pub mod catalog_scan;
 pub mod clock;

@@ -3,7 +3,7 @@
 //! Written by one party at a time by construction (each field says by whom), read by anybody. The tokio thread of the arbiter uses only
 //! what is here, `SetLatch` and the eventfd.
 
-use super::board::{Board, ConflictLog};
+use super::board::{Board, RecentLog};
 use super::queue::{Queue, Ring};
 use super::raw;
 use pgrx::pg_sys;
@@ -226,6 +226,8 @@ pub struct BackendSlot {
     /// `xid` of the last transaction of this backend that every member is known to have finished.
     pub peers_finished: AtomicU64,
     pub gid: GidCell,
+    /// In the middle of a PREPARE: see `barrier`.
+    pub preparing: AtomicBool,
     /// `gid` is a user's own PREPARE TRANSACTION: votes are counted, nothing is decided.
     pub user_prepare: AtomicBool,
     /// The tokio thread's reason of an abort, or the monitor's for a victim.
@@ -357,6 +359,8 @@ pub struct NodeShared {
     pub configured: AtomicBool,
     /// The arbiters are connected.
     pub linked: AtomicBool,
+    /// How often the arbiters have lost each other, so that a receiver knows when its own connection may be dead too.
+    pub losses: AtomicU64,
     /// Our receiver streams from this node.
     pub receiving: AtomicBool,
     pub receiver: ProcCell,
@@ -399,6 +403,8 @@ pub struct Shared {
     /// The cluster's id, upper and lower half.
     pub cluster_id: [AtomicU64; 2],
     pub generation: AtomicU32,
+    /// The generation is being changed: see `barrier`.
+    pub barrier_closed: AtomicBool,
     pub members: AtomicU32,
     pub configured: AtomicU32,
     pub status: AtomicU32,
@@ -434,7 +440,8 @@ pub struct Shared {
     pub nodes: [NodeShared; NODES],
     pub counters: Counters,
     pub board: Board,
-    pub conflicts: ConflictLog,
+    pub conflicts: RecentLog,
+    pub member_events: RecentLog,
     pub events: Queue<EVENT_BYTES, 2048>,
     pub finishes: Queue<FINISH_BYTES, 2048>,
     #[cfg(feature = "failpoints")]

@@ -11,6 +11,8 @@ use wire::frame::Heartbeat;
 
 /// Tag of a heartbeat's extra: the sender's promises, as `Vec<Grant>`.
 const GRANTS_TAG: u16 = 2;
+/// Tag of a heartbeat's extra: the sender's heartbeat times, milliseconds.
+const TIMES_TAG: u16 = 3;
 /// A promise lasts a quarter of the silence after which a node counts as dead: whoever dies under load is missed for no longer.
 const LASTS_OF_SILENCE: u64 = 4;
 /// It lasts at least so many heartbeats, or it would end between two of them.
@@ -71,12 +73,36 @@ impl LeaseKeeper {
         }
     }
 
-    /// What heartbeats carry.
-    pub fn extra(&self) -> Option<(u16, Vec<u8>)> {
-        let grants: Vec<Grant> = self.leases.grants().collect();
-        let bytes = bincode::serde::encode_to_vec(&grants, bincode::config::standard()).ok()?;
-        Some((GRANTS_TAG, bytes))
+    /// The heartbeat times that hold here.
+    pub fn times(&self) -> HeartbeatTimes {
+        self.times
     }
+
+    /// What heartbeats carry.
+    pub fn extras(&self) -> impl Iterator<Item = (u16, Vec<u8>)> {
+        let grants: Vec<Grant> = self.leases.grants().collect();
+        let config = bincode::config::standard();
+        let grants = bincode::serde::encode_to_vec(&grants, config);
+        let times = bincode::serde::encode_to_vec((self.times.send_ms, self.times.recv_ms), config);
+        let found = [(GRANTS_TAG, grants), (TIMES_TAG, times)].into_iter();
+        found.filter_map(|(tag, bytes)| Some((tag, bytes.ok()?)))
+    }
+}
+
+/// The heartbeat times of the sender.
+pub fn times_of(heartbeat: &Heartbeat) -> Option<HeartbeatTimes> {
+    let bytes = extra_of(heartbeat, TIMES_TAG)?;
+    let ((send_ms, recv_ms), _) =
+        bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok()?;
+    Some(HeartbeatTimes { send_ms, recv_ms })
+}
+
+/// The bytes that a heartbeat carries under a tag.
+fn extra_of(heartbeat: &Heartbeat, tag: u16) -> Option<&[u8]> {
+    let mut extras = heartbeat.extras.iter();
+    extras
+        .find(|(found, _)| *found == tag)
+        .map(|(_, bytes)| bytes.as_slice())
 }
 
 fn duration(times: HeartbeatTimes) -> Millis {
@@ -84,11 +110,8 @@ fn duration(times: HeartbeatTimes) -> Millis {
 }
 
 fn grants_of(heartbeat: &Heartbeat) -> Vec<Grant> {
-    heartbeat
-        .extras
-        .iter()
-        .find(|(tag, _)| *tag == GRANTS_TAG)
-        .and_then(|(_, bytes)| {
+    extra_of(heartbeat, GRANTS_TAG)
+        .and_then(|bytes| {
             bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok()
         })
         .map_or_else(Vec::new, |(grants, _)| grants)

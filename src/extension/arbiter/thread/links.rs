@@ -1,8 +1,9 @@
 //! Links to the other nodes: what comes over them, which of them work, and what this node makes of that.
 
+use super::super::event::MemberEvent;
 use super::super::user_votes::UserTally;
-use super::Arbiter;
 use super::main_link::{HeartbeatTimes, LogLevel};
+use super::{Arbiter, lease};
 use crate::failpoint::{self, hit_in_thread};
 use crate::pg::shared::{NodeStatus, shared};
 use mesh::MeshEvent;
@@ -32,7 +33,7 @@ impl Arbiter {
         match event {
             MeshEvent::Up { peer, epoch, .. } => {
                 self.linked.insert(peer);
-                self.link_changed(peer, true);
+                self.link_changed(peer, true, "its arbiter answers");
                 self.main.log(
                     LogLevel::Info,
                     format!("arbiter connected to node {}", peer.get()),
@@ -41,8 +42,9 @@ impl Arbiter {
             }
             MeshEvent::Down { peer, reason } => {
                 self.linked.remove(peer);
+                shared().node(peer).losses.fetch_add(1, Ordering::AcqRel);
                 self.peer_views.remove(&peer);
-                self.link_changed(peer, false);
+                self.link_changed(peer, false, &reason.to_string());
                 self.main.log(
                     LogLevel::Warning,
                     format!("arbiter lost node {}: {reason}", peer.get()),
@@ -68,6 +70,7 @@ impl Arbiter {
                 node.connectivity
                     .store(u32::from(heartbeat.connected.bits()), Ordering::Relaxed);
                 self.peer_views.insert(from, view_of(&heartbeat));
+                self.compare_times(from, &heartbeat);
                 self.leases.on_heartbeat(from, &heartbeat, &self.mesh);
                 self.refresh_status();
                 self.leases.answer(from, &self.mesh);
@@ -98,12 +101,47 @@ impl Arbiter {
         }
     }
 
-    fn link_changed(&mut self, peer: NodeId, up: bool) {
+    fn link_changed(&mut self, peer: NodeId, up: bool, reason: &str) {
         let node = shared().node(peer);
         node.linked.store(up, Ordering::Release);
-        node.last_change_us
-            .store(postgres_now_us(), Ordering::Relaxed);
+        let now = postgres_now_us();
+        let before = node.last_change_us.swap(now, Ordering::Relaxed);
+        self.note(peer, if up { "connected" } else { "lost" }, reason, before);
         self.refresh_status();
+    }
+
+    /// Adds a line to `mtm.events`; `since` is when the state began that has ended, zero if that is not known.
+    pub(super) fn note(&self, node: NodeId, event: &str, reason: &str, since: i64) {
+        let now = postgres_now_us();
+        shared().member_events.add(&MemberEvent {
+            happened_at: now,
+            node,
+            event: event.to_owned(),
+            reason: reason.to_owned(),
+            generation: shared().generation().0,
+            lasted_ms: (since != 0).then(|| (now - since).max(0) as u64 / 1000),
+        });
+    }
+
+    /// Heartbeat times that differ between nodes make one exclude the other earlier than it expects.
+    fn compare_times(&mut self, from: NodeId, heartbeat: &Heartbeat) {
+        let theirs = lease::times_of(heartbeat);
+        if theirs.is_none() || self.peer_times.insert(from, theirs) == Some(theirs) {
+            return;
+        }
+        let ours = self.leases.times();
+        if let Some(theirs) = theirs.filter(|theirs| *theirs != ours) {
+            let text = format!(
+                "node {} has heartbeat_send_timeout {} ms and heartbeat_recv_timeout {} ms, this node {} ms and {} ms",
+                from.get(),
+                theirs.send_ms,
+                theirs.recv_ms,
+                ours.send_ms,
+                ours.recv_ms
+            );
+            self.note(from, "unequal settings", &text, 0);
+            self.main.log(LogLevel::Warning, text);
+        }
     }
 
     fn note_vote_delay(&self, from: NodeId, msg: &Message) {
@@ -208,7 +246,7 @@ impl Arbiter {
                 .collect(),
             extras: [(RECEIVING_TAG, view.bits().to_le_bytes().to_vec())]
                 .into_iter()
-                .chain(self.leases.extra())
+                .chain(self.leases.extras())
                 .collect(),
             ..Heartbeat::default()
         };

@@ -1,0 +1,57 @@
+//! The prepare barrier: nobody is in the middle of a PREPARE while the set of members changes.
+//!
+//! A PREPARE that was begun under one generation must not reach WAL behind the mark of the next (PROTOCOL.md 6.6): whoever recovers from this node relies
+//! on finding everything older before it. So every process says that it prepares, looks at the generation, and goes on; the arbiter closes the
+//! barrier, waits until nobody prepares, changes the generation, and opens it again.
+//!
+//! The word is in the process's own slot: a process that dies in between is cleaned up after, by its abort or by the server's restart.
+
+use super::process::{self, Wait};
+use super::shared::{self, shared};
+use protocol::GenerationNum;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// How often a process looks whether the barrier is open again.
+const LOOK_AROUND: Duration = Duration::from_millis(2);
+
+/// Enters, waiting while the barrier is closed; returns the generation, which stays until [`leave`]. Raises nothing.
+pub fn enter() -> GenerationNum {
+    let slot = shared::my_backend();
+    loop {
+        // Both in this order: the arbiter closes first and looks then.
+        slot.preparing.store(true, Ordering::SeqCst);
+        if !shared().barrier_closed.load(Ordering::SeqCst) {
+            return shared().generation();
+        }
+        leave();
+        process::wait_latch(LOOK_AROUND, Wait::Work);
+    }
+}
+
+/// Leaves, also when it was not entered.
+pub fn leave() {
+    shared::my_backend()
+        .preparing
+        .store(false, Ordering::SeqCst);
+    if shared().barrier_closed.load(Ordering::SeqCst) {
+        shared().wake_arbiter_thread();
+    }
+}
+
+/// Keeps everybody out from now on. Tokio thread only, as the next two.
+pub fn close() {
+    shared().barrier_closed.store(true, Ordering::SeqCst);
+}
+
+/// Whether nobody is in the middle of a PREPARE.
+pub fn is_empty() -> bool {
+    shared::backends()
+        .iter()
+        .all(|slot| !slot.preparing.load(Ordering::SeqCst))
+}
+
+/// Lets processes in again.
+pub fn open() {
+    shared().barrier_closed.store(false, Ordering::SeqCst);
+}
