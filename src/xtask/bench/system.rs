@@ -124,6 +124,8 @@ fn streaming(installation: &Installation) -> Result<Cluster> {
             name: format!("standby{number}"),
             address: IpAddr::V4(Ipv4Addr::LOCALHOST),
             settings: stock_settings(),
+            namespace: None,
+            disk_bytes: None,
         };
         cluster.add_standby(installation, &spec)?;
     }
