@@ -25,6 +25,11 @@ const REFUSED_PAUSE: Duration = Duration::from_millis(10);
 /// How long the cluster may take to be whole again.
 const WHOLE_LIMIT: Duration = Duration::from_secs(60);
 
+/// What all accounts hold together, always.
+pub fn expected_sum() -> i64 {
+    (ACCOUNTS * OPENING_BALANCE).cast_signed()
+}
+
 /// Tells clients of all rounds apart.
 static CLIENTS: AtomicU64 = AtomicU64::new(1);
 

@@ -12,8 +12,10 @@ mod intruder;
 mod kill;
 mod ledger;
 mod life;
+mod lists;
 mod load;
 mod minority;
+mod nemesis;
 mod refusals;
 
 fn main() -> ExitCode {

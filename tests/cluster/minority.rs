@@ -16,7 +16,7 @@ pub fn cases() -> Vec<OwnCase> {
 const CANNOT_CONNECT_NOW: &str = "57P03";
 
 fn minority_refuses_what_touches_data(installation: &Installation) -> Result<()> {
-    with_hosts(installation, 3, &[], |hosts| {
+    with_hosts(installation, 3, |hosts| {
         let mut open = hosts.session(2)?;
         open.run("CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t VALUES (1, 1)")?;
         open.run(
