@@ -65,7 +65,10 @@ CREATE TABLE mtm.slots_made (
 );
 COMMENT ON TABLE mtm.slots_made IS 'replication slots that this server had to make again after the cluster was formed, and where they began';
 
-REVOKE ALL ON mtm.cluster, mtm.cluster_nodes, mtm.records, mtm.marks, mtm.slots_made FROM PUBLIC;
+CREATE TABLE mtm.recovered (gid text NOT NULL);
+COMMENT ON TABLE mtm.recovered IS 'transactions that this node has applied while it recovers; empty when it is online';
+
+REVOKE ALL ON mtm.cluster, mtm.cluster_nodes, mtm.records, mtm.marks, mtm.slots_made, mtm.recovered FROM PUBLIC;
 
 -- Forming a cluster.
 

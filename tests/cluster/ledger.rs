@@ -25,9 +25,22 @@ const REFUSED_PAUSE: Duration = Duration::from_millis(10);
 /// How long the cluster may take to be whole again.
 const WHOLE_LIMIT: Duration = Duration::from_secs(60);
 
-/// What all accounts hold together, always.
-pub fn expected_sum() -> i64 {
-    (ACCOUNTS * OPENING_BALANCE).cast_signed()
+/// Four sums that are equal in every snapshot.
+pub const SUMS: &str = "SELECT (SELECT sum(balance) FROM account), (SELECT sum(balance) FROM teller), (SELECT sum(balance) FROM branch),
+            (SELECT coalesce(sum(delta), 0) FROM history)";
+
+/// Whether the answer to [`SUMS`] is right.
+///
+/// # Errors
+/// When it is not.
+pub fn check_equal(sums: &str) -> Result<()> {
+    let mut each = sums.split('|');
+    let first = each.next();
+    ensure!(
+        each.all(|sum| Some(sum) == first),
+        "accounts, tellers, branches and history sum up to {sums}"
+    );
+    Ok(())
 }
 
 /// Tells clients of all rounds apart.
@@ -223,16 +236,7 @@ fn await_whole(cluster: &Cluster) -> Result<()> {
 }
 
 fn check_sums(session: &mut Session) -> Result<()> {
-    let sums = session.text(
-        "SELECT (SELECT sum(balance) FROM account), (SELECT sum(balance) FROM teller), (SELECT sum(balance) FROM branch),
-            (SELECT coalesce(sum(delta), 0) FROM history)",
-    )?;
-    let mut each = sums.split('|');
-    let first = each.next();
-    ensure!(
-        each.all(|sum| Some(sum) == first),
-        "accounts, tellers, branches and history sum up to {sums}"
-    );
+    check_equal(&session.text(SUMS)?)?;
     let tallies = session.text(
         "SELECT client, t.n, k.n FROM tally t FULL JOIN (SELECT client, count(*) AS n FROM history GROUP BY 1) k USING (client)
          WHERE coalesce(t.n, 0) <> coalesce(k.n, 0)",

@@ -4,6 +4,8 @@
 
 use std::process::ExitCode;
 
+use xtask::suite::Size;
+
 mod bulk;
 mod crash;
 mod durable;
@@ -19,17 +21,21 @@ mod nemesis;
 mod refusals;
 
 fn main() -> ExitCode {
-    let cases = [
+    let mut cases = [
         refusals::cases(),
         intruder::cases(),
         load::cases(),
         life::cases(),
         bulk::cases(),
         minority::cases(),
+        nemesis::cases(),
         crash::cases(),
         kill::cases(),
         durable::cases(),
     ]
     .concat();
+    if Size::chosen() == Size::Long {
+        cases.extend(nemesis::storms());
+    }
     multimaster_tests::run_own(cases)
 }

@@ -2,17 +2,18 @@
 
 use super::feed::{self, Feed};
 use super::progress::Progress;
+use super::stream_message::{DATA_HEADER_BYTES, number, status_message};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::arbiter::{MARK_ROWS, body_of, number_in};
 use crate::cluster::{Identity, slot_name};
 use crate::failpoint::{Failpoint, hit};
+use crate::pg::locks;
 use crate::pg::process::{self, SocketWait, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::remote::Connection;
 use crate::pg::shared::{self, NodeShared, shared};
 use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
-use crate::pg::{clock, locks};
 use protocol::{Decision, Gid, Lsn, NodeId, Record, Vote};
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
@@ -38,8 +39,6 @@ const ASK_INTERVAL: Duration = Duration::from_secs(1);
 /// cluster that would cost each stream three messages that nobody needs. What is said about flushed and applied WAL, on which the slot
 /// and the peer's shutdown depend, is always the truth.
 const UNSAID_BYTES: u64 = 16 * 1024 * 1024;
-/// Header of a data message of the replication protocol: kind, start, end, time.
-const DATA_HEADER_BYTES: usize = 25;
 
 /// What is done with the transaction that is just being received.
 enum Current {
@@ -532,22 +531,4 @@ fn ends_of(conninfo: &str, slot: &str) -> Result<Ends, String> {
         }),
         _ => Err("the peer did not tell where its WAL ends".to_owned()),
     }
-}
-
-/// A standby status update: written, flushed and applied positions, time, no reply wanted.
-fn status_message(written: Lsn, stored: Lsn) -> Vec<u8> {
-    let mut message = vec![b'r'];
-    message.extend_from_slice(&written.0.max(stored.0).to_be_bytes());
-    message.extend_from_slice(&stored.0.to_be_bytes());
-    message.extend_from_slice(&stored.0.to_be_bytes());
-    message.extend_from_slice(&clock::now_us().to_be_bytes());
-    message.push(0);
-    message
-}
-
-/// Big-endian number of a replication message.
-fn number(message: &[u8], at: usize) -> u64 {
-    let mut bytes = [0; 8];
-    bytes.copy_from_slice(&message[at..at + 8]);
-    u64::from_be_bytes(bytes)
 }

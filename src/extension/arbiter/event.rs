@@ -2,7 +2,7 @@
 
 use crate::pg::process::{self, Wait};
 use crate::pg::shared::{EVENT_BYTES, FINISH_BYTES, shared};
-use protocol::{Decision, Gid, Lsn, NodeId, NodeSet, Vote};
+use protocol::{Decision, GenerationNum, Gid, Lsn, NodeId, NodeSet, Vote};
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -34,6 +34,12 @@ pub enum LocalEvent {
     Abandoned { gid: Gid },
     /// A view asks; the answer goes to the board under this number.
     Ask { number: u64, question: Question },
+    /// In the recovery stream of `from`, everything before its marker of the generation is applied and flushed here.
+    MarkerReached { from: NodeId, num: GenerationNum },
+    /// Whether this node is level with its donor but for a small rest.
+    RecoveryLevel { from: NodeId, level: bool },
+    /// The recovery stream of `from` has ended.
+    RecoveryLost { from: NodeId },
     /// The stored mark of a peer's stream has reached this position.
     MarkStored { node: NodeId, lsn: Lsn },
 }

@@ -24,6 +24,7 @@ pub mod process;
 mod queue;
 mod raw;
 pub mod records;
+pub mod recovered;
 pub mod remote;
 pub mod report;
 pub mod rows;

@@ -177,6 +177,12 @@ pub fn flush(lsn: protocol::Lsn) {
     }
 }
 
+/// Makes everything durable that this server has written so far.
+pub fn flush_all() {
+    // SAFETY: reads shared memory.
+    flush(protocol::Lsn(unsafe { pg_sys::GetXLogInsertRecPtr() }));
+}
+
 fn my_database() -> pg_sys::Oid {
     // SAFETY: set when the process connected.
     unsafe { pg_sys::MyDatabaseId }

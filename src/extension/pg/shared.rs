@@ -431,6 +431,15 @@ pub struct Shared {
     /// Some receiver sleeps until a worker becomes idle.
     pub worker_awaited: AtomicBool,
     pub finisher: ProcCell,
+    pub recovery: ProcCell,
+    /// The node to recover from; 0 for none.
+    pub recover_from: AtomicU32,
+    /// Bytes of the donor's WAL that have not been applied yet.
+    pub recovery_lag: AtomicU64,
+    /// The last generation that this node was online in, durably.
+    pub online_in: AtomicU32,
+    /// The generation in which it last came online by recovery.
+    pub recovered_to: AtomicU32,
     /// True while an event has been queued that the tokio thread has not looked at: no second write to the eventfd is needed.
     pub wake_pending: AtomicBool,
     /// Orders to finish that some process has taken and not carried out yet.
@@ -556,6 +565,16 @@ impl Shared {
 
     pub fn generation(&self) -> GenerationNum {
         GenerationNum(self.generation.load(Ordering::Acquire))
+    }
+
+    /// The last generation that this node was online in.
+    pub fn online_in(&self) -> GenerationNum {
+        GenerationNum(self.online_in.load(Ordering::Acquire))
+    }
+
+    /// The node to recover from.
+    pub fn recover_from(&self) -> Option<NodeId> {
+        NodeId::new(self.recover_from.load(Ordering::Acquire) as u8)
     }
 
     /// The configured nodes.

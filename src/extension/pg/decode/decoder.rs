@@ -7,8 +7,8 @@ use pgrx::pg_sys;
 use protocol::{Csn, Gid, Lsn, NodeId};
 use std::ffi::CStr;
 use wire::stream::{
-    Begin, Deps, MessageWriter, OldRowWriter, Prepare, Prepared, RelationId, ReplicaIdentity,
-    RowWriter, StreamFrame, Text, UserFinish,
+    Begin, Deps, Marker, MessageWriter, OldRowWriter, Prepare, Prepared, RelationId,
+    ReplicaIdentity, RowWriter, StreamFrame, Text, UserFinish,
 };
 
 /// A message leaves when it is longer than this.
@@ -23,6 +23,12 @@ pub struct Decoder {
     environment: Environment,
     /// Stored bytes may be sent: the receiver runs this major version.
     raw: bool,
+    /// The receiver wants the transactions of all nodes, each at its commit.
+    recovers: bool,
+    /// The prepared transaction that core asked about last: if it commits now, that follows at once.
+    asked: Option<(pg_sys::TransactionId, Gid)>,
+    /// The transaction that is being sent at its commit.
+    committing: Option<Gid>,
     plans: Plans,
     out: MessageWriter,
     old: Deformed,
@@ -63,6 +69,9 @@ impl Decoder {
         Decoder {
             environment,
             raw: decode::same_major(publications, pg_sys::PG_VERSION_NUM / 10_000),
+            recovers: decode::recovers(publications),
+            asked: None,
+            committing: None,
             plans: Plans::default(),
             out: MessageWriter::new(),
             old: Deformed::default(),
@@ -114,9 +123,57 @@ impl Decoder {
         self.sending
     }
 
-    /// A transaction begins that is not sent.
-    pub fn ignore(&mut self) {
+    /// Whether the receiver recovers from this node.
+    pub fn recovers(&self) -> bool {
+        self.recovers
+    }
+
+    /// Whether a prepared transaction is decoded at its commit only. A user's own never is: nobody knows when that comes.
+    pub fn is_for_commit(&mut self, xid: pg_sys::TransactionId, name: &CStr) -> bool {
+        if !self.recovers {
+            return false;
+        }
+        let gid = name.to_str().ok().and_then(Gid::parse);
+        self.asked = gid.map(|(_, gid)| (xid, gid));
+        self.asked.is_some()
+    }
+
+    /// A transaction begins that has committed. It is sent to a receiver that recovers if it was prepared before, or says itself that it is one
+    /// of the cluster; all others are local.
+    pub fn begin_commit(&mut self, transaction: &pg_sys::ReorderBufferTXN) {
         self.sending = false;
+        self.committing = None;
+        let asked = self.asked.take().filter(|(xid, _)| *xid == transaction.xid);
+        if let Some((_, gid)) = asked.filter(|_| self.recovers) {
+            self.send_committed(gid, transaction);
+        }
+    }
+
+    fn send_committed(&mut self, gid: Gid, transaction: &pg_sys::ReorderBufferTXN) {
+        self.out.reset(BUFFER_BYTES_MAX);
+        self.transaction += 1;
+        self.sending = true;
+        self.committing = Some(gid);
+        self.out.frame(&StreamFrame::Begin(Begin {
+            gid,
+            name: Text(b""),
+            prepare_lsn: Lsn(transaction.final_lsn),
+            deps: Deps::NONE,
+        }));
+    }
+
+    /// It ends; true when there is something to send.
+    pub fn end_commit(&mut self, transaction: &pg_sys::ReorderBufferTXN) -> bool {
+        let Some(gid) = self.committing.take() else {
+            return false;
+        };
+        self.sending = false;
+        self.out.frame(&StreamFrame::Prepare(Prepare {
+            gid,
+            end_lsn: Lsn(transaction.end_lsn),
+            aborted: false,
+        }));
+        true
     }
 
     /// Notes a change that is not sent; true when the receiver should hear from us meanwhile.
@@ -168,7 +225,18 @@ impl Decoder {
     }
 
     /// A logical message within the transaction.
-    pub fn transactional_message(&mut self, prefix: &CStr, payload: &[u8]) {
+    pub fn transactional_message(
+        &mut self,
+        prefix: &CStr,
+        payload: &[u8],
+        transaction: &pg_sys::ReorderBufferTXN,
+    ) {
+        if self.recovers && prefix == decode::RECOVERED_PREFIX {
+            let gid = std::str::from_utf8(payload).ok().and_then(Gid::parse);
+            if let Some((_, gid)) = gid {
+                self.send_committed(gid, transaction);
+            }
+        }
         if !self.sending {
             return;
         }
@@ -181,12 +249,16 @@ impl Decoder {
 
     /// A logical message outside of any transaction; false when it is not for the receivers.
     pub fn lone_message(&mut self, prefix: &CStr, payload: &[u8], lsn: Lsn) -> bool {
-        if prefix != decode::FINISH_PREFIX {
+        let frame = if prefix == decode::FINISH_PREFIX {
+            UserFinish::from_payload(payload, lsn).map(StreamFrame::FinishUser)
+        } else if prefix == decode::MARKER_PREFIX {
+            Marker::from_payload(payload, lsn).map(StreamFrame::Marker)
+        } else {
             return false;
-        }
+        };
         self.out.reset(BUFFER_BYTES_MAX);
-        match UserFinish::from_payload(payload, lsn) {
-            Ok(finish) => self.out.frame(&StreamFrame::FinishUser(finish)),
+        match frame {
+            Ok(frame) => self.out.frame(&frame),
             Err(error) => pgrx::error!("cannot decode a logical message: {error}"),
         }
         true
