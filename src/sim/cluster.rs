@@ -14,6 +14,8 @@ pub struct Cluster {
     pub(crate) network: BTreeSet<Envelope>,
     pub(crate) crashes: u8,
     pub(crate) disturbances: u8,
+    /// Attempts to resolve that were started, by any node for any transaction.
+    pub(crate) resolvers: u8,
     pub(crate) checker: Checker,
 }
 
@@ -50,6 +52,17 @@ impl Node {
                 .records
                 .get(&gid)
                 .is_some_and(|record| record.decision == Some(Decision::Abort))
+    }
+}
+
+impl Node {
+    /// The transaction has an outcome here that no crash takes back.
+    fn has_ended(&self, gid: Gid) -> bool {
+        let decided = self
+            .records
+            .get(&gid)
+            .is_some_and(|record| record.decision.is_some());
+        self.finished.contains_key(&gid) || (decided && !self.prepared.contains(&gid))
     }
 }
 
@@ -208,11 +221,37 @@ impl Cluster {
             Effect::Event(protocol::Event::Decided { gid, decision, .. }) => {
                 self.checker.on_outcome(name, gid, decision)
             }
+            Effect::Event(protocol::Event::ResolverStarted { .. }) => self.resolvers += 1,
             Effect::Visible { .. }
             | Effect::Settled { .. }
             | Effect::PeersFinished { .. }
             | Effect::Event(_) => {}
         }
+    }
+
+    /// Drops messages that can no longer make a difference. A node that has durably ended a transaction does nothing about it any
+    /// more but tell the outcome to those who ask, and only nodes without an outcome ask.
+    pub(crate) fn drop_vain(&mut self) {
+        let ended = |node: NodeId, gid: Gid| {
+            self.nodes
+                .get(&node)
+                .is_some_and(|node| node.has_ended(gid))
+        };
+        let mut network = std::mem::take(&mut self.network);
+        network.retain(|envelope| {
+            let Some(gid) = envelope.msg.gid() else {
+                return true;
+            };
+            let asks = matches!(
+                envelope.msg,
+                Message::Vote { .. }
+                    | Message::Query { .. }
+                    | Message::Status { .. }
+                    | Message::Propose { .. }
+            );
+            !ended(envelope.to, gid) || (asks && !ended(envelope.from, gid))
+        });
+        self.network = network;
     }
 
     fn demand_commit_survives(&mut self, gid: Gid) {
