@@ -34,6 +34,7 @@ mod effect;
 mod gid;
 mod horizon;
 mod lease;
+pub mod membership;
 mod message;
 mod nodes;
 mod outcome;
@@ -48,9 +49,12 @@ mod types;
 mod view;
 
 pub use self::core::Core;
-pub use config::{AHEAD_MAX, Config, FORGOTTEN_MAX, Fault, Recovered, TRANSACTIONS_MAX};
+pub use config::{
+    AHEAD_MAX, Config, FAST_NODES_MAX, FORGOTTEN_MAX, Fault, Recovered, TRANSACTIONS_MAX,
+};
 pub use effect::{Effect, Effects, Event, Input, Outcome, Source};
 pub use lease::{Grant, Leases};
+pub use membership::Generation;
 pub use message::{Accept, Message};
 pub use record::{InvalidRecord, RECORD_BYTES, Record};
 pub use types::{

@@ -181,7 +181,7 @@ impl Reader<'_> {
 }
 
 /// CRC-32C (Castagnoli), bit by bit: 60 bytes are not worth a table.
-fn crc32c(bytes: &[u8]) -> u32 {
+pub(crate) fn crc32c(bytes: &[u8]) -> u32 {
     const POLYNOMIAL: u32 = 0x82F6_3B78;
     let step = |crc: u32, _| {
         if crc & 1 == 1 {

@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use protocol::{Core, Decision, Effect, Effects, Gid, Input, Message, NodeId, Record, Recovered};
+use protocol::{
+    Core, Decision, Effect, Effects, Gid, Input, Message, NodeId, Outcome, Record, Recovered,
+};
 
 use crate::checker::{Checker, Evidence};
 use crate::model::Scope;
@@ -14,6 +16,8 @@ pub struct Cluster {
     pub(crate) network: BTreeSet<Envelope>,
     pub(crate) crashes: u8,
     pub(crate) disturbances: u8,
+    /// Attempts to resolve that were started, by any node for any transaction.
+    pub(crate) resolvers: u8,
     pub(crate) checker: Checker,
 }
 
@@ -27,6 +31,8 @@ pub(crate) struct Node {
     pub(crate) wal: Vec<WalItem>,
     /// Own transactions whose client still waits.
     pub(crate) waiting: BTreeSet<Gid>,
+    /// Own transactions whose backend has been told and is about to finish.
+    pub(crate) finishing: BTreeMap<Gid, Decision>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -50,6 +56,17 @@ impl Node {
                 .records
                 .get(&gid)
                 .is_some_and(|record| record.decision == Some(Decision::Abort))
+    }
+}
+
+impl Node {
+    /// The transaction has an outcome here that no crash takes back.
+    fn has_ended(&self, gid: Gid) -> bool {
+        let decided = self
+            .records
+            .get(&gid)
+            .is_some_and(|record| record.decision.is_some());
+        self.finished.contains_key(&gid) || (decided && !self.prepared.contains(&gid))
     }
 }
 
@@ -122,6 +139,7 @@ impl Cluster {
             node.core = None;
             node.wal.clear();
             node.waiting.clear();
+            node.finishing.clear();
         }
         self.network
             .retain(|envelope| envelope.from != name && envelope.to != name);
@@ -188,18 +206,16 @@ impl Cluster {
             }
             Effect::Finish { gid, decision } => self.finish(name, gid, decision),
             Effect::Reply { gid, outcome } => {
-                let committed = matches!(outcome, protocol::Outcome::Commit { .. });
                 node.waiting.remove(&gid);
-                self.checker.on_told(gid, outcome);
-                if committed {
-                    self.demand_commit_survives(gid);
+                match outcome {
+                    Outcome::Commit { .. } => {
+                        node.finishing.insert(gid, Decision::Commit);
+                    }
+                    Outcome::Abort(_) => {
+                        node.finishing.insert(gid, Decision::Abort);
+                    }
+                    Outcome::Unknown => self.checker.on_told(gid, None),
                 }
-                let decision = if committed {
-                    Decision::Commit
-                } else {
-                    Decision::Abort
-                };
-                self.finish(name, gid, decision);
             }
             Effect::LookUp { gid } => {
                 let outcome = node.finished.get(&gid).copied();
@@ -208,11 +224,37 @@ impl Cluster {
             Effect::Event(protocol::Event::Decided { gid, decision, .. }) => {
                 self.checker.on_outcome(name, gid, decision)
             }
+            Effect::Event(protocol::Event::ResolverStarted { .. }) => self.resolvers += 1,
             Effect::Visible { .. }
             | Effect::Settled { .. }
             | Effect::PeersFinished { .. }
             | Effect::Event(_) => {}
         }
+    }
+
+    /// Drops messages that can no longer make a difference. A node that has durably ended a transaction does nothing about it any
+    /// more but tell the outcome to those who ask, and only nodes without an outcome ask.
+    pub(crate) fn drop_vain(&mut self) {
+        let ended = |node: NodeId, gid: Gid| {
+            self.nodes
+                .get(&node)
+                .is_some_and(|node| node.has_ended(gid))
+        };
+        let mut network = std::mem::take(&mut self.network);
+        network.retain(|envelope| {
+            let Some(gid) = envelope.msg.gid() else {
+                return true;
+            };
+            let asks = matches!(
+                envelope.msg,
+                Message::Vote { .. }
+                    | Message::Query { .. }
+                    | Message::Status { .. }
+                    | Message::Propose { .. }
+            );
+            !ended(envelope.to, gid) || (asks && !ended(envelope.from, gid))
+        });
+        self.network = network;
     }
 
     fn demand_commit_survives(&mut self, gid: Gid) {
@@ -234,6 +276,21 @@ impl Cluster {
             .map(|(name, node)| (*name, of(node)))
             .collect();
         self.checker.demand_commit_survives(gid, &evidence);
+    }
+
+    /// The backend that was told finishes, durably, and answers its client.
+    pub(crate) fn finish_by_backend(&mut self, name: NodeId, gid: Gid) {
+        let finishing = self
+            .nodes
+            .get_mut(&name)
+            .and_then(|node| node.finishing.remove(&gid));
+        if let Some(decision) = finishing {
+            self.finish(name, gid, decision);
+            self.checker.on_told(gid, Some(decision));
+            if decision == Decision::Commit {
+                self.demand_commit_survives(gid);
+            }
+        }
     }
 
     fn finish(&mut self, name: NodeId, gid: Gid, decision: Decision) {

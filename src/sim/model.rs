@@ -26,8 +26,10 @@ pub struct Scope {
     pub crashes: u8,
     /// How often a participant loses its coordinator or a client is interrupted: each starts a resolver.
     pub disturbances: u8,
-    /// Highest term of a ballot to follow.
-    pub term_max: u32,
+    /// Attempts to resolve to follow: those that disturbances start, those of a restart, and those of nodes that were outvoted.
+    pub resolvers: u8,
+    /// Coordinators that ask for rule D2, by their place among the transactions: bit 0 is the first.
+    pub fast: u8,
     pub fault: Option<Fault>,
     /// Stop after so many steps, taken or found to lead to a known state.
     pub states_max: usize,
@@ -101,6 +103,8 @@ pub enum Step {
     Flush(NodeId),
     /// The backend announces its prepared transaction.
     Announce(Gid),
+    /// The backend that has been told the outcome finishes.
+    Finish(Gid),
     Apply(NodeId, Gid),
     Refuse(NodeId, Gid),
     Interrupt(Gid),
@@ -119,12 +123,18 @@ impl fmt::Display for Scope {
             transactions,
             crashes,
             disturbances,
-            term_max,
+            resolvers,
+            fast,
             ..
         } = self;
+        let rule = match fast {
+            0 => "D1",
+            _ if fast.count_ones() == u32::from(*transactions) => "D2",
+            _ => "D1 and D2",
+        };
         write!(
             f,
-            "{nodes} nodes, {transactions} transactions, {crashes} crashes, {disturbances} disturbances, terms to {term_max}"
+            "{nodes} nodes, {transactions} transactions, {crashes} crashes, {disturbances} disturbances, {resolvers} resolvers, {rule}"
         )
     }
 }
@@ -132,22 +142,29 @@ impl fmt::Display for Scope {
 impl Scope {
     /// What is searched by default: a crash, two resolvers, a conflict, and all of them together.
     pub fn standard(states_max: usize) -> Vec<Self> {
-        let of = |transactions, crashes, disturbances, term_max| Self {
+        let of = |fast, transactions, crashes, disturbances, resolvers| Self {
             nodes: 3,
+            fast,
             transactions,
             crashes,
             disturbances,
-            term_max,
+            resolvers,
             fault: None,
             states_max,
         };
         vec![
-            of(1, 0, 0, 2),
-            of(1, 1, 0, 2),
-            of(1, 0, 2, 3),
-            of(1, 1, 2, 3),
-            of(2, 0, 0, 2),
-            of(2, 1, 1, 3),
+            of(0, 1, 0, 0, 0),
+            of(1, 1, 0, 0, 0),
+            of(0, 1, 1, 0, 1),
+            of(1, 1, 1, 0, 1),
+            of(0, 1, 0, 2, 2),
+            of(1, 1, 0, 2, 2),
+            of(0, 2, 0, 0, 0),
+            of(1, 2, 0, 0, 0),
+            of(1, 1, 1, 1, 2),
+            of(0, 1, 1, 1, 2),
+            of(1, 2, 1, 0, 1),
+            of(0, 2, 0, 1, 1),
         ]
     }
 
@@ -164,6 +181,10 @@ impl Scope {
                 generation: GenerationNum(1),
                 started_at: i64::from(coordinator.get()),
             })
+    }
+
+    fn is_fast(&self, gid: Gid) -> bool {
+        self.fast & (1 << (gid.coordinator.get() - 1)) != 0
     }
 
     pub(crate) fn config(&self, node: NodeId, epoch: u32) -> Config {
@@ -192,6 +213,7 @@ impl Model for Scope {
             network: BTreeSet::new(),
             crashes: 0,
             disturbances: 0,
+            resolvers: 0,
             checker: Checker::new(self.configured()),
         };
         for gid in self.gids() {
@@ -238,8 +260,10 @@ impl Model for Scope {
                 Input::Committing {
                     gid,
                     wait_peers: false,
+                    fast: self.is_fast(gid),
                 },
             ),
+            Step::Finish(gid) => cluster.finish_by_backend(gid.coordinator, gid),
             Step::Apply(node, gid) => {
                 cluster.nodes.get_mut(&node)?.prepared.insert(gid);
                 cluster.sync(node);
@@ -291,6 +315,7 @@ impl Model for Scope {
                 cluster.restart(self, node);
             }
         }
+        cluster.drop_vain();
         (cluster != *last).then_some(cluster)
     }
 
@@ -309,19 +334,7 @@ impl Model for Scope {
     }
 
     fn within_boundary(&self, cluster: &Cluster) -> bool {
-        let promised = |node: &Node| {
-            node.core
-                .as_ref()
-                .into_iter()
-                .flat_map(|core| core.transactions(0))
-                .map(|txn| txn.ballot.term)
-                .max()
-        };
-        cluster
-            .nodes
-            .values()
-            .filter_map(promised)
-            .all(|term| term <= self.term_max)
+        cluster.resolvers <= self.resolvers
     }
 }
 
@@ -341,6 +354,9 @@ impl Scope {
                 .as_ref()
                 .is_some_and(|core| core.decision(gid).is_none());
         if name == gid.coordinator {
+            if node.finishing.contains_key(&gid) {
+                steps.push(Step::Finish(gid));
+            }
             if node.waiting.contains(&gid) {
                 steps.push(Step::Announce(gid));
                 if open && disturb {

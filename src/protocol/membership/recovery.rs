@@ -1,0 +1,94 @@
+//! Whom to recover from, and when a node is level enough to be made a member again.
+//!
+//! Outside, any node that was online in a later generation has something that this one lacks: the one that was online in the latest. As a member that is
+//! not online yet, only a node that is online in the current generation, or is about to be as its donor, has the marker that ends recovery.
+//! A source is kept while it serves. One that failed is tried again after all others.
+
+use super::effect::{MembershipEffect, MembershipEffects, MembershipEvent};
+use super::switch::Stage;
+use super::{Membership, Presence};
+use crate::types::{NodeId, NodeSet};
+
+/// The recovery of this node, if it needs one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Recovery {
+    source: Option<NodeId>,
+    level: bool,
+    failed: NodeSet,
+}
+
+impl Recovery {
+    pub const fn source(&self) -> Option<NodeId> {
+        self.source
+    }
+
+    pub fn set_level(&mut self, from: NodeId, level: bool) {
+        if self.source == Some(from) {
+            self.level = level;
+        }
+    }
+
+    pub fn lost(&mut self, from: NodeId) {
+        if self.source == Some(from) {
+            self.source = None;
+            self.failed.insert(from);
+        }
+    }
+}
+
+impl Membership {
+    /// Whether this node asks to be made a member: not online, and level with the most advanced node it sees.
+    pub(super) fn is_willing(&self) -> bool {
+        if self.stage != Stage::Outside || self.leaving {
+            return false;
+        }
+        let ahead = self
+            .detector
+            .present()
+            .any(|(_, presence)| presence.online_in > self.record.online_in);
+        if ahead { self.recovery.level } else { true }
+    }
+
+    pub(super) fn choose_source(&mut self, out: &mut MembershipEffects) {
+        let candidates = self.sources();
+        if let Some(source) = self.recovery.source {
+            if candidates.contains(source) {
+                return;
+            }
+            out.push(MembershipEffect::StopRecovery);
+        }
+        let fresh = candidates.difference(self.recovery.failed);
+        if fresh.is_empty() {
+            self.recovery.failed = NodeSet::EMPTY;
+        }
+        let next = if fresh.is_empty() { candidates } else { fresh };
+        self.recovery.source = next.iter().next();
+        self.recovery.level = false;
+        if let Some(from) = self.recovery.source {
+            out.push(MembershipEffect::Recover { from });
+            out.event(MembershipEvent::RecoveryStarted { from });
+        }
+    }
+
+    /// Nodes that can serve as a source.
+    fn sources(&self) -> NodeSet {
+        let current = self.record.current;
+        let serves = |(peer, presence): &(NodeId, &Presence)| match self.stage {
+            Stage::Recovering => {
+                presence.online_in == current.generation.num || current.donors.contains(*peer)
+            }
+            Stage::Outside => presence.online_in > self.record.online_in,
+            // Whether it is needed is known in a moment; what runs already may go on.
+            Stage::Closing => self.recovery.source == Some(*peer),
+            _ => false,
+        };
+        let serving: Vec<(NodeId, &Presence)> = self.detector.present().filter(serves).collect();
+        let latest = serving.iter().map(|(_, presence)| presence.online_in).max();
+        let any = self.stage != Stage::Outside;
+        serving
+            .into_iter()
+            .filter(|(_, presence)| any || Some(presence.online_in) == latest)
+            .map(|(peer, _)| peer)
+            .collect()
+    }
+}
