@@ -67,18 +67,26 @@ impl Source for SharedSource {
             .map(|node| i32::from(node.get()))
             .collect();
         let node = shared.node_id();
+        let members: Vec<i32> = node_ids()
+            .filter(|id| shared.current().members.contains(*id))
+            .map(|id| i32::from(id.get()))
+            .collect();
         StatusRow {
             node_id: node.map(|node| i32::from(node.get())),
             name: node.map(|node| format!("n{}", node.get())),
             status: shared.status().name().to_owned(),
             members_online: if shared.status() == NodeStatus::Online {
-                all.clone()
+                members.clone()
             } else {
-                connected.clone()
+                members
+                    .iter()
+                    .copied()
+                    .filter(|id| connected.contains(id))
+                    .collect()
             },
             connected,
             generation: node.map(|_| i64::from(shared.generation().0)),
-            members: all.clone(),
+            members,
             configured: all,
             cluster_id: node.map(|_| cluster_id()),
         }
@@ -240,10 +248,14 @@ fn node_row(node: NodeId) -> NodeStateRow {
     let all: u32 = node_ids().map(|id| 1u32 << (id.get() - 1)).sum();
     NodeStateRow {
         id: i32::from(node.get()),
-        enabled: true,
+        enabled: shared().current().members.contains(node),
         connected: is_connected(node),
         stopped: false,
-        catch_up: false,
+        catch_up: is_self
+            && matches!(
+                shared().status(),
+                NodeStatus::Recovery | NodeStatus::Catchup
+            ),
         avg_trans_delay_us: (delays > 0)
             .then(|| (state.vote_delay_us.load(Ordering::Relaxed) / delays) as i64),
         last_status_change: Some(state.last_change_us.load(Ordering::Relaxed))

@@ -1,7 +1,7 @@
 //! The receiver: reads one peer's stream, hands transactions to apply workers, confirms what is safe.
 
 use super::feed::{self, Feed};
-use super::progress::Progress;
+use super::progress::{Fences, Progress};
 use super::stream_message::{DATA_HEADER_BYTES, number, status_message};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::arbiter::{MARK_ROWS, body_of, number_in};
@@ -14,7 +14,8 @@ use crate::pg::remote::Connection;
 use crate::pg::shared::{self, NodeShared, shared};
 use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
-use protocol::{Decision, Gid, Lsn, NodeId, Record, Vote};
+use protocol::membership::{Admission, Phase};
+use protocol::{Decision, Gid, Lsn, NodeId, Record, Refusal, Vote};
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -22,6 +23,8 @@ use wire::stream::{Message, StreamFrame};
 
 /// Pause before a peer that does not fit is tried again.
 const REFUSED_PAUSE_MS: u64 = 5000;
+/// How often a receiver looks whether a transaction may be applied now.
+const HOLD_PAUSE: Duration = Duration::from_millis(10);
 /// How long the peer is given to tell the end of its WAL.
 const POSITION_PATIENCE: Duration = Duration::from_secs(5);
 /// How often the mark is stored and the peer is told, while it moves.
@@ -46,9 +49,21 @@ enum Current {
     Feeding(Feed),
     /// It came before: its frames are dropped, and a vote that is still wanted is sent again.
     Skipping {
-        prepared: bool,
         gid: Gid,
+        answer: Answer,
     },
+}
+
+/// What is said about a transaction that is skipped, when it has passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    /// It is prepared here: yes, again.
+    Yes,
+    /// Its generation is over.
+    No,
+    Nothing,
+    /// It comes through a donor: the mark stays before it.
+    SetAside,
 }
 
 /// State of one stream.
@@ -57,6 +72,7 @@ struct Receiver {
     node: &'static NodeShared,
     marks: DurableTable,
     progress: Progress,
+    fences: Fences,
     stored: Lsn,
     current: Current,
     /// Transactions of this peer that this server knows already; what is not in here and comes is new.
@@ -174,6 +190,7 @@ impl Receiver {
             node,
             marks,
             progress: Progress::new(stored),
+            fences: Fences::default(),
             stored,
             current: Current::None,
             prepared,
@@ -289,10 +306,16 @@ impl Receiver {
         hit(Failpoint::ReceiverBegins);
         let prepared = self.prepared.contains(&gid);
         let of_user = !self.of_users.is_empty() && self.of_users.remove(&begin.name.to_string());
-        self.current = if prepared || of_user || self.ended.contains(&gid) {
-            Current::Skipping { prepared, gid }
+        let answer = if prepared {
+            Some(Answer::Yes)
+        } else if of_user || self.ended.contains(&gid) {
+            Some(Answer::Nothing)
         } else {
-            Current::Feeding(Feed::claim(|| ()))
+            admit(gid, begin.name.as_bytes())
+        };
+        self.current = match answer {
+            Some(answer) => Current::Skipping { gid, answer },
+            None => Current::Feeding(Feed::claim(|| ())),
         };
     }
 
@@ -309,14 +332,20 @@ impl Receiver {
                 hit(Failpoint::ReceiverHands);
                 feed.end();
             }
-            Current::Skipping { prepared, gid } => {
+            Current::Skipping { gid, answer } => {
                 hit(Failpoint::ReceiverSkips);
-                if prepared {
-                    submit(&LocalEvent::Voted {
-                        gid,
-                        vote: Vote::Yes,
-                        lsn: at,
-                    });
+                let vote = match answer {
+                    Answer::Yes => Some(Vote::Yes),
+                    Answer::No => Some(Vote::No(generation_over())),
+                    Answer::Nothing => None,
+                    Answer::SetAside => {
+                        // The mark may be anywhere before the transaction's end.
+                        self.fences.put(Lsn(at.0.saturating_sub(1)), gid.generation);
+                        None
+                    }
+                };
+                if let Some(vote) = vote {
+                    submit(&LocalEvent::Voted { gid, vote, lsn: at });
                 }
                 self.progress.pass(at);
             }
@@ -338,6 +367,9 @@ impl Receiver {
                     let beyond = Lsn(finish.lsn.0 + 1);
                     self.finish_user(finish.name.as_bytes(), finish.commit, beyond);
                     self.confirm_now = true;
+                }
+                Ok(StreamFrame::Marker(marker)) => {
+                    self.fences.put(marker.lsn, marker.generation);
                 }
                 Ok(_) => pgrx::error!(
                     "multimaster receiver of node {}: a change outside of a transaction",
@@ -400,7 +432,7 @@ impl Receiver {
                 self.stored
             );
         }
-        mark
+        self.fences.limit(mark, shared().standing.get())
     }
 
     /// Stores the mark if it has moved, and tells the peer.
@@ -457,6 +489,33 @@ impl Receiver {
             lsn: mark,
         });
     }
+}
+
+/// Waits until it is known what to do with a transaction that is new here; none when it is to be applied.
+fn admit(gid: Gid, name: &[u8]) -> Option<Answer> {
+    // Of a user's own, the number is that of whoever decoded it.
+    let users = !name.starts_with(b"mtm-");
+    loop {
+        let standing = shared().standing.get();
+        match standing.admit(gid) {
+            Admission::Apply => return None,
+            _ if users && standing.phase == Phase::Online => return None,
+            Admission::Refuse => return Some(Answer::No),
+            Admission::Skip => return Some(Answer::Nothing),
+            Admission::SetAside => return Some(Answer::SetAside),
+            Admission::Hold => {
+                process::wait_latch(HOLD_PAUSE, Wait::Stream);
+                process::check_interrupts();
+            }
+        }
+    }
+}
+
+fn generation_over() -> Refusal {
+    Refusal::retry(
+        "the set of working nodes changed while the transaction was on its way",
+        "",
+    )
 }
 
 /// Where the peer's WAL ends, and up to where its slot for this node has been confirmed.

@@ -4,10 +4,12 @@ use super::finish;
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit};
 use crate::pg::apply_error::{ApplyFailure, attempt};
+use crate::pg::barrier;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::DurableTable;
 use crate::pg::shared::{self, WorkerSlot, shared, worker};
 use crate::pg::{ddl, locks, rows, sequences, twophase};
+use protocol::membership::Admission;
 use protocol::{Csn, Gid, Lsn, NodeId, Refusal, Vote};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -94,6 +96,7 @@ fn leave() {
         return;
     };
     finish::leave();
+    barrier::leave();
     // From here on no receiver can claim it.
     let state = slot.state.swap(worker::STARTING, Ordering::AcqRel);
     match slot.gid.get() {
@@ -146,6 +149,7 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
     if result.is_err() {
         rows::forget_all();
         process::abort_transaction();
+        barrier::leave();
     }
     if let Some(job) = job {
         // An error behind the PREPARE takes nothing back: what is durably prepared has voted yes.
@@ -338,7 +342,13 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
     };
     applier.finish().map_err(ApplyFailure::from)?;
     hit(Failpoint::ApplyBeforePrepare);
+    barrier::enter();
+    if !job.is_users() && shared().standing.get().admit(job.gid) != Admission::Apply {
+        barrier::leave();
+        return Err(ApplyFailure::generation_over());
+    }
     twophase::prepare(&job.name);
+    barrier::leave();
     PREPARED.store(true, Ordering::Relaxed);
     hit(Failpoint::ApplyAfterPrepare);
     Ok(Applied::Prepared)

@@ -19,7 +19,7 @@ use crate::guc;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::{self, NodeStatus, shared, worker};
-use crate::pg::{outcome, thread as os_thread};
+use crate::pg::{outcome, recovered, thread as os_thread};
 use net_config::{NetSettings, millis};
 use protocol::{Gid, NodeId};
 use std::sync::atomic::Ordering;
@@ -152,6 +152,19 @@ impl MainThread {
                     waiting.extend(batch.waiting);
                 }
                 ToMain::LookUp(gid) => self.look_up(gid),
+                ToMain::WriteMembership(record) => {
+                    start::write_membership(record);
+                    let _ = self.replies.send(FromMain::MembershipDurable);
+                }
+                ToMain::WriteMarker(num) => {
+                    process::in_transaction(|| recovered::write_marker(num));
+                    let _ = self.replies.send(FromMain::MarkerWritten(num));
+                }
+                ToMain::LookForOlder(num) => {
+                    let drained = !start::holds_older(num);
+                    let _ = self.replies.send(FromMain::Drained { num, drained });
+                }
+                ToMain::ForgetRecovered => process::in_transaction(recovered::clear),
                 ToMain::Log(LogRecord {
                     level: LogLevel::Info,
                     text,

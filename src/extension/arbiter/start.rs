@@ -14,7 +14,10 @@ use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::shared;
 use crate::pg::{catalog_scan, ddl, locks, sequences};
-use protocol::{Config, Core, Effects, GenerationNum, Gid, Lsn, NodeId, Record, Recovered};
+use protocol::membership::{Generation, MembershipRecord};
+use protocol::{
+    Config, Core, Effects, GenerationNum, Gid, Lsn, NodeId, NodeSet, Record, Recovered,
+};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -24,11 +27,10 @@ use tokio::sync::mpsc;
 const EPOCH_ROW: u32 = 0;
 /// A finder that has not answered by then is started again.
 const FINDER_PATIENCE: Duration = Duration::from_secs(5);
+/// Row with the membership's record.
+const MEMBERS_ROW: u32 = 17;
 /// Rows of `mtm.marks`.
-pub const MARK_ROWS: u32 = 17;
-/// Configured nodes form the one generation there is until membership can change.
-const FIRST_GENERATION: GenerationNum = GenerationNum(1);
-
+pub const MARK_ROWS: u32 = 18;
 /// Waits until it is known which database is a cluster's.
 ///
 /// A process can attach to one database only, once, and the marker can only be read by one that is attached to some database. So two helpers
@@ -125,6 +127,8 @@ pub struct RecoveredState {
 pub struct Decider {
     pub core: Core,
     pub tuples: Tuples,
+    /// What the membership remembers; none in a new cluster.
+    pub membership: Option<MembershipRecord>,
     /// Number of this start.
     pub epoch: u32,
     /// What the core wants done first.
@@ -161,9 +165,10 @@ pub fn recover(identity: &Identity) -> RecoveredState {
         process::in_transaction(|| !slots::missing(identity).is_empty()),
         Ordering::Release,
     );
-    publish(identity);
+    let membership = read_membership();
+    publish(identity, membership);
     repeat_marks(identity.node_id);
-    let config = config(identity, epoch);
+    let config = config(identity, membership, epoch);
     let tuples = Tuples::new(found.iter().map(|(gid, (tuple, _))| (*gid, *tuple)));
     let mut effects = Effects::new();
     let core = Core::new(config, recovered(&found, &prepared), 0, &mut effects);
@@ -171,6 +176,7 @@ pub fn recover(identity: &Identity) -> RecoveredState {
         decider: Decider {
             core,
             tuples,
+            membership,
             epoch,
             effects,
         },
@@ -212,13 +218,14 @@ fn recovered(found: &BTreeMap<Gid, (u32, Record)>, prepared: &[Gid]) -> Vec<Reco
     all.into_values().collect()
 }
 
-fn config(identity: &Identity, epoch: u32) -> Config {
+fn config(identity: &Identity, membership: Option<MembershipRecord>, epoch: u32) -> Config {
     let configured = identity.nodes.iter().map(|node| node.id).collect();
+    let current = current(configured, membership);
     Config {
         node: identity.node_id,
         configured,
-        members: configured,
-        generation: FIRST_GENERATION,
+        members: current.members,
+        generation: current.num,
         epoch,
         resolve_after_ms: millis(guc::heartbeat_recv_timeout()),
         resolve_step_ms: 200,
@@ -226,6 +233,42 @@ fn config(identity: &Identity, epoch: u32) -> Config {
         give_up_after_ms: 5000,
         fault: None,
     }
+}
+
+/// The membership's record; none in a new cluster. One that cannot be right stops the node.
+fn read_membership() -> Option<MembershipRecord> {
+    let body = process::in_transaction(|| {
+        DurableTable::open(c"marks", MARK_ROWS).read_all()[MEMBERS_ROW as usize]
+    });
+    if body == [0; records::BODY_BYTES] {
+        return None;
+    }
+    match MembershipRecord::from_bytes(&body) {
+        Ok(record) => Some(record),
+        Err(error) => pgrx::error!("multimaster cannot read its record of members: {error}"),
+    }
+}
+
+/// The generation that this node knows.
+fn current(configured: NodeSet, membership: Option<MembershipRecord>) -> Generation {
+    let record = membership.unwrap_or(MembershipRecord::first(configured));
+    record.current.generation
+}
+
+/// Writes and flushes the membership's record.
+pub fn write_membership(record: records::Body) {
+    let end = process::in_transaction(|| {
+        DurableTable::open(c"marks", MARK_ROWS).write(&mut [(MEMBERS_ROW, record)])
+    });
+    records::flush(end);
+}
+
+/// Whether a transaction of an older generation is prepared here. Users' own do not count: nobody knows when they end.
+pub fn holds_older(num: GenerationNum) -> bool {
+    locks::prepared_names()
+        .values()
+        .filter_map(|name| Gid::parse(name))
+        .any(|(_, gid)| gid.generation < num)
 }
 
 /// At the first start of this node in its cluster: tables get a replica identity, sequences their share. Again after a crash in between.
@@ -264,7 +307,7 @@ pub fn body_of(number: u64) -> records::Body {
     body
 }
 
-fn publish(identity: &Identity) {
+fn publish(identity: &Identity, membership: Option<MembershipRecord>) {
     let shared = shared();
     for node in &identity.nodes {
         shared
@@ -275,9 +318,9 @@ fn publish(identity: &Identity) {
     shared.cluster_id[0].store((identity.cluster_id >> 64) as u64, Ordering::Release);
     shared.cluster_id[1].store(identity.cluster_id as u64, Ordering::Release);
     shared.tag.store(identity.tag.0, Ordering::Release);
-    shared
-        .generation
-        .store(FIRST_GENERATION.0, Ordering::Release);
+    let configured = identity.nodes.iter().map(|node| node.id).collect();
+    let current = current(configured, membership);
+    shared.set_generation(current.num, current.members);
     shared
         .node
         .store(u32::from(identity.node_id.get()), Ordering::Release);
@@ -352,6 +395,14 @@ impl Children {
             0,
             shared.finisher.is_set(),
         );
+        if let Some(donor) = shared.recover_from() {
+            self.keep(
+                "multimaster recovery",
+                "multimaster_recovery_main",
+                i32::from(donor.get()),
+                shared.recovery.is_set(),
+            );
+        }
         for peer in peers {
             let name = format!("multimaster receiver {}", peer.get());
             let running = shared.node(*peer).receiver.is_set();

@@ -8,6 +8,7 @@ mod effects;
 mod lease;
 mod links;
 mod main_link;
+mod members;
 
 pub use main_link::{FromMain, HeartbeatTimes, LogLevel, LogRecord, MainLink, ToMain};
 
@@ -55,6 +56,7 @@ pub struct Arbiter {
     linked: NodeSet,
     peer_views: BTreeMap<NodeId, NodeSet>,
     leases: lease::LeaseKeeper,
+    members: members::Members,
     /// Heartbeat times of the peers, as they say.
     peer_times: BTreeMap<NodeId, Option<HeartbeatTimes>>,
 }
@@ -75,6 +77,7 @@ impl Arbiter {
         timing: HeartbeatTimes,
     ) -> Arbiter {
         let silence = Duration::from_millis(timing.recv_ms);
+        let members = members::Members::new(node, configured, decider.membership, 0);
         let leases = lease::LeaseKeeper::new(node, decider.epoch, configured, timing, &mesh);
         Arbiter {
             node,
@@ -94,6 +97,7 @@ impl Arbiter {
             linked: NodeSet::default(),
             peer_views: BTreeMap::new(),
             leases,
+            members,
             peer_times: BTreeMap::new(),
         }
     }
@@ -109,6 +113,7 @@ impl Arbiter {
         self.carry_out(first.drain());
         hit_in_thread(Failpoint::StartAfterEffects);
         self.adopt_waiting_backends();
+        self.carry_out_members();
         let wake = os_thread::wake_readiness()?;
         // An earlier life of this process may have died between draining the descriptor and saying so.
         accept_wakes();
@@ -129,12 +134,16 @@ impl Arbiter {
                     }
                 }
                 message = from_main.recv() => match message {
-                    Some(FromMain::Stop) | None => return Ok(()),
+                    Some(FromMain::Stop) | None => {
+                        self.say_goodbye().await;
+                        return Ok(());
+                    }
                     Some(message) => self.on_main(message),
                 },
                 _ = tick.tick() => self.on_tick(),
             }
             self.take_events();
+            self.look_at_barrier();
             self.settle();
         }
     }
@@ -258,6 +267,9 @@ impl Arbiter {
                 self.waiting.remove(&gid);
                 self.input(Input::Abandoned { gid });
             }
+            LocalEvent::MarkerReached { .. }
+            | LocalEvent::RecoveryLevel { .. }
+            | LocalEvent::RecoveryLost { .. } => self.on_recovery(&event),
             LocalEvent::Ask { number, question } => self.answer(number, &question),
             LocalEvent::MarkStored { node, lsn } => {
                 self.input(Input::MarkPassed { origin: node, lsn })
@@ -284,12 +296,16 @@ impl Arbiter {
                 self.leases.reconfigure(timing);
                 self.reconfigure(timing);
             }
+            FromMain::MembershipDurable => self.on_member_record(),
+            FromMain::MarkerWritten(num) => self.on_marker_written(num),
+            FromMain::Drained { num, drained } => self.on_drained(num, drained),
             FromMain::Alive => self.mesh.speak_for(Some(self.silence)),
             FromMain::Stop => {}
         }
     }
 
     fn on_tick(&mut self) {
+        self.tick_members();
         self.refresh_status();
         self.input(Input::Tick);
         self.place();

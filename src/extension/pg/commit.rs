@@ -12,7 +12,7 @@
 
 use super::process::{self, Wait};
 use super::shared::{self, outcome, stage};
-use super::{barrier, fixed_text::FixedText, raw, twophase};
+use super::{barrier, fixed_text::FixedText, gate, raw, twophase};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit, hit_in_backend};
 use crate::guc;
@@ -303,7 +303,7 @@ unsafe fn prepare_under(
     // SAFETY: see commit_globally.
     unsafe {
         raw::PrepareTransactionBlock(name);
-        refuse_unless_online();
+        gate::await_online();
         loop {
             raw::AfterTriggerFireDeferred();
             if preparing == Preparing::User || !raw::PreCommit_Portals(false) {
@@ -493,31 +493,6 @@ unsafe fn refuse_changed_generation() {
             c"the set of working nodes has changed during the commit",
             c"",
             c"The transaction was rolled back; run it again.",
-        )
-    };
-}
-
-/// Refuses to begin a commit that cannot get its votes.
-unsafe fn refuse_unless_online() {
-    let status = shared::shared().status();
-    if status == shared::NodeStatus::Online {
-        return;
-    }
-    let mut message = FixedText::<256>::new();
-    let mut detail = FixedText::<256>::new();
-    let _ = write!(message, "this node is {} and cannot commit", status.name());
-    let _ = write!(
-        detail,
-        "Nodes it is connected with: {}.",
-        shared::connected_nodes()
-    );
-    // SAFETY: as raise_refusal.
-    unsafe {
-        raise(
-            pgrx::PgSqlErrorCode::ERRCODE_CANNOT_CONNECT_NOW as i32,
-            message.as_c_str(),
-            detail.as_c_str(),
-            c"Nothing was committed. See mtm.status() for this node's state.",
         )
     };
 }

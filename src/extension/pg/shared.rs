@@ -7,6 +7,7 @@ use super::board::{Board, RecentLog};
 use super::queue::{Queue, Ring};
 use super::raw;
 use pgrx::pg_sys;
+use protocol::membership::{Phase, Standing};
 use protocol::{Csn, Decision, GenerationNum, Gid, NodeId, NodeSet, Refusal};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{
@@ -36,6 +37,14 @@ pub enum NodeStatus {
     Online = 2,
     /// Some member cannot be reached: writes wait or are refused.
     Degraded = 3,
+    /// A new generation begins: in a moment it is online or not a member.
+    Switching = 4,
+    /// A member that is not level yet: the others wait for it.
+    Recovery = 5,
+    /// Not a member; replays what it has missed.
+    Catchup = 6,
+    /// Not a member, and nobody to recover from is seen.
+    Minority = 7,
 }
 
 impl NodeStatus {
@@ -44,6 +53,10 @@ impl NodeStatus {
             1 => NodeStatus::Starting,
             2 => NodeStatus::Online,
             3 => NodeStatus::Degraded,
+            4 => NodeStatus::Switching,
+            5 => NodeStatus::Recovery,
+            6 => NodeStatus::Catchup,
+            7 => NodeStatus::Minority,
             _ => NodeStatus::Disabled,
         }
     }
@@ -55,6 +68,10 @@ impl NodeStatus {
             NodeStatus::Starting => "starting",
             NodeStatus::Online => "online",
             NodeStatus::Degraded => "degraded",
+            NodeStatus::Switching => "switching",
+            NodeStatus::Recovery => "recovery",
+            NodeStatus::Catchup => "catchup",
+            NodeStatus::Minority => "minority",
         }
     }
 }
@@ -164,6 +181,68 @@ impl GidCell {
         };
         std::sync::atomic::fence(Ordering::Acquire);
         (before.is_multiple_of(2) && before == self.version.load(Ordering::Relaxed)).then_some(gid)
+    }
+}
+
+/// Where the node stands: written by the tokio thread, read by all who apply.
+#[repr(C)]
+#[derive(Default)]
+pub struct StandingCell {
+    /// Odd while it is being written.
+    version: AtomicU32,
+    num: AtomicU32,
+    members: AtomicU32,
+    online_in: AtomicU32,
+    recovered_to: AtomicU32,
+    phase: AtomicU32,
+}
+
+/// In the order of their numbers in [`StandingCell`]; zeroed memory says `Waiting`.
+const PHASES: [Phase; 4] = [
+    Phase::Waiting,
+    Phase::Online,
+    Phase::Recovering,
+    Phase::Outside,
+];
+
+impl StandingCell {
+    /// Tokio thread only.
+    pub fn set(&self, standing: &Standing) {
+        let phase = PHASES.iter().position(|phase| *phase == standing.phase);
+        self.version.fetch_add(1, Ordering::AcqRel);
+        self.num.store(standing.current.num.0, Ordering::Relaxed);
+        self.members.store(
+            u32::from(standing.current.members.bits()),
+            Ordering::Relaxed,
+        );
+        self.online_in
+            .store(standing.online_in.0, Ordering::Relaxed);
+        self.recovered_to
+            .store(standing.recovered_to.0, Ordering::Relaxed);
+        self.phase
+            .store(phase.unwrap_or(0) as u32, Ordering::Relaxed);
+        self.version.fetch_add(1, Ordering::Release);
+    }
+
+    pub fn get(&self) -> Standing {
+        loop {
+            let before = self.version.load(Ordering::Acquire);
+            let phase = self.phase.load(Ordering::Relaxed) as usize;
+            let standing = Standing {
+                current: Generation {
+                    num: GenerationNum(self.num.load(Ordering::Relaxed)),
+                    members: NodeSet::from_bits(self.members.load(Ordering::Relaxed) as u16),
+                },
+                online_in: GenerationNum(self.online_in.load(Ordering::Relaxed)),
+                recovered_to: GenerationNum(self.recovered_to.load(Ordering::Relaxed)),
+                phase: PHASES.get(phase).copied().unwrap_or_default(),
+            };
+            std::sync::atomic::fence(Ordering::Acquire);
+            if before.is_multiple_of(2) && before == self.version.load(Ordering::Relaxed) {
+                return standing;
+            }
+            std::hint::spin_loop();
+        }
     }
 }
 
@@ -436,10 +515,8 @@ pub struct Shared {
     pub recover_from: AtomicU32,
     /// Bytes of the donor's WAL that have not been applied yet.
     pub recovery_lag: AtomicU64,
-    /// The last generation that this node was online in, durably.
-    pub online_in: AtomicU32,
-    /// The generation in which it last came online by recovery.
-    pub recovered_to: AtomicU32,
+    /// Where this node stands, for those who apply.
+    pub standing: StandingCell,
     /// True while an event has been queued that the tokio thread has not looked at: no second write to the eventfd is needed.
     pub wake_pending: AtomicBool,
     /// Orders to finish that some process has taken and not carried out yet.
@@ -567,9 +644,16 @@ impl Shared {
         GenerationNum(self.generation.load(Ordering::Acquire))
     }
 
+    /// A new generation. The members first: see [`Shared::current`].
+    pub fn set_generation(&self, num: GenerationNum, members: NodeSet) {
+        self.members
+            .store(u32::from(members.bits()), Ordering::Release);
+        self.generation.store(num.0, Ordering::Release);
+    }
+
     /// The last generation that this node was online in.
     pub fn online_in(&self) -> GenerationNum {
-        GenerationNum(self.online_in.load(Ordering::Acquire))
+        self.standing.get().online_in
     }
 
     /// The node to recover from.

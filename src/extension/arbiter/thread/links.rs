@@ -7,6 +7,7 @@ use super::{Arbiter, lease};
 use crate::failpoint::{self, hit_in_thread};
 use crate::pg::shared::{NodeStatus, shared};
 use mesh::MeshEvent;
+use protocol::membership::MembershipInput;
 use protocol::{Decision, Input, Message, NodeId, NodeSet, Refusal, Vote};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -14,6 +15,9 @@ use wire::frame::Heartbeat;
 
 /// Tag of a heartbeat's extra: the nodes that the sender talks to and whose streams it receives, as a bit set.
 const RECEIVING_TAG: u16 = 1;
+
+/// Time for a good-bye to leave before the connections are closed.
+pub(super) const LEAVING_PAUSE: Duration = Duration::from_millis(60);
 
 fn view_of(heartbeat: &Heartbeat) -> NodeSet {
     heartbeat
@@ -39,6 +43,7 @@ impl Arbiter {
                     format!("arbiter connected to node {}", peer.get()),
                 );
                 self.input(Input::LinkUp { peer, epoch });
+                self.member_input(MembershipInput::LinkUp { peer });
             }
             MeshEvent::Down { peer, reason } => {
                 self.linked.remove(peer);
@@ -53,6 +58,7 @@ impl Arbiter {
                     self.answer_user(gid, UserTally::Refused(unreachable_peer(peer)));
                 }
                 self.input(Input::LinkDown { peer });
+                self.member_input(MembershipInput::LinkDown { peer });
             }
             MeshEvent::Messages { from, batch } => {
                 for msg in batch {
@@ -72,6 +78,7 @@ impl Arbiter {
                 self.peer_views.insert(from, view_of(&heartbeat));
                 self.compare_times(from, &heartbeat);
                 self.leases.on_heartbeat(from, &heartbeat, &self.mesh);
+                self.hear_members(from, &heartbeat);
                 self.refresh_status();
                 self.leases.answer(from, &self.mesh);
             }
@@ -181,11 +188,11 @@ impl Arbiter {
             .collect()
     }
 
-    /// Online while every node is connected with this one in both directions.
+    /// Online while changes flow between all members, in both directions.
     pub(super) fn refresh_status(&mut self) {
         let view = self.view();
         self.publish_view(view);
-        let complete = self.configured.iter().all(|peer| {
+        let complete = self.members.current().iter().all(|peer| {
             peer == self.node
                 || (view.contains(peer)
                     && self
@@ -193,11 +200,7 @@ impl Arbiter {
                         .get(&peer)
                         .is_some_and(|theirs| theirs.contains(self.node)))
         });
-        let status = match (complete, shared().status()) {
-            (true, _) => NodeStatus::Online,
-            (false, NodeStatus::Starting) => NodeStatus::Starting,
-            (false, _) => NodeStatus::Degraded,
-        };
+        let status = self.members.status(shared().status(), complete);
         if status != shared().status() {
             self.main.log(
                 LogLevel::Info,
@@ -205,6 +208,11 @@ impl Arbiter {
             );
             shared().set_status(status);
         }
+    }
+
+    /// Puts what has changed into the next heartbeats.
+    pub(super) fn publish(&self) {
+        self.publish_view(self.view());
     }
 
     pub(super) fn send(&self, to: NodeId, msg: &Message) {
@@ -247,6 +255,7 @@ impl Arbiter {
             extras: [(RECEIVING_TAG, view.bits().to_le_bytes().to_vec())]
                 .into_iter()
                 .chain(self.leases.extras())
+                .chain(self.members.extras())
                 .collect(),
             ..Heartbeat::default()
         };

@@ -1,0 +1,323 @@
+//! The membership: feeds it with what happens, and carries out what it wants done.
+//!
+//! Its messages may be lost, doubled and late, so they ride on heartbeats, which are sent at once when there is something to say. See
+//! `docs/membership.md`.
+
+use super::super::event::LocalEvent;
+use super::links::LEAVING_PAUSE;
+use super::main_link::{LogLevel, ToMain};
+use super::{Arbiter, lease};
+use crate::pg::barrier;
+use crate::pg::shared::{NodeStatus, shared};
+use protocol::membership::{
+    Generation, Membership, MembershipConfig, MembershipEffect, MembershipEffects, MembershipEvent,
+    MembershipInput, MembershipMessage, MembershipRecord, Presence, Status,
+};
+use protocol::{GenerationNum, Millis, NodeId, NodeSet};
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+
+/// Tag of a heartbeat's extra: the sender's `Presence`.
+const PRESENCE_TAG: u16 = 4;
+/// Tag of a heartbeat's extra: membership messages with their receivers, as `Vec<(NodeId, MembershipMessage)>`.
+const NOTES_TAG: u16 = 5;
+/// How long a message rides on heartbeats.
+const NOTE_MS: Millis = 60;
+
+/// The membership with what it waits for.
+pub struct Members {
+    membership: Membership,
+    effects: MembershipEffects,
+    /// Effects behind a record that is not durable yet.
+    held: VecDeque<MembershipEffect>,
+    persisting: bool,
+    /// Messages to peers, with the time until which they are repeated.
+    notes: Vec<(Millis, NodeId, MembershipMessage)>,
+    /// The generation for which the barrier is closed.
+    closing: Option<Generation>,
+    /// The generation for which older transactions have to end, and whether the main thread has been asked.
+    draining: Option<GenerationNum>,
+    asked: bool,
+}
+
+impl Members {
+    /// Starts with the durable record.
+    pub fn new(
+        node: NodeId,
+        configured: NodeSet,
+        record: Option<MembershipRecord>,
+        now: Millis,
+    ) -> Members {
+        let mut effects = MembershipEffects::new();
+        let config = MembershipConfig {
+            promise_ms_max: lease::LASTS_MS_MAX,
+            ..MembershipConfig::new(node, configured)
+        };
+        let membership = Membership::new(config, record, now, &mut effects);
+        let held = effects.drain().collect();
+        Members {
+            membership,
+            effects,
+            held,
+            persisting: false,
+            notes: Vec::new(),
+            closing: None,
+            draining: None,
+            asked: false,
+        }
+    }
+
+    /// What heartbeats carry.
+    pub fn extras(&self) -> impl Iterator<Item = (u16, Vec<u8>)> {
+        let config = bincode::config::standard();
+        let notes: Vec<(NodeId, MembershipMessage)> =
+            self.notes.iter().map(|(_, to, msg)| (*to, *msg)).collect();
+        let presence = bincode::serde::encode_to_vec(self.membership.presence(), config);
+        let notes = bincode::serde::encode_to_vec(&notes, config);
+        [(PRESENCE_TAG, presence), (NOTES_TAG, notes)]
+            .into_iter()
+            .filter_map(|(tag, bytes)| Some((tag, bytes.ok()?)))
+    }
+
+    /// Members of the current generation.
+    pub fn current(&self) -> NodeSet {
+        self.membership.current().generation.members
+    }
+
+    /// What users read, as far as the membership knows. `complete` says whether changes flow between all members.
+    pub fn status(&self, before: NodeStatus, complete: bool) -> NodeStatus {
+        match self.membership.status() {
+            Status::Online if complete => NodeStatus::Online,
+            Status::Online | Status::Isolated if before == NodeStatus::Starting => before,
+            Status::Online | Status::Isolated => NodeStatus::Degraded,
+            Status::Switching => NodeStatus::Switching,
+            Status::Recovery => NodeStatus::Recovery,
+            Status::Catchup => NodeStatus::Catchup,
+            Status::Disabled => NodeStatus::Minority,
+        }
+    }
+}
+
+impl Arbiter {
+    /// Tells the membership something.
+    pub(super) fn member_input(&mut self, input: MembershipInput) {
+        let now = self.now();
+        let mut effects = std::mem::take(&mut self.members.effects);
+        self.members.membership.handle(now, input, &mut effects);
+        self.members.held.extend(effects.drain());
+        self.members.effects = effects;
+        self.carry_out_members();
+    }
+
+    /// Carries out effects up to the next record.
+    pub(super) fn carry_out_members(&mut self) {
+        while !self.members.persisting
+            && let Some(effect) = self.members.held.pop_front()
+        {
+            self.carry_out_member(effect);
+        }
+        shared().standing.set(&self.members.membership.standing());
+    }
+
+    fn carry_out_member(&mut self, effect: MembershipEffect) {
+        match effect {
+            MembershipEffect::Persist(record) => {
+                self.members.persisting = true;
+                self.main.send(ToMain::WriteMembership(record.to_bytes()));
+            }
+            MembershipEffect::Send { to, msg } => self.send_note(to, msg),
+            MembershipEffect::Withhold { from } => {
+                let members = self.configured.difference(from);
+                self.leases.withhold_from_all_but(members);
+                self.publish();
+            }
+            MembershipEffect::Close { generation } => self.close(generation),
+            MembershipEffect::Drain { num } => {
+                self.members.draining = Some(num);
+                self.members.asked = false;
+            }
+            MembershipEffect::WriteMarker { elected } => {
+                self.main.send(ToMain::WriteMarker(elected.generation.num));
+            }
+            MembershipEffect::Open { generation } => self.open(generation),
+            MembershipEffect::Recover { from } => recover_from(Some(from)),
+            MembershipEffect::StopRecovery => recover_from(None),
+            MembershipEffect::Beat => {
+                self.publish();
+                self.beat_all();
+            }
+            MembershipEffect::Event(event) => self.report_member_event(&event),
+        }
+    }
+
+    fn send_note(&mut self, to: NodeId, msg: MembershipMessage) {
+        let until = self.now() + NOTE_MS;
+        self.members
+            .notes
+            .retain(|(_, other, old)| (*other, *old) != (to, msg));
+        self.members.notes.push((until, to, msg));
+        self.publish();
+        self.mesh.beat(to);
+    }
+
+    fn beat_all(&self) {
+        for peer in self.configured.without(self.node).iter() {
+            self.mesh.beat(peer);
+        }
+    }
+
+    /// Nobody prepares under an older generation from now on.
+    fn close(&mut self, generation: Generation) {
+        barrier::close();
+        self.members.closing = Some(generation);
+        self.members.draining = None;
+        self.refresh_status();
+        self.look_at_barrier();
+    }
+
+    /// Whether the last process has left its PREPARE.
+    pub(super) fn look_at_barrier(&mut self) {
+        let Some(generation) = self.members.closing.filter(|_| barrier::is_empty()) else {
+            return;
+        };
+        self.members.closing = None;
+        shared().set_generation(generation.num, generation.members);
+        // Whoever comes now sees that its generation is over.
+        barrier::open();
+        self.input(protocol::Input::Generation { generation });
+        self.member_input(MembershipInput::Closed {
+            num: generation.num,
+        });
+    }
+
+    fn open(&mut self, generation: Generation) {
+        shared().set_generation(generation.num, generation.members);
+        shared().standing.set(&self.members.membership.standing());
+        self.input(protocol::Input::Generation { generation });
+        self.input(protocol::Input::Online);
+        self.main.send(ToMain::ForgetRecovered);
+        self.refresh_status();
+    }
+
+    /// What the heartbeat of a peer says about members.
+    pub(super) fn hear_members(&mut self, from: NodeId, heartbeat: &wire::frame::Heartbeat) {
+        if let Some(presence) = decoded::<Presence>(heartbeat, PRESENCE_TAG) {
+            if presence.leaving {
+                self.leases.released_by(from);
+            }
+            self.member_input(MembershipInput::Presence { from, presence });
+        }
+        let notes = decoded::<Vec<(NodeId, MembershipMessage)>>(heartbeat, NOTES_TAG);
+        for (to, msg) in notes.unwrap_or_default() {
+            if to == self.node {
+                self.member_input(MembershipInput::Message { from, msg });
+            }
+        }
+    }
+
+    /// What the main thread has made durable.
+    pub(super) fn on_member_record(&mut self) {
+        self.members.persisting = false;
+        self.carry_out_members();
+    }
+
+    /// The main thread has written the marker.
+    pub(super) fn on_marker_written(&mut self, num: GenerationNum) {
+        self.member_input(MembershipInput::MarkerWritten { num });
+    }
+
+    /// The main thread has looked for transactions of older generations.
+    pub(super) fn on_drained(&mut self, num: GenerationNum, drained: bool) {
+        self.members.asked = false;
+        if drained && self.members.draining == Some(num) {
+            self.members.draining = None;
+            self.member_input(MembershipInput::Drained { num });
+        }
+    }
+
+    /// What the recovery says.
+    pub(super) fn on_recovery(&mut self, event: &LocalEvent) {
+        let input = match *event {
+            LocalEvent::MarkerReached { from, num } => MembershipInput::MarkerReached { from, num },
+            LocalEvent::RecoveryLevel { from, level } => MembershipInput::Level { from, level },
+            LocalEvent::RecoveryLost { from } => MembershipInput::RecoveryLost { from },
+            _ => return,
+        };
+        self.member_input(input);
+    }
+
+    /// Timers of the membership.
+    pub(super) fn tick_members(&mut self) {
+        let now = self.now();
+        let before = self.members.notes.len();
+        self.members.notes.retain(|(until, ..)| *until > now);
+        if self.members.notes.len() != before {
+            self.publish();
+        }
+        if let Some(num) = self.members.draining.filter(|_| !self.members.asked) {
+            self.members.asked = true;
+            self.main.send(ToMain::LookForOlder(num));
+        }
+        self.look_at_barrier();
+        let unbound = self.leases.unbound(&self.mesh, self.configured);
+        self.member_input(MembershipInput::Tick { unbound });
+    }
+
+    /// This server ends: stop serving, then say so.
+    pub(super) async fn say_goodbye(&mut self) {
+        shared().set_status(NodeStatus::Starting);
+        shared().lease_until_ms.store(0, Ordering::Release);
+        self.member_input(MembershipInput::Leave);
+        self.publish();
+        self.beat_all();
+        tokio::time::sleep(LEAVING_PAUSE).await;
+    }
+
+    fn report_member_event(&self, event: &MembershipEvent) {
+        let (node, kind, text) = match event {
+            MembershipEvent::Switched { from, to } => {
+                for lost in from.members.difference(to.generation.members).iter() {
+                    self.note(lost, "excluded", "a majority goes on without it", 0);
+                }
+                for back in to.generation.members.difference(from.members).iter() {
+                    self.note(back, "admitted", "it is level with the others", 0);
+                }
+                let text = format!(
+                    "generation {} follows {from}, donors {}",
+                    to.generation, to.donors
+                );
+                (self.node, "generation", text)
+            }
+            MembershipEvent::Online { generation } => {
+                (self.node, "online", format!("in generation {generation}"))
+            }
+            MembershipEvent::Excluded { generation } => (
+                self.node,
+                "outside",
+                format!("not a member of generation {generation}"),
+            ),
+            MembershipEvent::RecoveryStarted { from } => {
+                (self.node, "recovers", format!("from node {}", from.get()))
+            }
+            other => return self.main.log(LogLevel::Info, format!("{other:?}")),
+        };
+        self.note(node, kind, &text, 0);
+        self.main.log(LogLevel::Info, format!("{kind}: {text}"));
+    }
+}
+
+fn recover_from(node: Option<NodeId>) {
+    let number = node.map_or(0, |node| u32::from(node.get()));
+    shared().recover_from.store(number, Ordering::Release);
+    shared().recovery.wake();
+    shared().arbiter.wake();
+}
+
+fn decoded<T: serde::de::DeserializeOwned>(
+    heartbeat: &wire::frame::Heartbeat,
+    tag: u16,
+) -> Option<T> {
+    let bytes = lease::extra_of(heartbeat, tag)?;
+    let (value, _) = bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok()?;
+    Some(value)
+}
