@@ -14,7 +14,9 @@ use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::shared;
 use crate::pg::{catalog_scan, ddl, locks, sequences};
-use protocol::{Config, Core, Effects, GenerationNum, Gid, Lsn, NodeId, Record, Recovered};
+use protocol::{
+    Config, Core, Effects, GenerationNum, Gid, Lsn, NodeId, NodeSet, Record, Recovered,
+};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -275,6 +277,10 @@ fn publish(identity: &Identity) {
     shared.cluster_id[0].store((identity.cluster_id >> 64) as u64, Ordering::Release);
     shared.cluster_id[1].store(identity.cluster_id as u64, Ordering::Release);
     shared.tag.store(identity.tag.0, Ordering::Release);
+    let configured: NodeSet = identity.nodes.iter().map(|node| node.id).collect();
+    shared
+        .members
+        .store(u32::from(configured.bits()), Ordering::Release);
     shared
         .generation
         .store(FIRST_GENERATION.0, Ordering::Release);
