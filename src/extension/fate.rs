@@ -10,7 +10,7 @@ use crate::pg::shared::shared;
 use crate::pg::{board, outcome};
 use crate::views::TransactionStatus;
 use pgrx::prelude::*;
-use protocol::{ClusterTag, Decision, GenerationNum, Gid, NodeId};
+use protocol::{ClusterTag, Decision, GenerationNum, Gid, NodeId, NodeSet};
 use std::time::Duration;
 
 /// How long another node is given to answer.
@@ -62,6 +62,7 @@ fn parse(text: &str) -> Option<(ClusterTag, Gid)> {
             coordinator,
             xid,
             generation: GenerationNum(0),
+            members: NodeSet::EMPTY,
             started_at: 0,
         },
     ))

@@ -30,7 +30,7 @@ pub fn wake_arbiter() {
 pub fn decode_environment() -> Environment {
     Environment {
         node: || shared().node_id(),
-        generation: || shared().generation(),
+        generation: || shared().current(),
         visible: |deps| {
             deps.extend(node_ids().filter_map(|node| {
                 let csn = Csn(shared().node(node).visible.load(Ordering::Acquire));

@@ -21,7 +21,7 @@ pub const FAST_NODES_MAX: usize = 4;
 pub struct Config {
     pub node: NodeId,
     pub configured: NodeSet,
-    /// Nodes whose yes votes a transaction needs.
+    /// The current generation; replaced by [`crate::Input::Generation`]. Which votes a transaction needs stands in its gid.
     pub members: NodeSet,
     pub generation: GenerationNum,
     /// Grows at every start of this node, durably. Starts at 1.
@@ -55,9 +55,9 @@ impl Config {
         }
     }
 
-    /// The other members.
+    /// The other configured nodes.
     pub(crate) const fn peers(&self) -> NodeSet {
-        self.members.without(self.node)
+        self.configured.without(self.node)
     }
 
     /// How many configured nodes go before this one when several want to resolve.

@@ -150,7 +150,7 @@ impl Txn {
     }
 
     fn try_precommit(&mut self, turn: &mut Turn) {
-        let members = turn.site.config.peers();
+        let members = self.gid().participants();
         let free = self.record.promised <= Ballot::COORDINATOR && self.resolution.running.is_none();
         let Some(own) = &mut self.own else { return };
         if own.proposed || !free || own.backend != Backend::Waiting || !members.is_subset(own.yes) {
@@ -162,14 +162,7 @@ impl Txn {
         own.proposed = true;
         self.resend_at = turn.resend_at();
         let gid = self.gid();
-        self.broadcast(
-            turn,
-            &Message::Propose {
-                gid,
-                ballot: Ballot::COORDINATOR,
-                verdict: Verdict::Precommit,
-            },
-        );
+        self.resend_proposal(turn, gid.members);
         self.accept(turn, Ballot::COORDINATOR, Verdict::Precommit);
         turn.out.send(
             turn.site.node(),
@@ -240,10 +233,11 @@ impl Txn {
         let site = &turn.site;
         let Some(own) = &self.own else { return };
         let cut_off = if own.proposed {
-            !site.reachable().is_quorum_of(site.config.configured)
+            let acceptors = site.reachable().intersection(self.gid().members);
+            !acceptors.is_quorum_of(site.config.configured)
         } else {
-            let awaited = site.config.peers().difference(own.yes);
-            !awaited.is_subset(site.links)
+            let awaited = self.gid().participants().difference(own.yes);
+            !awaited.is_subset(site.links.intersection(site.config.members))
         };
         if self.is_undecided() && own.backend == Backend::Waiting && cut_off {
             self.resolve(turn);
@@ -328,16 +322,15 @@ impl Txn {
         }
     }
 
-    /// Proposes again to those of these nodes that have not precommitted.
+    /// Proposes to those of these nodes that are members and have not precommitted. Others keep nothing of it that way; members are a quorum.
     pub fn resend_proposal(&self, turn: &mut Turn, to: NodeSet) {
         let Some(own) = &self.own else { return };
         if !own.proposed || self.resolution.running.is_some() {
             return;
         }
-        let silent = turn
-            .site
-            .config
-            .configured
+        let silent = self
+            .gid()
+            .participants()
             .intersection(to)
             .difference(own.precommits);
         for peer in silent.iter() {

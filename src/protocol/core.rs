@@ -103,6 +103,8 @@ impl Core {
             Input::CoordinatorOutcome { gid, outcome } => {
                 self.entry(gid, now, out, |txn, turn| txn.on_log(turn, outcome));
             }
+            Input::Generation { generation } => self.on_generation(now, generation, out),
+            Input::Online => self.on_online(out),
             Input::MarkPassed { origin, lsn } => self.on_mark_passed(origin, lsn, out),
             Input::Tick => self.on_tick(now, out),
         }
@@ -200,9 +202,10 @@ impl Core {
         let Some(txn) = self.txns.get(&gid) else {
             return;
         };
-        let (true, Some(decision)) = (txn.is_forgettable(&self.site), txn.record.decision) else {
+        if !txn.is_forgettable(&self.site) {
             return;
-        };
+        }
+        let decision = txn.record.decision;
         let own = txn.own.is_some();
         if txn.recorded {
             out.push(Effect::Free { gid });
@@ -212,11 +215,13 @@ impl Core {
                 out.send(peer, Message::Forget { gid });
             }
         }
-        self.site.forgotten.insert(gid, decision);
+        if let Some(decision) = decision {
+            self.site.forgotten.insert(gid, decision);
+        }
         self.txns.remove(&gid);
     }
 
-    fn forget_all(&mut self, out: &mut Effects) {
+    pub(crate) fn forget_all(&mut self, out: &mut Effects) {
         let gids: Vec<Gid> = self
             .txns
             .values()
@@ -300,7 +305,7 @@ impl Core {
         let mut in_order: Vec<&mut Txn> = self.txns.values_mut().collect();
         in_order.sort_by_key(|txn| txn.announced.csn);
         for txn in in_order {
-            if txn.gid().coordinator == peer {
+            if txn.gid().coordinator == peer && turn.site.config.members.contains(peer) {
                 txn.trust_coordinator();
             }
             txn.resend(&mut turn, NodeSet::EMPTY.with(peer));
@@ -352,7 +357,9 @@ impl Core {
             Message::Vote { gid, .. } if gid.coordinator != config.node => {
                 Err("its vote is for another node")
             }
-            Message::Vote { .. } if !config.peers().contains(from) => Err("it has no vote"),
+            Message::Vote { gid, .. } if !gid.participants().contains(from) => {
+                Err("it has no vote")
+            }
             Message::Status { ballot, .. } | Message::Propose { ballot, .. }
                 if ballot.node == Some(from) =>
             {
@@ -401,7 +408,7 @@ impl Txn {
             }
             Message::Forget { .. } => self.on_forget(turn, from),
             Message::Query { .. } => self.tell(turn, from),
-            Message::AskHorizon | Message::Horizon { .. } => {}
+            Message::AskHorizon | Message::Horizon { .. } | Message::Membership(_) => {}
         }
     }
 

@@ -1,5 +1,6 @@
 //! What goes into the core and what comes out of it.
 
+use crate::membership::Generation;
 use crate::message::Message;
 use crate::record::Record;
 use crate::types::{Ballot, Csn, Decision, Gid, Lsn, NodeId, Refusal, Verdict, Vote};
@@ -43,6 +44,10 @@ pub enum Input {
     CoordinatorOutcome { gid: Gid, outcome: Option<Decision> },
     /// The mark stored for `origin`'s stream has reached `lsn`: no PREPARE that ends there or before comes again.
     MarkPassed { origin: NodeId, lsn: Lsn },
+    /// This generation is current, and nothing more is prepared under an older one. From the moment when this node has closed the older one.
+    Generation { generation: Generation },
+    /// This node is online in the current generation. What it has recovered counts as finished here.
+    Online,
     /// Time has passed. Needed a few times within the shortest interval of the [`crate::Config`].
     Tick,
 }

@@ -6,7 +6,7 @@ use std::hash::{Hash, Hasher};
 
 use serde::{Deserialize, Serialize};
 
-use crate::nodes::NodeId;
+use crate::nodes::{NodeId, NodeSet};
 use crate::types::{ClusterTag, GenerationNum};
 
 /// Name of a transaction in the whole cluster.
@@ -19,30 +19,42 @@ pub struct Gid {
     /// The coordinator's full 64-bit transaction id.
     pub xid: u64,
     pub generation: GenerationNum,
+    /// Members of that generation: the nodes whose yes it needs.
+    pub members: NodeSet,
     /// Start of the transaction, in microseconds since 2000-01-01, by the coordinator's clock.
     pub started_at: i64,
 }
 
 impl Gid {
-    /// The name as PostgreSQL stores it: `mtm-<tag>-<node>-<xid>-<generation>-<started_at>`.
+    /// The name as PostgreSQL stores it: `mtm-<tag>-<node>-<xid>-<generation>-<members>-<started_at>`, the members as hexadecimal bits.
     pub fn text(&self, tag: ClusterTag) -> String {
         format!(
-            "mtm-{tag}-{}-{}-{}-{}",
-            self.coordinator, self.xid, self.generation, self.started_at
+            "mtm-{tag}-{}-{}-{}-{:x}-{}",
+            self.coordinator,
+            self.xid,
+            self.generation,
+            self.members.bits(),
+            self.started_at
         )
     }
 
     /// Reads what [`Gid::text`] writes, and nothing else: exactly one text names a transaction.
     pub fn parse(text: &str) -> Option<(ClusterTag, Self)> {
-        let mut parts = text.strip_prefix("mtm-")?.splitn(5, '-');
+        let mut parts = text.strip_prefix("mtm-")?.splitn(6, '-');
         let tag = ClusterTag(u32::from_str_radix(parts.next()?, 16).ok()?);
         let gid = Self {
             coordinator: NodeId::new(parts.next()?.parse().ok()?)?,
             xid: parts.next()?.parse().ok()?,
             generation: GenerationNum(parts.next()?.parse().ok()?),
+            members: NodeSet::from_bits(u16::from_str_radix(parts.next()?, 16).ok()?),
             started_at: parts.next()?.parse().ok()?,
         };
         (gid.text(tag) == text).then_some((tag, gid))
+    }
+
+    /// Members other than the coordinator: those whose vote is asked for.
+    pub const fn participants(&self) -> NodeSet {
+        self.members.without(self.coordinator)
     }
 
     /// Place in the order of the conflict rule.

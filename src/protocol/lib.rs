@@ -27,6 +27,7 @@
 #![forbid(unsafe_code)]
 
 mod causal;
+mod change;
 mod config;
 mod coordinator;
 mod core;

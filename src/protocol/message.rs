@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::membership::MembershipMessage;
 use crate::types::{Ballot, Csn, Decision, Gid, Verdict, Vote};
 
 /// A message between the cores of two nodes. Any of them may be lost, doubled, late or overtaken.
@@ -49,6 +50,8 @@ pub enum Message {
     AskHorizon,
     /// You have finished every commit that I announced up to this number.
     Horizon { csn: Csn },
+    /// About members: for [`crate::membership::Membership`], not for the core.
+    Membership(MembershipMessage),
 }
 
 /// A verdict together with the ballot under which it was accepted.
@@ -72,7 +75,7 @@ impl Message {
             | Self::Finished { gid, .. }
             | Self::Forget { gid }
             | Self::Query { gid } => Some(*gid),
-            Self::AskHorizon | Self::Horizon { .. } => None,
+            Self::AskHorizon | Self::Horizon { .. } | Self::Membership(_) => None,
         }
     }
 }

@@ -30,11 +30,12 @@ impl Txn {
         self.record.decision = Some(decision);
         self.resolution.stop();
         turn.count(self.gid(), decision, source);
-        if decision == Decision::Commit && self.announced.csn.is_none() {
+        let voter = self.has_vote(turn.site.node());
+        if decision == Decision::Commit && self.announced.csn.is_none() && voter {
             self.number(turn, number);
         }
         if self.own.is_some() || self.announced.csn.is_some() || source == Source::Resolver {
-            self.announced.unacked = turn.site.config.peers();
+            self.announced.unacked = self.gid().members.without(turn.site.node());
             self.resend_at = turn.resend_at();
             self.announce(turn);
         }
@@ -57,6 +58,32 @@ impl Txn {
         };
         self.numbers.insert((node, csn));
         turn.raise_visible(node, csn);
+    }
+
+    /// The coordinator's number counts no more, since the coordinator has left the generation: gives a commit that it announced a number of this
+    /// node. Whoever depends on it names that one from now on.
+    pub fn adopt(&mut self, turn: &mut Turn) {
+        let coordinator = self.gid().coordinator;
+        let orphaned = self.own.is_none() && !turn.site.config.members.contains(coordinator);
+        let announced_by_coordinator =
+            self.record.decision == Some(Decision::Commit) && self.announced.csn.is_none();
+        if !orphaned || !announced_by_coordinator || !self.has_vote(turn.site.node()) {
+            return;
+        }
+        self.number(turn, None);
+        if self.is_done()
+            && let Some(csn) = self.announced.csn
+        {
+            let node = turn.site.node();
+            self.numbers.remove(&(node, csn));
+            turn.settle(node, csn);
+        }
+        self.announced.unacked = self.gid().members.without(turn.site.node());
+        self.resend_at = turn.resend_at();
+        self.announce(turn);
+        if self.recorded {
+            self.write(turn);
+        }
     }
 
     fn record_decision(&mut self, turn: &mut Turn) {
@@ -170,7 +197,9 @@ impl Txn {
             }
         }
         if asked {
-            let coordinators = csn.filter(|_| from == self.gid().coordinator);
+            // A number of a node outside of the generation would be waited for in vain by the next transactions.
+            let member = turn.site.config.members.contains(from);
+            let coordinators = csn.filter(|_| member && from == self.gid().coordinator);
             self.decide(turn, decision, Source::Told, coordinators);
         } else if self.is_done() {
             self.tellers.remove(from);
@@ -214,7 +243,8 @@ impl Txn {
 
     /// `Forget` from the coordinator. A number given to a commit must reach everybody all the same.
     pub fn on_forget(&mut self, turn: &mut Turn, from: NodeId) {
-        if from != self.gid().coordinator || self.is_undecided() {
+        let without_vote = !self.has_vote(turn.site.node());
+        if from != self.gid().coordinator || (self.is_undecided() && !without_vote) {
             return turn.reject(from, "it forgets what is not decided here");
         }
         self.all_finished = true;
@@ -225,7 +255,9 @@ impl Txn {
 
     /// Releases the client that waits for its peers. A peer that cannot be reached is not waited for: it serves nobody either.
     pub fn report_peers(&mut self, turn: &mut Turn) {
-        let awaited = self.announced.unacked.intersection(turn.site.links);
+        let site = &turn.site;
+        let serving = site.links.intersection(site.config.members);
+        let awaited = self.announced.unacked.intersection(serving);
         let gid = self.gid();
         let committed = self.record.decision == Some(Decision::Commit);
         if let Some(own) = &mut self.own

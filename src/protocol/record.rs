@@ -1,7 +1,7 @@
 //! The durable state of one transaction on one node.
 
 use crate::message::Accept;
-use crate::types::{Ballot, Csn, Decision, GenerationNum, Gid, Lsn, NodeId, Verdict};
+use crate::types::{Ballot, Csn, Decision, GenerationNum, Gid, Lsn, NodeId, NodeSet, Verdict};
 
 /// Size of an encoded [`Record`].
 pub const RECORD_BYTES: usize = 64;
@@ -34,7 +34,7 @@ pub enum InvalidRecord {
     Field(&'static str),
 }
 
-const LAYOUT_VERSION: u8 = 1;
+const LAYOUT_VERSION: u8 = 2;
 const CHECKSUM_AT: usize = RECORD_BYTES - 4;
 
 impl Record {
@@ -48,6 +48,7 @@ impl Record {
         writer.put([self.gid.coordinator.get()]);
         writer.put(self.gid.xid.to_le_bytes());
         writer.put(self.gid.generation.0.to_le_bytes());
+        writer.put(self.gid.members.bits().to_le_bytes());
         writer.put(self.gid.started_at.to_le_bytes());
         writer.put_ballot(self.promised);
         writer.put_ballot(
@@ -94,6 +95,7 @@ impl Record {
                     .ok_or(InvalidRecord::Field("coordinator"))?,
                 xid: u64::from_le_bytes(reader.take()),
                 generation: GenerationNum(u32::from_le_bytes(reader.take())),
+                members: NodeSet::from_bits(u16::from_le_bytes(reader.take())),
                 started_at: i64::from_le_bytes(reader.take()),
             },
             promised: reader.ballot()?,

@@ -208,7 +208,7 @@ impl Txn {
             return;
         }
         let all_heard = turn.site.reachable().is_subset(promised_by);
-        let verdict = match resolver.verdict(gid.coordinator, config.members) {
+        let verdict = match resolver.verdict(gid.coordinator, gid.members) {
             Choice::Forced(verdict) => verdict,
             Choice::Free if all_heard || overdue => Verdict::Preabort,
             Choice::Free => return,
@@ -298,12 +298,27 @@ impl Txn {
         let site = &turn.site;
         if self.is_undecided()
             && self.own.is_none()
+            && self.has_vote(site.node())
             && self.resolution.at.is_none()
             && !site.links.contains(self.gid().coordinator)
         {
             let pause =
                 site.config.resolve_after_ms + site.config.rank() * site.config.resolve_step_ms;
             self.resolution.at = Some(turn.now + pause);
+        }
+    }
+
+    /// Its coordinator is outside of the generation, and whoever is left decides: after what it takes the node before this one.
+    pub fn resolve_orphan(&mut self, turn: &mut Turn) {
+        let config = &turn.site.config;
+        let orphaned = self.own.is_none() && !config.members.contains(self.gid().coordinator);
+        if orphaned
+            && self.is_undecided()
+            && self.has_vote(config.node)
+            && self.resolution.running.is_none()
+        {
+            let at = turn.now + config.rank() * config.resolve_step_ms;
+            self.resolution.at = Some(self.resolution.at.map_or(at, |before| before.min(at)));
         }
     }
 

@@ -80,11 +80,13 @@ impl Core {
         msg: Message,
         out: &mut Effects,
     ) {
-        let member = self.site.config.members.contains(self.site.node());
+        let member = gid.members.contains(self.site.node());
         if gid.coordinator == self.site.node() {
             return self.on_unknown_own(now, from, gid, msg, out);
         }
         match msg {
+            // Without a vote it has nothing to finish and nothing to acknowledge.
+            Message::Decided { .. } if !member => {}
             // Every member has prepared what was committed; what is no longer prepared here is finished.
             Message::Decided {
                 decision: Decision::Commit,

@@ -84,6 +84,11 @@ impl Txn {
         self.record.gid
     }
 
+    /// Whether this node's yes is needed. Without a vote a node has no part in the transaction but its promises.
+    pub const fn has_vote(&self, node: NodeId) -> bool {
+        self.gid().members.contains(node)
+    }
+
     pub const fn is_undecided(&self) -> bool {
         self.record.decision.is_none()
     }
@@ -136,11 +141,13 @@ impl Txn {
     /// Every member has finished, so nobody will ask about it; and no PREPARE of it can come again, since the stored mark of the
     /// coordinator's stream is beyond it.
     pub fn is_forgettable(&self, site: &Site) -> bool {
+        if !self.has_vote(site.node()) {
+            return self.all_finished;
+        }
         if !self.is_done() || !self.announced.unacked.is_empty() {
             return false;
         }
         let passed = site.mark_covers(self.gid().coordinator, self.record.prepare_lsn);
-        let no_vote_here = !site.config.members.contains(site.node());
-        self.own.is_some() || (self.all_finished && (passed || no_vote_here))
+        self.own.is_some() || (self.all_finished && passed)
     }
 }

@@ -142,8 +142,8 @@ fn missing(txn: &Txn, config: &Config) -> NodeSet {
         return resolver.silent(config.configured);
     }
     match &txn.own {
-        Some(own) if own.proposed => config.configured.difference(own.precommits),
-        Some(own) => config.peers().difference(own.yes),
+        Some(own) if own.proposed => txn.gid().members.difference(own.precommits),
+        Some(own) => txn.gid().participants().difference(own.yes),
         None => NodeSet::EMPTY.with(txn.gid().coordinator),
     }
 }

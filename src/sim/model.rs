@@ -176,6 +176,7 @@ impl Scope {
         (1..=self.transactions)
             .filter_map(NodeId::new)
             .map(|coordinator| Gid {
+                members: self.configured(),
                 coordinator,
                 xid: u64::from(coordinator.get()),
                 generation: GenerationNum(1),

@@ -101,6 +101,7 @@ impl World {
             coordinator: node,
             xid: self.xids,
             generation: GenerationNum(1),
+            members: self.configured,
             started_at,
         };
         let Some(memory) = self.memory_mut(node) else {

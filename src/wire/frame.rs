@@ -4,6 +4,7 @@
 //! version and keeps those decoding.
 
 use bincode::config::{Configuration, Limit, LittleEndian, Varint};
+use protocol::membership::Presence;
 use protocol::{GenerationNum, Lsn, MAX_NODES, Message, NodeId, NodeSet};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -44,6 +45,27 @@ pub struct Heartbeat {
     pub received: Vec<(NodeId, Lsn)>,
     /// What later versions add: a tag and its bytes. Unknown tags are skipped.
     pub extras: Vec<(u16, Vec<u8>)>,
+}
+
+/// Tag of the [`Presence`] among a heartbeat's extras.
+const PRESENCE_TAG: u16 = 3;
+
+impl Heartbeat {
+    /// Adds what the membership says.
+    pub fn set_presence(&mut self, presence: &Presence) -> Result<(), FrameError> {
+        let bytes = bincode::serde::encode_to_vec(presence, HEARTBEAT)
+            .map_err(|error| FrameError::Encode(error.to_string()))?;
+        self.extras.retain(|(tag, _)| *tag != PRESENCE_TAG);
+        self.extras.push((PRESENCE_TAG, bytes));
+        Ok(())
+    }
+
+    /// What the sender's membership says, if it says something that can be read.
+    pub fn presence(&self) -> Option<Presence> {
+        let (_, bytes) = self.extras.iter().find(|(tag, _)| *tag == PRESENCE_TAG)?;
+        let (presence, length) = bincode::serde::decode_from_slice(bytes, HEARTBEAT).ok()?;
+        (length == bytes.len()).then_some(presence)
+    }
 }
 
 /// Content that cannot be right, or does not fit.

@@ -1,6 +1,6 @@
 //! What the output plugin has to know about this node.
 
-use protocol::{Csn, GenerationNum, NodeId};
+use protocol::{Csn, Generation, NodeId};
 use std::sync::OnceLock;
 
 /// Answers that live in shared memory, which the plugin itself knows nothing of. Each may be asked in any walsender, at
@@ -10,7 +10,7 @@ pub struct Environment {
     /// This node, once it belongs to a cluster.
     pub node: fn() -> Option<NodeId>,
     /// The generation a transaction prepared now belongs to.
-    pub generation: fn() -> GenerationNum,
+    pub generation: fn() -> Generation,
     /// Appends, per coordinator, the highest commit that may be visible here.
     pub visible: fn(&mut Vec<(NodeId, Csn)>),
     /// Whether the table (schema, name) was made local and is not replicated.

@@ -90,10 +90,12 @@ fn current_gid() -> Option<Gid> {
     };
     let shared = shared::shared();
     (xid != 0).then_some(())?;
+    let current = shared.current();
     Some(Gid {
         coordinator: shared.node_id()?,
         xid,
-        generation: shared.generation(),
+        generation: current.num,
+        members: current.members,
         started_at,
     })
 }

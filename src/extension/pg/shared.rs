@@ -8,7 +8,7 @@ use super::queue::{Queue, Ring};
 use super::raw;
 use pgrx::pg_sys;
 use protocol::membership::{Phase, Standing};
-use protocol::{Csn, Decision, GenerationNum, Gid, NodeId, NodeSet, Refusal};
+use protocol::{Csn, Decision, Generation, GenerationNum, Gid, NodeId, NodeSet, Refusal};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{
     AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, Ordering,
@@ -147,6 +147,7 @@ pub struct GidCell {
     version: AtomicU32,
     coordinator: AtomicU32,
     generation: AtomicU32,
+    members: AtomicU32,
     xid: AtomicU64,
     started_at: AtomicI64,
 }
@@ -154,17 +155,19 @@ pub struct GidCell {
 impl GidCell {
     pub fn set(&self, gid: Option<Gid>) {
         self.version.fetch_add(1, Ordering::AcqRel);
-        let (node, generation, xid, started_at) = match gid {
+        let (node, generation, members, xid, started_at) = match gid {
             Some(gid) => (
                 u32::from(gid.coordinator.get()),
                 gid.generation.0,
+                u32::from(gid.members.bits()),
                 gid.xid,
                 gid.started_at,
             ),
-            None => (0, 0, 0, 0),
+            None => (0, 0, 0, 0, 0),
         };
         self.coordinator.store(node, Ordering::Relaxed);
         self.generation.store(generation, Ordering::Relaxed);
+        self.members.store(members, Ordering::Relaxed);
         self.xid.store(xid, Ordering::Relaxed);
         self.started_at.store(started_at, Ordering::Relaxed);
         self.version.fetch_add(1, Ordering::Release);
@@ -176,6 +179,7 @@ impl GidCell {
         let gid = Gid {
             coordinator: NodeId::new(self.coordinator.load(Ordering::Relaxed) as u8)?,
             generation: GenerationNum(self.generation.load(Ordering::Relaxed)),
+            members: NodeSet::from_bits(self.members.load(Ordering::Relaxed) as u16),
             xid: self.xid.load(Ordering::Relaxed),
             started_at: self.started_at.load(Ordering::Relaxed),
         };
@@ -659,6 +663,17 @@ impl Shared {
     /// The node to recover from.
     pub fn recover_from(&self) -> Option<NodeId> {
         NodeId::new(self.recover_from.load(Ordering::Acquire) as u8)
+    }
+
+    /// The generation with its members. They are changed before the number, behind a closed barrier.
+    pub fn current(&self) -> Generation {
+        loop {
+            let num = self.generation();
+            let members = NodeSet::from_bits(self.members.load(Ordering::Acquire) as u16);
+            if num == self.generation() {
+                return Generation { num, members };
+            }
+        }
     }
 
     /// The configured nodes.

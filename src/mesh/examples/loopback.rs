@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mesh::{ClusterSecret, Mesh, MeshConfig, MeshEvent, MeshHandle, Peer};
-use protocol::{GenerationNum, Gid, Message, NodeId, Vote};
+use protocol::{GenerationNum, Gid, Message, NodeId, NodeSet, Vote};
 use tokio::sync::mpsc::Receiver;
 
 const ROUNDS: usize = 20_000;
@@ -63,6 +63,7 @@ fn vote(xid: u64) -> Message {
         coordinator: node(1),
         xid,
         generation: GenerationNum(1),
+        members: NodeSet::from_bits(0b11),
         started_at: 817_000_000_000_000,
     };
     Message::Vote {

@@ -278,6 +278,7 @@ fn long_message() -> Message {
         coordinator: node(1),
         xid: 1,
         generation: GenerationNum(1),
+        members: NodeSet::from_bits(0b11),
         started_at: 0,
     };
     let vote = Vote::No(Refusal::new(*b"40001", text.clone(), text));

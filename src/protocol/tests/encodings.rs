@@ -14,8 +14,9 @@ fn any_node() -> impl Strategy<Value = NodeId> {
 }
 
 prop_compose! {
-    fn any_gid()(coordinator in any_node(), xid: u64, generation: u32, started_at: i64) -> Gid {
-        Gid { coordinator, xid, generation: GenerationNum(generation), started_at }
+    fn any_gid()(coordinator in any_node(), xid: u64, generation: u32, members: u16, started_at: i64) -> Gid {
+        let (generation, members) = (GenerationNum(generation), NodeSet::from_bits(members));
+        Gid { coordinator, xid, generation, members, started_at }
     }
 }
 
@@ -41,8 +42,14 @@ prop_compose! {
 }
 
 /// Equality of gids looks at their identity only; an encoding has to keep all of them.
-fn all_of(gid: Gid) -> (NodeId, u64, GenerationNum, i64) {
-    (gid.coordinator, gid.xid, gid.generation, gid.started_at)
+fn all_of(gid: Gid) -> (NodeId, u64, GenerationNum, NodeSet, i64) {
+    (
+        gid.coordinator,
+        gid.xid,
+        gid.generation,
+        gid.members,
+        gid.started_at,
+    )
 }
 
 proptest! {
@@ -70,7 +77,7 @@ proptest! {
     }
 
     #[test]
-    fn other_texts_are_no_gids(text in "mtm-[0-9a-fA-F+]{0,9}-[0-9+]{0,3}-[0-9]{0,3}-[0-9]{0,3}-[0-9-]{0,3}") {
+    fn other_texts_are_no_gids(text in "mtm-[0-9a-fA-F+]{0,9}-[0-9+]{0,3}-[0-9]{0,3}-[0-9]{0,3}-[0-9a-f]{0,3}-[0-9-]{0,3}") {
         if let Some((tag, gid)) = Gid::parse(&text) {
             prop_assert_eq!(gid.text(tag), text);
         }
@@ -124,7 +131,7 @@ fn the_layout_of_a_record_is_fixed() {
     );
 }
 
-const GOLDEN_RECORD: &str = "01020201000000000000010000000201000000000000030000000101000000000101010a000000000000000b0000000000000000000000000000000085167953";
+const GOLDEN_RECORD: &str = "020202010000000000000100000007000201000000000000030000000101000000000101010a000000000000000b0000000000000000000000000000695914c0";
 
 #[test]
 fn zeroes_are_no_record() {

@@ -1,6 +1,6 @@
 //! Reading and writing the primitives of the stream.
 
-use protocol::{GenerationNum, Gid, Lsn, NodeId};
+use protocol::{GenerationNum, Gid, Lsn, NodeId, NodeSet};
 use std::fmt;
 
 /// A message that no output plugin of this version can have written.
@@ -129,6 +129,7 @@ impl<'a> Reader<'a> {
             coordinator: self.node()?,
             xid: self.u64()?,
             generation: GenerationNum(self.u32()?),
+            members: NodeSet::from_bits(self.u16()?),
             started_at: self.u64()?.cast_signed(),
         })
     }
@@ -158,6 +159,7 @@ impl Put for Vec<u8> {
         self.push(gid.coordinator.get());
         self.put(&gid.xid.to_le_bytes());
         self.put(&gid.generation.0.to_le_bytes());
+        self.put(&gid.members.bits().to_le_bytes());
         self.put(&gid.started_at.to_le_bytes());
     }
 }

@@ -3,7 +3,7 @@
 use super::*;
 use proptest::collection::vec;
 use proptest::prelude::*;
-use protocol::{Csn, GenerationNum, Gid, Lsn, NodeId};
+use protocol::{Csn, GenerationNum, Gid, Lsn, NodeId, NodeSet};
 
 #[derive(Debug, Clone)]
 enum OwnedField {
@@ -37,14 +37,20 @@ fn any_row() -> impl Strategy<Value = Vec<OwnedField>> {
 }
 
 fn any_gid() -> impl Strategy<Value = Gid> {
-    (1u8..=16, any::<u64>(), any::<u32>(), any::<i64>()).prop_map(
-        |(node, xid, generation, started_at)| Gid {
+    (
+        1u8..=16,
+        any::<u64>(),
+        any::<u32>(),
+        any::<u16>(),
+        any::<i64>(),
+    )
+        .prop_map(|(node, xid, generation, members, started_at)| Gid {
             coordinator: NodeId::new(node).unwrap(),
             xid,
             generation: GenerationNum(generation),
+            members: NodeSet::from_bits(members),
             started_at,
-        },
-    )
+        })
 }
 
 fn fill(row: &[OwnedField]) -> impl FnMut(&mut RowWriter<'_>) {
@@ -101,6 +107,7 @@ fn sample() -> MessageWriter {
         coordinator: NodeId::new(2).unwrap(),
         xid: 0x1_0000_0007,
         generation: GenerationNum(3),
+        members: NodeSet::from_bits(0b111),
         started_at: -5,
     };
     let mut deps = Vec::new();

@@ -6,6 +6,7 @@
 use std::fmt::Write;
 use std::path::PathBuf;
 
+use protocol::membership::{Elected, Generation, MembershipMessage, Presence};
 use protocol::{
     Accept, Ballot, Csn, Decision, GenerationNum, Gid, Lsn, Message, NodeId, NodeSet, Refusal,
     Verdict, Vote,
@@ -22,6 +23,7 @@ fn messages() -> Vec<(&'static str, Message)> {
         coordinator: node(3),
         xid: 4_294_967_999,
         generation: GenerationNum(2),
+        members: NodeSet::from_bits(0b111),
         started_at: 817_000_000_123_456,
     };
     let ballot = Ballot::COORDINATOR.above(node(1));
@@ -103,7 +105,43 @@ fn messages() -> Vec<(&'static str, Message)> {
         ("query", Message::Query { gid }),
         ("ask_horizon", Message::AskHorizon),
         ("horizon", Message::Horizon { csn: Csn(300) }),
+        (
+            "request_vote",
+            Message::Membership(MembershipMessage::RequestVote {
+                generation: elected(8).generation,
+                current: elected(7),
+            }),
+        ),
+        (
+            "granted",
+            Message::Membership(MembershipMessage::Granted {
+                generation: elected(8).generation,
+                online_in: GenerationNum(6),
+            }),
+        ),
+        (
+            "denied",
+            Message::Membership(MembershipMessage::Denied {
+                num: GenerationNum(8),
+                last_vote: GenerationNum(300),
+                current: elected(7),
+            }),
+        ),
+        (
+            "elected",
+            Message::Membership(MembershipMessage::Elected(elected(8))),
+        ),
     ]
+}
+
+fn elected(num: u32) -> Elected {
+    Elected {
+        generation: Generation {
+            num: GenerationNum(num),
+            members: NodeSet::from_bits(0b1_0011),
+        },
+        donors: NodeSet::from_bits(0b11),
+    }
 }
 
 fn heartbeat() -> Heartbeat {
@@ -194,6 +232,29 @@ fn heartbeat_of_version_1() {
     let golden = golden("v1/heartbeat", &written);
     let decoded = decode(1, &golden, &mut Vec::new());
     assert_eq!(decoded, Ok(Content::Heartbeat(heartbeat())));
+    assert_eq!(hex(&written), hex(&golden));
+}
+
+#[test]
+fn presence_of_version_1() {
+    let presence = Presence {
+        current: elected(8),
+        online_in: GenerationNum(7),
+        sees: NodeSet::from_bits(0b111),
+        willing: true,
+        leaving: false,
+    };
+    let mut said = heartbeat();
+    said.set_presence(&Presence::default()).unwrap();
+    said.set_presence(&presence).unwrap();
+    let mut written = Vec::new();
+    encode_heartbeat(&said, &mut written).unwrap();
+    let golden = golden("v1/presence", &written);
+    let Ok(Content::Heartbeat(decoded)) = decode(1, &golden, &mut Vec::new()) else {
+        panic!("the golden heartbeat does not decode");
+    };
+    assert_eq!(decoded.presence(), Some(presence));
+    assert_eq!(heartbeat().presence(), None);
     assert_eq!(hex(&written), hex(&golden));
 }
 

@@ -18,14 +18,20 @@ fn nodes() -> impl Strategy<Value = NodeId> {
 }
 
 fn gids() -> impl Strategy<Value = Gid> {
-    (nodes(), any::<u64>(), any::<u32>(), any::<i64>()).prop_map(
-        |(coordinator, xid, generation, started_at)| Gid {
+    (
+        nodes(),
+        any::<u64>(),
+        any::<u32>(),
+        any::<u16>(),
+        any::<i64>(),
+    )
+        .prop_map(|(coordinator, xid, generation, members, started_at)| Gid {
             coordinator,
             xid,
             generation: GenerationNum(generation),
+            members: NodeSet::from_bits(members),
             started_at,
-        },
-    )
+        })
 }
 
 fn ballots() -> impl Strategy<Value = Ballot> {
@@ -173,6 +179,7 @@ fn longest_vote() -> Message {
             coordinator: NodeId::new(16).unwrap(),
             xid: u64::MAX,
             generation: GenerationNum(u32::MAX),
+            members: NodeSet::from_bits(u16::MAX),
             started_at: i64::MIN,
         },
         vote: Vote::No(Refusal::new(*b"40001", text.as_str(), text.as_str())),

@@ -94,10 +94,12 @@ impl Decoder {
         let Some(node) = (self.environment.node)() else {
             pgrx::error!("this node does not belong to a multimaster cluster");
         };
+        let current = (self.environment.generation)();
         Gid {
             coordinator: node,
             xid: full_xid(transaction.xid),
-            generation: (self.environment.generation)(),
+            generation: current.num,
+            members: current.members,
             // SAFETY: both members of the union are timestamps.
             started_at: unsafe { transaction.xact_time.prepare_time },
         }

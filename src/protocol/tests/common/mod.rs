@@ -15,6 +15,7 @@ pub fn gid(coordinator: u8, xid: u64) -> Gid {
         coordinator: n(coordinator),
         xid,
         generation: GenerationNum(1),
+        members: (1..=3).map(n).collect(),
         started_at: xid as i64,
     }
 }
@@ -143,6 +144,7 @@ fn saying(msg: &Message) -> String {
         Message::Query { .. } => "how did it end".into(),
         Message::AskHorizon => "ask horizon".into(),
         Message::Horizon { csn } => format!("horizon {csn}"),
+        Message::Membership(msg) => format!("{msg:?}"),
     }
 }
 
