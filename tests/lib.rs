@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use libtest_mimic::{Arguments, Failed, Trial};
-use xtask::cluster::{Cluster, stop_servers_on_signal};
+use xtask::cluster::{Cluster, patience, stop_servers_on_signal};
 use xtask::installation::{Installation, Source};
 use xtask::server::kill_all;
 use xtask::suite::Size;
@@ -188,7 +188,9 @@ impl Stage {
             None => self.fresh_rig()?,
         };
         let (theirs, name, run) = (Arc::clone(&rig), display_name(case.name), case.run);
-        match attend(SHARED_CASE_LIMIT, move || perform_on(&theirs, name, run)) {
+        match attend(SHARED_CASE_LIMIT * patience(), move || {
+            perform_on(&theirs, name, run)
+        }) {
             Ok(()) => {
                 *slot = Some(rig);
                 Ok(())
@@ -202,14 +204,17 @@ impl Stage {
 
     fn fresh_rig(&self) -> Result<Arc<Rig>> {
         let (installation, nodes) = (self.installation.clone(), self.nodes);
-        attend(START_LIMIT, move || Rig::start(&installation, nodes)).map(Arc::new)
+        attend(START_LIMIT * patience(), move || {
+            Rig::start(&installation, nodes)
+        })
+        .map(Arc::new)
     }
 }
 
 fn perform_on(rig: &Rig, name: &str, run: fn(&Rig) -> Result<()>) -> Result<()> {
     rig.begin_case(name)?;
     run(rig)?;
-    checks::whole(&rig.cluster, WHOLE_LIMIT)?;
+    checks::whole(&rig.cluster, WHOLE_LIMIT * patience())?;
     rig.end_case().context("cannot clean up after the case")
 }
 

@@ -33,7 +33,7 @@ pub fn prepare() -> Result<Source> {
         pg_config: prefix.join("bin/pg_config"),
         name: format!("pg{MAJOR}-assert"),
     };
-    if source.pg_config.exists() {
+    if source.pg_config.exists() && has_contrib(&source)? {
         screen::good(format!(
             "{} with assertions is there",
             source.ask("--version")?
@@ -48,6 +48,14 @@ pub fn prepare() -> Result<Source> {
         || build(&tree, &prefix),
     )?;
     Ok(source)
+}
+
+/// Whether the contributed modules are installed: an earlier version of this program may have built fewer of them.
+fn has_contrib(source: &Source) -> Result<bool> {
+    let libraries = PathBuf::from(source.ask("--pkglibdir")?);
+    Ok(CONTRIB
+        .iter()
+        .all(|module| libraries.join(format!("{module}.so")).exists()))
 }
 
 /// Downloads the newest source that an archive really has; returns its directory and version.

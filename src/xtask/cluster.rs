@@ -16,6 +16,9 @@ use crate::server::{Server, Spec, end_abandoned, kill_all, settings};
 /// Room that the data of one server may take.
 const BYTES_PER_SERVER: u64 = 1536 * 1024 * 1024;
 
+/// Adds settings to every server of a cluster; see `docs/development.md`.
+const SETTINGS_VARIABLE: &str = "MULTIMASTER_TEST_SETTINGS";
+
 /// Logs of failed runs are removed after this.
 const LOGS_KEPT: Duration = Duration::from_secs(24 * 3600);
 
@@ -109,7 +112,7 @@ impl Cluster {
     /// What `CREATE EXTENSION` or `mtm.init_cluster` says.
     pub fn init_cluster(&self) -> Result<()> {
         let mut first = self.connect(0)?;
-        let limit = INIT_LIMIT.as_millis();
+        let limit = (INIT_LIMIT * patience()).as_millis();
         first.batch_execute(&format!(
             "SET statement_timeout = {limit}; CREATE EXTENSION multimaster"
         ))?;
@@ -262,10 +265,10 @@ pub fn specs(count: usize) -> Vec<Spec> {
         .collect()
 }
 
-/// What a member of a cluster of `nodes` must set.
+/// What a member of a cluster of `nodes` must set, and what the environment adds.
 pub fn member_settings(nodes: usize) -> Vec<(String, String)> {
     let peers = nodes.saturating_sub(1).max(1);
-    settings(&[
+    let mut all = settings(&[
         ("shared_preload_libraries", "multimaster"),
         ("wal_level", "logical"),
         ("max_connections", "150"),
@@ -279,7 +282,23 @@ pub fn member_settings(nodes: usize) -> Vec<(String, String)> {
         ("max_worker_processes", "64"),
         ("wal_sender_timeout", "10s"),
         ("max_wal_size", "2GB"),
-    ])
+    ]);
+    all.extend(extra_settings());
+    all
+}
+
+/// By how much limits of time are to be multiplied: added settings may make a server slow.
+pub fn patience() -> u32 {
+    if extra_settings().is_empty() { 1 } else { 20 }
+}
+
+/// Settings of whoever runs the tests, as `NAME=VALUE` with `;` between them.
+fn extra_settings() -> Vec<(String, String)> {
+    let text = std::env::var(SETTINGS_VARIABLE).unwrap_or_default();
+    text.split(';')
+        .filter_map(|pair| pair.split_once('='))
+        .map(|(name, value)| (name.trim().to_owned(), value.trim().to_owned()))
+        .collect()
 }
 
 /// Stops all servers and exits when somebody presses Ctrl-C or ends us politely.

@@ -14,11 +14,44 @@ use crate::{command, host};
 /// The cargo profile of everything that tests and demonstrations run.
 pub const PROFILE: &str = "fast";
 
-/// Builds the extension for `source` and returns an installation that has it.
+/// How the extension is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Build {
+    /// Quick to build; a test can let it die at any failpoint.
+    Test,
+    /// As users get it.
+    Release,
+}
+
+impl Build {
+    fn profile(self) -> &'static str {
+        match self {
+            Build::Test => PROFILE,
+            Build::Release => "release",
+        }
+    }
+
+    fn features(self) -> String {
+        match self {
+            Build::Test => format!("pg{MAJOR},failpoints"),
+            Build::Release => format!("pg{MAJOR}"),
+        }
+    }
+}
+
+/// Builds the extension for `source`, for tests and demonstrations, and returns an installation that has it.
 ///
 /// # Errors
 /// When the compiler or a copy fails.
 pub fn build(source: &Source) -> Result<Installation> {
+    build_as(source, Build::Test)
+}
+
+/// Builds the extension for `source` and returns an installation that has it.
+///
+/// # Errors
+/// When the compiler or a copy fails.
+pub fn build_as(source: &Source, how: Build) -> Result<Installation> {
     let installation = Installation::prepare(source)?;
     let target = target_dir(source)?;
     let mut cargo = cargo();
@@ -29,14 +62,14 @@ pub fn build(source: &Source) -> Result<Installation> {
             "--package",
             "multimaster",
             "--profile",
-            PROFILE,
+            how.profile(),
         ])
-        .args(["--features", &format!("pg{MAJOR},failpoints")])
+        .args(["--features", &how.features()])
         .arg("--target-dir")
         .arg(&target)
         .env("PGRX_PG_CONFIG_PATH", &source.pg_config);
     command::show(&mut cargo)?;
-    installation.install_extension(&target.join(PROFILE).join("libmultimaster.so"))?;
+    installation.install_extension(&target.join(how.profile()).join("libmultimaster.so"))?;
     Ok(installation)
 }
 

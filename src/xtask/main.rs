@@ -66,6 +66,12 @@ enum Task {
         /// Scale factor of pgbench
         #[arg(long, default_value_t = 20)]
         scale: u32,
+        /// One short repetition on little data, to see that everything works
+        #[arg(long)]
+        quick: bool,
+        /// Only workloads with NAME in their name; nothing is written into docs/
+        #[arg(long, value_name = "NAME")]
+        only: Option<String>,
     },
 }
 
@@ -86,11 +92,18 @@ fn main() -> ExitCode {
             seconds,
             repetitions,
             scale,
-        } => bench::run(bench::Options {
-            seconds,
-            repetitions,
-            scale,
-        }),
+            quick,
+            only,
+        } => {
+            let options = bench::Options {
+                seconds,
+                repetitions,
+                scale,
+                document: only.is_none(),
+                only,
+            };
+            bench::run(&if quick { options.quick() } else { options })
+        }
     };
     exit_code(result)
 }

@@ -24,6 +24,8 @@ pub fn cases() -> Vec<SharedCase> {
         statement_timeout_spares_deferred_triggers,
         error_in_a_deferred_trigger_undoes_the_whole_block,
         users_prepared_transaction_commits,
+        users_commit_is_visible_everywhere_at_once,
+        users_commit_waits_for_nobody_when_told_so,
         users_prepared_transaction_rolls_back,
         unlogged_table_rows_stay_local,
     ];
@@ -290,6 +292,37 @@ fn users_prepared_transaction_commits(rig: &Rig) -> Result<()> {
     rig.expect("SELECT count(*) FROM t", "0")?;
     rig.session(1)?.run(&format!("COMMIT PREPARED '{gid}'"))?;
     rig.expect("SELECT count(*) FROM t", "1")
+}
+
+/// Many times, and on every node in turn: one that did not wait would be found out.
+fn users_commit_is_visible_everywhere_at_once(rig: &Rig) -> Result<()> {
+    table(rig)?;
+    let gid = rig.schema();
+    for round in 1..=30 {
+        rig.session(round % 3 + 1)?.run(&format!(
+            "BEGIN; INSERT INTO t VALUES ({round}, 'a'); PREPARE TRANSACTION '{gid}'"
+        ))?;
+        rig.session(round % 2 + 1)?
+            .run(&format!("COMMIT PREPARED '{gid}'"))?;
+        rig.expect("SELECT count(*) FROM t", &round.to_string())?;
+    }
+    Ok(())
+}
+
+fn users_commit_waits_for_nobody_when_told_so(rig: &Rig) -> Result<()> {
+    table(rig)?;
+    let gid = rig.schema();
+    let mut session = rig.session(1)?;
+    session.run("SET multimaster.wait_peer_commits = off")?;
+    session.run(&format!(
+        "BEGIN; INSERT INTO t VALUES (1, 'a'); PREPARE TRANSACTION '{gid}'"
+    ))?;
+    session.run(&format!("COMMIT PREPARED '{gid}'"))?;
+    ensure!(
+        session.text("SELECT count(*) FROM t")? == "1",
+        "the row is there"
+    );
+    Ok(())
 }
 
 fn users_prepared_transaction_rolls_back(rig: &Rig) -> Result<()> {

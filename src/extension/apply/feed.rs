@@ -34,6 +34,10 @@ impl Feed {
             if let Some(feed) = Feed::try_claim() {
                 return feed;
             }
+            shared().worker_awaited.store(true, Ordering::SeqCst);
+            if let Some(feed) = Feed::try_claim() {
+                return feed;
+            }
             shared().workers_wanted.store(1, Ordering::Release);
             shared().arbiter.wake();
             process::wait_latch(Duration::from_millis(5), Wait::Worker);
@@ -53,7 +57,7 @@ impl Feed {
                 .compare_exchange(
                     worker::IDLE,
                     worker::BUSY,
-                    Ordering::AcqRel,
+                    Ordering::SeqCst,
                     Ordering::Acquire,
                 )
                 .is_ok();
@@ -62,33 +66,46 @@ impl Feed {
                 slot.feeder.set_self();
                 let job = slot.jobs_given.fetch_add(1, Ordering::AcqRel) + 1;
                 FEEDING.set(Some((index, job)));
-                shared().monitor.wake();
+                if shared().monitor_idle.swap(false, Ordering::SeqCst) {
+                    shared().monitor.wake();
+                }
                 return Some(Feed { index, job, slot });
             }
         }
         None
     }
 
-    /// Sends bytes, waiting for room. False when the worker is gone.
-    pub fn write(&self, mut bytes: &[u8], mut idle: impl FnMut()) -> bool {
+    /// Sends bytes, waiting for room; the worker is woken when all are there, or when the ring is full. False when the worker is gone.
+    pub fn write(&self, parts: &[&[u8]], mut idle: impl FnMut()) -> bool {
+        for part in parts {
+            if !self.write_part(part, &mut idle) {
+                return false;
+            }
+        }
+        self.slot.process.wake();
+        true
+    }
+
+    fn write_part(&self, mut bytes: &[u8], mut idle: impl FnMut()) -> bool {
         let ring = shared::ring(self.index);
-        while !bytes.is_empty() {
+        loop {
             if self.slot.jobs_done.load(Ordering::Acquire) >= self.job {
                 return false;
             }
-            let written = ring.write(bytes);
-            bytes = &bytes[written..];
-            if written > 0 {
-                self.slot.process.wake();
-            }
+            bytes = &bytes[ring.write(bytes)..];
             if bytes.is_empty() {
-                break;
+                return true;
             }
-            process::wait_latch(LOOK_AROUND, Wait::Ring);
-            process::check_interrupts();
-            idle();
+            self.slot.feeder_waits.store(true, Ordering::SeqCst);
+            // Room that was made before the worker could see this would not be told of.
+            bytes = &bytes[ring.write(bytes)..];
+            self.slot.process.wake();
+            if !bytes.is_empty() {
+                process::wait_latch(LOOK_AROUND, Wait::Ring);
+                process::check_interrupts();
+                idle();
+            }
         }
-        true
     }
 
     /// Everything has been written, or need not be.

@@ -40,15 +40,21 @@ fn finish(order: &FinishOrder, records: &DurableTable) {
     let name = order.gid.text(shared().cluster_tag());
     let commit = shared::is_commit(order.decision);
     hit(Failpoint::FinishBeforeRecord);
-    if let Some((tuple, body)) = &order.record
-        && let Ok(body) = body.as_slice().try_into()
-    {
-        // Rides on the flush of the finish (architecture.md, "Exactly once").
-        process::in_transaction(|| records.write(&mut [(*tuple, body)]));
-    }
-    hit(Failpoint::FinishAfterRecord);
+    let record = order
+        .record
+        .as_ref()
+        .and_then(|(tuple, body)| Some((*tuple, body.as_slice().try_into().ok()?)));
+    // Taken by the first attempt: it stays written even if that one fails.
+    let mut unwritten = record;
     loop {
-        match twophase::finish(&name, commit) {
+        let write_record = || {
+            if let Some(record) = unwritten.take() {
+                // Rides on the flush of the finish (architecture.md, "Exactly once").
+                records.write(&mut [record]);
+            }
+            hit(Failpoint::FinishAfterRecord);
+        };
+        match twophase::finish_after(&name, commit, write_record) {
             Finished::Done | Finished::Unknown => break,
             Finished::Busy | Finished::Failed => {
                 process::wait_latch(BUSY_PAUSE, Wait::Work);
@@ -77,6 +83,7 @@ pub fn main() {
     let records = process::in_transaction(|| DurableTable::open(c"records", 0));
     loop {
         finish_all(&records);
+        process::report_statistics();
         process::check_interrupts();
         if shared().finishes.is_empty() {
             process::wait_latch(Duration::from_secs(1), Wait::Work);

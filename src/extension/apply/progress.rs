@@ -18,6 +18,8 @@ pub struct Progress {
     /// End of the last thing in the stream that needs nobody.
     passed: Lsn,
     mark: Lsn,
+    /// A transaction was handed on since the mark was last stored.
+    handed: bool,
 }
 
 impl Progress {
@@ -26,6 +28,7 @@ impl Progress {
             under_way: VecDeque::new(),
             passed: mark,
             mark,
+            handed: false,
         }
     }
 
@@ -33,6 +36,17 @@ impl Progress {
     pub fn hand(&mut self, end: Lsn, worker: usize, job: u64) {
         self.under_way.push_back(Handed { end, worker, job });
         self.passed = end;
+        self.handed = true;
+    }
+
+    /// The mark has been stored.
+    pub fn stored(&mut self) {
+        self.handed = !self.under_way.is_empty();
+    }
+
+    /// Whether a transaction of the stream waits for its mark to be stored.
+    pub fn has_done_work(&self) -> bool {
+        self.handed
     }
 
     /// The stream has been read up to here, and what lies between the last transaction and here needs no work.

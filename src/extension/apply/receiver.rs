@@ -6,7 +6,7 @@ use crate::arbiter::event::{LocalEvent, submit};
 use crate::arbiter::{MARK_ROWS, body_of, number_in};
 use crate::cluster::{Identity, slot_name};
 use crate::failpoint::{Failpoint, hit};
-use crate::pg::process::{self, Wait};
+use crate::pg::process::{self, SocketWait, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::remote::Connection;
 use crate::pg::shared::{self, NodeShared, shared};
@@ -27,8 +27,17 @@ const POSITION_PATIENCE: Duration = Duration::from_secs(5);
 const STATUS_INTERVAL: Duration = Duration::from_millis(200);
 /// The same while the peer asks for an answer.
 const STATUS_INTERVAL_ASKED: Duration = Duration::from_millis(10);
-/// How often the peer hears from us although nothing moves; well below any sensible wal_sender_timeout.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+/// The same while no transaction has come, only WAL that concerns nobody here: storing a mark makes WAL too, and the peers would keep each other
+/// awake.
+const STATUS_INTERVAL_IDLE: Duration = Duration::from_secs(5);
+/// How often the peer is asked how far its WAL goes, when nothing else has come; well below any sensible wal_sender_timeout.
+const ASK_INTERVAL: Duration = Duration::from_secs(1);
+/// So far ahead of what has been seen the peer hears that its WAL was received.
+///
+/// A walsender that goes to sleep tells the receiver where it stands, each time, unless the receiver has that already. With every transaction of the
+/// cluster that would cost each stream three messages that nobody needs. What is said about flushed and applied WAL, on which the slot
+/// and the peer's shutdown depend, is always the truth.
+const UNSAID_BYTES: u64 = 16 * 1024 * 1024;
 /// Header of a data message of the replication protocol: kind, start, end, time.
 const DATA_HEADER_BYTES: usize = 25;
 
@@ -60,6 +69,10 @@ struct Receiver {
     told_at: Instant,
     seen: Lsn,
     reply_wanted: bool,
+    /// A user waits at the peer for what has just been done here.
+    confirm_now: bool,
+    /// The peer tells of each step, because it was asked, and can stop now.
+    told_too_much: bool,
 }
 
 /// Body of the background worker `multimaster receiver <peer>`.
@@ -169,17 +182,23 @@ impl Receiver {
             told_at: Instant::now(),
             seen: stored,
             reply_wanted: true,
+            confirm_now: false,
+            told_too_much: false,
         }
     }
 
     fn run(&mut self, stream: &mut Stream) {
+        let mut waiting = None::<SocketWait>;
         loop {
             process::check_interrupts();
             match stream.receive() {
                 Received::Message(message) => self.on_message(message),
                 Received::Nothing { socket } => {
                     self.tell(stream);
-                    process::wait_latch_or_socket(socket, STATUS_INTERVAL, Wait::Stream);
+                    let wait = waiting.take().filter(|wait| wait.socket() == socket);
+                    waiting
+                        .insert(wait.unwrap_or_else(|| SocketWait::new(socket)))
+                        .wait(STATUS_INTERVAL, Wait::Stream);
                 }
                 Received::End => {
                     pgrx::log!(
@@ -189,7 +208,7 @@ impl Receiver {
                     return;
                 }
             }
-            if self.told_at.elapsed() >= STATUS_INTERVAL {
+            if self.confirm_now || self.told_at.elapsed() >= STATUS_INTERVAL {
                 self.tell(stream);
             }
         }
@@ -209,6 +228,7 @@ impl Receiver {
                     self.progress.pass(end);
                 }
                 self.reply_wanted |= message[17] != 0;
+                self.told_too_much = true;
             }
             _ => pgrx::error!(
                 "multimaster receiver of node {}: unknown replication message",
@@ -263,7 +283,7 @@ impl Receiver {
     fn pass_on(&self, feed: &Feed, bytes: &[u8]) {
         let length = (bytes.len() as u32).to_le_bytes();
         // A worker that is gone has voted no: the rest of the transaction is not wanted.
-        let _ = feed.write(&length, || ()) && feed.write(bytes, || ());
+        let _ = feed.write(&[&length, bytes], || ());
     }
 
     fn end(&mut self, at: Lsn) {
@@ -298,7 +318,10 @@ impl Receiver {
                     self.on_outcome(end.gid, end.name.as_bytes(), Decision::Abort, end.end_lsn)
                 }
                 Ok(StreamFrame::FinishUser(finish)) => {
-                    self.finish_user(finish.name.as_bytes(), finish.commit, finish.lsn)
+                    // The message begins there: only a mark beyond it says that this was done.
+                    let beyond = Lsn(finish.lsn.0 + 1);
+                    self.finish_user(finish.name.as_bytes(), finish.commit, beyond);
+                    self.confirm_now = true;
                 }
                 Ok(_) => pgrx::error!(
                     "multimaster receiver of node {}: a change outside of a transaction",
@@ -368,33 +391,55 @@ impl Receiver {
     fn tell(&mut self, stream: &mut Stream) {
         let mark = self.advance();
         let quiet = self.told_at.elapsed();
-        // A walsender that stops with its server asks again and again until everything it sent is confirmed.
-        let pause = if self.reply_wanted {
-            STATUS_INTERVAL_ASKED
-        } else {
-            STATUS_INTERVAL
-        };
-        if mark > self.stored && self.stored_at.elapsed() >= pause {
-            let row = (u32::from(self.peer.get()), body_of(mark.0));
-            hit(Failpoint::MarkBeforeStore);
-            let end = process::in_transaction(|| self.marks.write(&mut [row]));
-            hit(Failpoint::MarkBeforeFlush);
-            records::flush(end);
-            hit(Failpoint::MarkBeforeConfirm);
-            self.stored = mark;
-            self.stored_at = Instant::now();
-            self.node.mark.store(mark.0, Ordering::Release);
-            submit(&LocalEvent::MarkStored {
-                node: self.peer,
-                lsn: mark,
-            });
-        } else if !self.reply_wanted && quiet < KEEPALIVE_INTERVAL {
+        let now = std::mem::take(&mut self.confirm_now);
+        if mark > self.stored && (now || self.stored_at.elapsed() >= self.store_pause()) {
+            self.store(mark);
+        } else if !self.reply_wanted
+            && quiet < ASK_INTERVAL
+            && (!self.told_too_much || quiet < STATUS_INTERVAL_ASKED)
+        {
             return;
         }
-        stream.send(&status_message(self.seen, self.stored));
+        // A peer that asks, or is asked, hears the truth.
+        let written = if self.reply_wanted || quiet >= ASK_INTERVAL || self.stored == Lsn::ZERO {
+            self.seen
+        } else {
+            Lsn(self.seen.0 + UNSAID_BYTES)
+        };
+        stream.send(&status_message(written, self.stored));
         hit(Failpoint::MarkAfterConfirm);
         self.reply_wanted = false;
+        self.told_too_much = false;
         self.told_at = Instant::now();
+    }
+
+    /// How old the stored mark may become.
+    fn store_pause(&self) -> Duration {
+        if self.reply_wanted {
+            // A walsender that stops with its server asks again and again until everything it sent is confirmed.
+            STATUS_INTERVAL_ASKED
+        } else if self.progress.has_done_work() {
+            STATUS_INTERVAL
+        } else {
+            STATUS_INTERVAL_IDLE
+        }
+    }
+
+    fn store(&mut self, mark: Lsn) {
+        let row = (u32::from(self.peer.get()), body_of(mark.0));
+        hit(Failpoint::MarkBeforeStore);
+        let end = process::in_transaction(|| self.marks.write(&mut [row]));
+        hit(Failpoint::MarkBeforeFlush);
+        records::flush(end);
+        hit(Failpoint::MarkBeforeConfirm);
+        self.stored = mark;
+        self.stored_at = Instant::now();
+        self.progress.stored();
+        self.node.mark.store(mark.0, Ordering::Release);
+        submit(&LocalEvent::MarkStored {
+            node: self.peer,
+            lsn: mark,
+        });
     }
 }
 
@@ -466,9 +511,9 @@ fn ends_of(conninfo: &str, slot: &str) -> Result<Ends, String> {
 }
 
 /// A standby status update: written, flushed and applied positions, time, no reply wanted.
-fn status_message(seen: Lsn, stored: Lsn) -> Vec<u8> {
+fn status_message(written: Lsn, stored: Lsn) -> Vec<u8> {
     let mut message = vec![b'r'];
-    message.extend_from_slice(&seen.0.max(stored.0).to_be_bytes());
+    message.extend_from_slice(&written.0.max(stored.0).to_be_bytes());
     message.extend_from_slice(&stored.0.to_be_bytes());
     message.extend_from_slice(&stored.0.to_be_bytes());
     message.extend_from_slice(&clock::now_us().to_be_bytes());

@@ -81,6 +81,7 @@ pub fn main(index: usize) {
             run_job(slot, index);
             continue;
         }
+        process::report_statistics();
         if shared().finishes.is_empty() {
             process::wait_latch(LOOK_AROUND, Wait::Work);
         }
@@ -117,6 +118,7 @@ fn leave() {
         None => {}
     }
     slot.gid.set(None);
+    slot.waits_for_row.store(false, Ordering::Release);
     slot.process.clear();
     slot.jobs_done
         .store(slot.jobs_given.load(Ordering::Acquire), Ordering::Release);
@@ -156,9 +158,40 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
     inbox.skip_rest();
     shared::ring(index).reset();
     slot.gid.set(None);
+    slot.waits_for_row.store(false, Ordering::Release);
     slot.jobs_done.store(job_number, Ordering::Release);
-    slot.feeder.wake();
-    slot.state.store(worker::IDLE, Ordering::Release);
+    slot.state.store(worker::IDLE, Ordering::SeqCst);
+    if shared().worker_awaited.swap(false, Ordering::SeqCst) {
+        wake_receivers();
+    }
+    wake_feeder(slot);
+}
+
+/// Some receiver waits for a worker, and this one has become idle.
+fn wake_receivers() {
+    for node in shared().configured_nodes().iter() {
+        shared().node(node).receiver.wake();
+    }
+}
+
+/// Wakes the feeder if it sleeps: most transactions fit the ring, and it has better to do than to hear of each.
+fn wake_feeder(slot: &WorkerSlot) {
+    if slot.feeder_waits.swap(false, Ordering::SeqCst) {
+        slot.feeder.wake();
+    }
+}
+
+/// This process, if it is an apply worker, is about to wait for a transaction that has a row in hand: the conflict rule has to look at it now.
+pub fn wait_for_row(wait: impl FnOnce()) {
+    let slot = shared::workers().get(MY_SLOT.load(Ordering::Relaxed));
+    if let Some(slot) = slot {
+        slot.waits_for_row.store(true, Ordering::Release);
+        shared().monitor.wake();
+    }
+    wait();
+    if let Some(slot) = slot {
+        slot.waits_for_row.store(false, Ordering::Release);
+    }
 }
 
 /// Whether the transaction in hand is prepared here, after an error that can have come before or behind that.
@@ -352,7 +385,7 @@ impl Inbox {
             self.buffer.drain(..self.taken);
             self.taken = 0;
             if shared::ring(self.index).read(&mut self.buffer) > 0 {
-                self.slot.feeder.wake();
+                wake_feeder(self.slot);
                 continue;
             }
             if self.slot.broken_job.load(Ordering::Acquire) == self.job {

@@ -3,89 +3,35 @@
 //! It calls nothing of PostgreSQL but `SetLatch`. Facts come in from the other processes (events in shared memory), the peers (mesh) and the main
 //! thread (durable batches, look-ups); what the core wants done goes out the same ways. Nothing is decided here.
 
-use super::durable::{Batch, DurableOrder, Tuples};
-use super::event::{self, Ended, Fate, FinishOrder, InFlight, LocalEvent, Question};
+mod answers;
+mod effects;
+mod lease;
+mod links;
+mod main_link;
+
+pub use main_link::{FromMain, HeartbeatTimes, LogLevel, LogRecord, MainLink, ToMain};
+
+use super::durable::{DurableOrder, Tuples};
+use super::event::{self, LocalEvent};
 use super::finishing::Finishing;
 use super::start::Decider;
 use super::user_votes::{UserTally, UserVotes};
-use crate::failpoint::{self, Failpoint, hit_in_thread};
-use crate::pg::shared::{self, EVENT_BYTES, NodeStatus, outcome, shared};
+use crate::failpoint::{Failpoint, hit_in_thread};
+use crate::pg::shared::{self, EVENT_BYTES, outcome, shared};
 use crate::pg::thread as os_thread;
 use mesh::{MeshEvent, MeshHandle};
-use protocol::{
-    Core, Decision, Effect, Effects, Event, Gid, Input, Lsn, Message, Millis, NodeId, NodeSet,
-    Outcome, Refusal, Source, Vote,
-};
+use protocol::{Core, Effects, Gid, Input, Lsn, Message, Millis, NodeId, NodeSet, Refusal};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
-use wire::frame::Heartbeat;
 
 /// How often the core's timers run.
 const TICK: Duration = Duration::from_millis(20);
-/// Transactions in flight that a view shows at most; they fit the board.
-const IN_FLIGHT_SHOWN: usize = 2000;
 /// A transaction that has ended and whose PREPARE has not come by then is given a place in the stream.
 const PLACED_AFTER_MS: Millis = 2000;
 /// Local events handled before the sockets get their turn.
 const EVENTS_PER_TURN: usize = 256;
-
-/// What the main thread is asked to do.
-pub enum ToMain {
-    /// Write the records, flush if somebody waits, and answer with `FromMain::Durable`.
-    Write(Batch),
-    /// Look into pg_xact for the outcome of a transaction of this node.
-    LookUp(Gid),
-    /// Something for the server log.
-    Log(LogRecord),
-}
-
-/// A line for the server log.
-pub struct LogRecord {
-    pub level: LogLevel,
-    pub text: String,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum LogLevel {
-    Info,
-    Warning,
-}
-
-/// What the main thread answers.
-pub enum FromMain {
-    Durable(Vec<Gid>),
-    Outcome {
-        gid: Gid,
-        outcome: Option<Decision>,
-    },
-    /// The main thread works: this node may speak to its peers for another while.
-    Alive,
-    /// Settings were read again.
-    Reconfigure {
-        send_ms: u64,
-        recv_ms: u64,
-    },
-    Stop,
-}
-
-/// Sends to the main thread and wakes it.
-pub struct MainLink {
-    pub queue: crossbeam_channel::Sender<ToMain>,
-}
-
-impl MainLink {
-    fn send(&self, request: ToMain) {
-        if self.queue.send(request).is_ok() {
-            shared().arbiter.wake();
-        }
-    }
-
-    fn log(&self, level: LogLevel, text: String) {
-        self.send(ToMain::Log(LogRecord { level, text }));
-    }
-}
 
 /// Everything the thread owns.
 pub struct Arbiter {
@@ -108,6 +54,7 @@ pub struct Arbiter {
     finishing: Finishing,
     linked: NodeSet,
     peer_views: BTreeMap<NodeId, NodeSet>,
+    leases: lease::LeaseKeeper,
 }
 
 #[derive(Clone, Copy)]
@@ -123,8 +70,10 @@ impl Arbiter {
         decider: Decider,
         main: MainLink,
         mesh: MeshHandle,
-        silence: Duration,
+        timing: HeartbeatTimes,
     ) -> Arbiter {
+        let silence = Duration::from_millis(timing.recv_ms);
+        let leases = lease::LeaseKeeper::new(node, decider.epoch, configured, timing, &mesh);
         Arbiter {
             node,
             configured,
@@ -142,6 +91,7 @@ impl Arbiter {
             finishing: Finishing::default(),
             linked: NodeSet::default(),
             peer_views: BTreeMap::new(),
+            leases,
         }
     }
 
@@ -312,110 +262,6 @@ impl Arbiter {
         }
     }
 
-    fn on_mesh(&mut self, event: MeshEvent) {
-        match event {
-            MeshEvent::Up { peer, epoch, .. } => {
-                self.linked.insert(peer);
-                self.link_changed(peer, true);
-                self.main.log(
-                    LogLevel::Info,
-                    format!("arbiter connected to node {}", peer.get()),
-                );
-                self.input(Input::LinkUp { peer, epoch });
-            }
-            MeshEvent::Down { peer, reason } => {
-                self.linked.remove(peer);
-                self.peer_views.remove(&peer);
-                self.link_changed(peer, false);
-                self.main.log(
-                    LogLevel::Warning,
-                    format!("arbiter lost node {}: {reason}", peer.get()),
-                );
-                for gid in self.user_votes.lose(peer) {
-                    self.answer_user(gid, UserTally::Refused(unreachable_peer(peer)));
-                }
-                self.input(Input::LinkDown { peer });
-            }
-            MeshEvent::Messages { from, batch } => {
-                for msg in batch {
-                    self.note_vote_delay(from, &msg);
-                    self.stop_hopeless_apply(&msg);
-                    match self.user_votes.count(from, &msg) {
-                        Some((gid, tally)) => self.answer_user(gid, tally),
-                        None => self.input(Input::Message { from, msg }),
-                    }
-                }
-            }
-            MeshEvent::Heartbeat { from, heartbeat } => {
-                let node = shared().node(from);
-                node.heartbeats.fetch_add(1, Ordering::Relaxed);
-                node.connectivity
-                    .store(u32::from(heartbeat.connected.bits()), Ordering::Relaxed);
-                self.peer_views.insert(from, view_of(&heartbeat));
-                self.refresh_status();
-            }
-            MeshEvent::Refused {
-                peer: Some(peer),
-                reason,
-                ..
-            } => {
-                self.main.log(
-                    LogLevel::Info,
-                    format!("arbiter cannot connect to node {}: {reason}", peer.get()),
-                );
-            }
-            MeshEvent::Refused {
-                addr,
-                reason,
-                unreported,
-                ..
-            } => {
-                let who =
-                    addr.map_or_else(|| "an unknown address".to_owned(), |addr| addr.to_string());
-                let text = format!(
-                    "arbiter refused a connection from {who}: {reason} ({unreported} more not reported)"
-                );
-                self.main.log(LogLevel::Warning, text);
-            }
-        }
-    }
-
-    fn link_changed(&mut self, peer: NodeId, up: bool) {
-        let node = shared().node(peer);
-        node.linked.store(up, Ordering::Release);
-        node.last_change_us
-            .store(postgres_now_us(), Ordering::Relaxed);
-        self.refresh_status();
-    }
-
-    fn note_vote_delay(&self, from: NodeId, msg: &Message) {
-        if let Message::Vote {
-            gid,
-            vote: Vote::Yes,
-        } = msg
-            && let Some(waiting) = self.waiting.get(gid)
-        {
-            let node = shared().node(from);
-            node.vote_delay_us.fetch_add(
-                waiting.since.elapsed().as_micros() as u64,
-                Ordering::Relaxed,
-            );
-            node.vote_delays.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// A transaction that is already aborted elsewhere need not be applied to its end.
-    fn stop_hopeless_apply(&self, msg: &Message) {
-        if let Message::Decided {
-            gid,
-            decision: Decision::Abort,
-            ..
-        } = msg
-        {
-            crate::conflict::cancel_apply(*gid);
-        }
-    }
-
     fn on_main(&mut self, message: FromMain) {
         match message {
             FromMain::Durable(gids) => {
@@ -430,9 +276,10 @@ impl Arbiter {
             FromMain::Outcome { gid, outcome } => {
                 self.input(Input::CoordinatorOutcome { gid, outcome })
             }
-            FromMain::Reconfigure { send_ms, recv_ms } => {
-                self.silence = Duration::from_millis(recv_ms);
-                self.reconfigure(send_ms, recv_ms);
+            FromMain::Reconfigure(timing) => {
+                self.silence = Duration::from_millis(timing.recv_ms);
+                self.leases.reconfigure(timing);
+                self.reconfigure(timing);
             }
             FromMain::Alive => self.mesh.speak_for(Some(self.silence)),
             FromMain::Stop => {}
@@ -460,296 +307,6 @@ impl Arbiter {
             }
         }
     }
-
-    /// The nodes whose arbiter we talk to and whose stream we receive.
-    fn view(&self) -> NodeSet {
-        self.linked
-            .iter()
-            .filter(|peer| shared().node(*peer).receiving.load(Ordering::Acquire))
-            .chain(std::iter::once(self.node))
-            .collect()
-    }
-
-    /// Online while every node is connected with this one in both directions.
-    fn refresh_status(&mut self) {
-        let view = self.view();
-        self.publish_view(view);
-        let complete = self.configured.iter().all(|peer| {
-            peer == self.node
-                || (view.contains(peer)
-                    && self
-                        .peer_views
-                        .get(&peer)
-                        .is_some_and(|theirs| theirs.contains(self.node)))
-        });
-        let status = match (complete, shared().status()) {
-            (true, _) => NodeStatus::Online,
-            (false, NodeStatus::Starting) => NodeStatus::Starting,
-            (false, _) => NodeStatus::Degraded,
-        };
-        if status != shared().status() {
-            self.main.log(
-                LogLevel::Info,
-                format!("this node is now {}", status.name()),
-            );
-            shared().set_status(status);
-        }
-    }
-
-    fn send(&self, to: NodeId, msg: &Message) {
-        let (before, after) = failpoint::around(msg);
-        hit_in_thread(before);
-        if let Err(error) = self.mesh.send(to, msg) {
-            self.main.log(
-                LogLevel::Warning,
-                format!("a message to node {} was not sent: {error}", to.get()),
-            );
-        }
-        failpoint::hit_after_sending(after);
-    }
-
-    fn reconfigure(&self, send_ms: u64, recv_ms: u64) {
-        if let Err(error) = self.mesh.reconfigure(send_ms, recv_ms) {
-            self.main.log(
-                LogLevel::Warning,
-                format!("the heartbeat settings were not taken: {error}"),
-            );
-        }
-    }
-
-    /// Tells the peers whose streams we receive.
-    fn publish_view(&self, view: NodeSet) {
-        let heartbeat = Heartbeat {
-            generation: shared().generation(),
-            online_generation: shared().generation(),
-            received: self
-                .configured
-                .iter()
-                .filter(|peer| *peer != self.node)
-                .map(|peer| {
-                    (
-                        peer,
-                        protocol::Lsn(shared().node(peer).mark.load(Ordering::Relaxed)),
-                    )
-                })
-                .collect(),
-            extras: vec![(RECEIVING_TAG, view.bits().to_le_bytes().to_vec())],
-            ..Heartbeat::default()
-        };
-        if let Err(error) = self.mesh.heartbeat_info(heartbeat) {
-            self.main.log(
-                LogLevel::Warning,
-                format!("the heartbeat was not changed: {error}"),
-            );
-        }
-    }
-
-    fn carry_out(&mut self, effects: impl Iterator<Item = Effect>) {
-        let mut effects = effects.peekable();
-        let mut pending_record: Option<(Gid, u32, crate::pg::records::Body)> = None;
-        while let Some(effect) = effects.next() {
-            if let Some(gid) = gid_of(&effect)
-                && self.order.holds(gid)
-            {
-                self.order.hold(gid, effect);
-                continue;
-            }
-            match effect {
-                Effect::Persist { gid, record } => match self.tuples.of(gid) {
-                    Some(tuple) => self.order.persist(gid, tuple, record.to_bytes()),
-                    None => self.out_of_records(gid),
-                },
-                Effect::Write { gid, record } => match self.tuples.of(gid) {
-                    // A finish that follows carries the record, so that the process that finishes writes it first.
-                    Some(tuple) if matches!(effects.peek(), Some(Effect::Finish { gid: next, .. }) if *next == gid) =>
-                    {
-                        pending_record = Some((gid, tuple, record.to_bytes()));
-                    }
-                    // The backend that hears the outcome finishes at once: the record must be durable before.
-                    Some(tuple) if matches!(effects.peek(), Some(Effect::Reply { gid: next, .. }) if *next == gid) =>
-                    {
-                        self.order.persist(gid, tuple, record.to_bytes());
-                    }
-                    Some(tuple) => self.order.write(tuple, record.to_bytes()),
-                    None => self.out_of_records(gid),
-                },
-                Effect::Finish { gid, decision } => {
-                    let record = pending_record.take().filter(|(owner, ..)| *owner == gid);
-                    self.finish(
-                        gid,
-                        decision,
-                        record.map(|(_, tuple, body)| (tuple, body.to_vec())),
-                    );
-                }
-                other => self.carry_out_simple(other),
-            }
-        }
-    }
-
-    fn carry_out_simple(&mut self, effect: Effect) {
-        match effect {
-            Effect::Send { to, msg } if to == self.node => self.to_self.push_back(msg),
-            Effect::Send { to, msg } => self.send(to, &msg),
-            Effect::Free { gid } => {
-                if let Some(tuple) = self.tuples.taken_by(gid) {
-                    self.order.clear(gid, tuple);
-                }
-            }
-            Effect::Reply { gid, outcome } => self.reply(gid, outcome),
-            Effect::PeersFinished { gid } => {
-                if let Some(waiting) = self.waiting.remove(&gid) {
-                    let slot = &shared::backends()[waiting.backend as usize];
-                    slot.peers_finished.store(gid.xid, Ordering::Release);
-                    shared::wake_proc(waiting.backend as usize);
-                }
-            }
-            Effect::LookUp { gid } => self.main.send(ToMain::LookUp(gid)),
-            Effect::Visible { node, csn } => shared().raise_visible(node, csn),
-            Effect::Settled { node, csn } => self.settled(node, csn),
-            Effect::Event(event) => self.report(&event),
-            Effect::Persist { .. } | Effect::Write { .. } | Effect::Finish { .. } => {
-                unreachable!("carried out by carry_out")
-            }
-        }
-    }
-
-    /// Every tuple is taken by a transaction that some node has not finished: stop rather than break the order of records.
-    fn out_of_records(&self, gid: Gid) {
-        self.main.log(
-            LogLevel::Warning,
-            format!("no durable record is free for transaction {gid:?}"),
-        );
-        panic!(
-            "all {} durable records are in use",
-            super::durable::RECORDS_MAX
-        );
-    }
-
-    fn finish(&mut self, gid: Gid, decision: Decision, record: Option<(u32, Vec<u8>)>) {
-        let order = FinishOrder {
-            gid,
-            decision,
-            record,
-        };
-        hit_in_thread(Failpoint::BeforeFinishOrder);
-        self.finishing.give(order);
-        hit_in_thread(Failpoint::AfterFinishOrder);
-    }
-
-    fn reply(&mut self, gid: Gid, result: Outcome) {
-        let Some(waiting) = self.waiting.get(&gid).copied() else {
-            return;
-        };
-        let slot = &shared::backends()[waiting.backend as usize];
-        if slot.gid.get() != Some(gid) {
-            self.waiting.remove(&gid);
-            return;
-        }
-        let code = match result {
-            Outcome::Commit { .. } => outcome::COMMIT,
-            Outcome::Abort(refusal) => {
-                slot.refusal.set(&refusal);
-                self.waiting.remove(&gid);
-                outcome::ABORT
-            }
-            Outcome::Unknown => outcome::UNKNOWN,
-        };
-        hit_in_thread(Failpoint::BeforeReply);
-        slot.outcome.store(code, Ordering::Release);
-        shared::wake_proc(waiting.backend as usize);
-        hit_in_thread(Failpoint::AfterReply);
-    }
-
-    /// The votes on a user's PREPARE TRANSACTION are in.
-    fn answer_user(&mut self, gid: Gid, tally: UserTally) {
-        let result = match tally {
-            UserTally::Pending => return,
-            UserTally::Prepared => Outcome::Commit {
-                csn: protocol::Csn::ZERO,
-            },
-            UserTally::Refused(refusal) => Outcome::Abort(refusal),
-        };
-        self.reply(gid, result);
-        self.waiting.remove(&gid);
-    }
-
-    fn report(&self, event: &Event) {
-        match event {
-            // Every transaction has one, and conflicts are ordinary: not for the log.
-            Event::Decided {
-                source: Source::Central | Source::Told | Source::VotedNo | Source::Refused,
-                ..
-            } => {}
-            event => self.main.log(LogLevel::Info, format!("{event:?}")),
-        }
-    }
-
-    /// Answers a view.
-    fn answer(&self, number: u64, question: &Question) {
-        match question {
-            Question::Transactions => {
-                let rows: Vec<InFlight> = self
-                    .core
-                    .transactions(self.now())
-                    .take(IN_FLIGHT_SHOWN)
-                    .map(|view| InFlight {
-                        gid: view.gid,
-                        state: view.state.as_str().to_owned(),
-                        ballot: view.ballot.to_string(),
-                        resolving: view.resolving,
-                        age_ms: view.age_ms,
-                        missing: view.missing,
-                    })
-                    .collect();
-                shared().board.answer(number, &rows);
-            }
-            Question::Counters => {
-                let counters = self.core.counters();
-                let own = counters.own().map(|ended| (true, ended));
-                let foreign = counters.foreign().map(|ended| (false, ended));
-                let rows: Vec<Ended> = own
-                    .chain(foreign)
-                    .map(|(own, (decision, source, count))| Ended {
-                        own,
-                        decision,
-                        reason: reason(source).to_owned(),
-                        count,
-                    })
-                    .collect();
-                shared().board.answer(number, &rows);
-            }
-            Question::Fate { gid } => {
-                let fate = match self.core.decision(*gid) {
-                    Some(decision) => Fate::Decided(decision),
-                    None if self.core.promised(*gid).is_some() => Fate::InFlight,
-                    None => Fate::Unknown,
-                };
-                shared().board.answer(number, &fate);
-            }
-        }
-    }
-
-    fn settled(&self, node: NodeId, csn: protocol::Csn) {
-        shared().node(node).settled.store(csn.0, Ordering::Release);
-        for slot in shared::workers() {
-            if slot.waits_for_order.load(Ordering::Acquire) {
-                slot.process.wake();
-            }
-        }
-    }
-}
-
-/// Why a transaction ended as it did, in the words of `mtm.stat_commits`.
-fn reason(source: Source) -> &'static str {
-    match source {
-        Source::Central => "a majority has precommitted",
-        Source::VotedNo => "a node voted no",
-        Source::Resolver => "this node resolved it",
-        Source::Refused => "this node refused it",
-        Source::Told => "another node said so",
-        Source::Stream => "read in the coordinator's stream",
-        Source::Log => "found in the transaction log",
-    }
 }
 
 /// From here on a queued event needs a write to the eventfd again.
@@ -759,59 +316,9 @@ fn accept_wakes() {
     shared().wake_pending.swap(false, Ordering::SeqCst);
 }
 
-/// Tag of a heartbeat's extra: the nodes that the sender talks to and whose streams it receives, as a bit set.
-const RECEIVING_TAG: u16 = 1;
-
-fn view_of(heartbeat: &Heartbeat) -> NodeSet {
-    heartbeat
-        .extras
-        .iter()
-        .find(|(tag, _)| *tag == RECEIVING_TAG)
-        .and_then(|(_, bytes)| {
-            Some(NodeSet::from_bits(u16::from_le_bytes(
-                bytes.as_slice().try_into().ok()?,
-            )))
-        })
-        .unwrap_or_default()
-}
-
 fn votes_lost() -> Refusal {
     Refusal::retry(
         "the arbiter of this node was restarted while the transaction was being prepared",
         "",
     )
-}
-
-fn unreachable_peer(peer: NodeId) -> Refusal {
-    Refusal::retry(
-        format!(
-            "node {} was lost while the transaction was being prepared",
-            peer.get()
-        ),
-        "",
-    )
-}
-
-/// The transaction an effect is ordered by.
-fn gid_of(effect: &Effect) -> Option<Gid> {
-    match effect {
-        Effect::Send { msg, .. } => msg.gid(),
-        Effect::Persist { gid, .. }
-        | Effect::Write { gid, .. }
-        | Effect::Free { gid }
-        | Effect::Finish { gid, .. }
-        | Effect::Reply { gid, .. }
-        | Effect::PeersFinished { gid }
-        | Effect::LookUp { gid } => Some(*gid),
-        Effect::Visible { .. } | Effect::Settled { .. } | Effect::Event(_) => None,
-    }
-}
-
-/// Microseconds since 2000-01-01 by the system clock; for display only.
-fn postgres_now_us() -> i64 {
-    const POSTGRES_EPOCH_S: u64 = 946_684_800;
-    let since = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH + Duration::from_secs(POSTGRES_EPOCH_S))
-        .unwrap_or_default();
-    since.as_micros() as i64
 }

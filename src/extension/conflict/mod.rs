@@ -21,10 +21,14 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// How often waiting workers are looked at while some worker applies.
+/// How often workers that wait are looked at.
 const LOOK: Duration = Duration::from_millis(1);
+/// How often the others are: a worker that waits for a row says so, but not one that core lets wait, for a unique key say.
+const LOOK_FOR_UNSAID: Duration = Duration::from_millis(10);
 /// How long the monitor sleeps while nothing is applied; the receivers wake it.
 const IDLE: Duration = Duration::from_millis(1000);
+/// Nothing is applied, when nothing has been for so long.
+const IDLE_AFTER: Duration = Duration::from_millis(500);
 
 /// How long a committing transaction waits for a session that holds what it needs and does not come back to learn that it must give way: it is
 /// idle in its transaction. Then the session is ended.
@@ -66,17 +70,29 @@ pub struct Monitor {
 impl Monitor {
     /// Runs until the process is asked to go away.
     pub fn run(&mut self) {
+        let mut busy_at = Instant::now();
+        let mut waits = false;
         loop {
             process::check_interrupts();
-            let busy = shared::workers()
-                .iter()
-                .any(|slot| slot.state.load(Ordering::Acquire) == worker::BUSY);
-            process::wait_latch(if busy { LOOK } else { IDLE }, Wait::Work);
-            self.look();
+            if busy() {
+                busy_at = Instant::now();
+            }
+            let pause = if waits || somebody_waits() {
+                LOOK
+            } else if busy_at.elapsed() < IDLE_AFTER {
+                LOOK_FOR_UNSAID
+            } else {
+                shared().monitor_idle.store(true, Ordering::SeqCst);
+                // Who began before that did not see it.
+                if busy() { LOOK_FOR_UNSAID } else { IDLE }
+            };
+            process::wait_latch(pause, Wait::Work);
+            waits = self.look();
         }
     }
 
-    fn look(&mut self) {
+    /// Judges everybody who waits; whether there is anybody.
+    fn look(&mut self) -> bool {
         let waiting: Vec<(usize, &WorkerSlot, Gid)> = shared::workers()
             .iter()
             .enumerate()
@@ -86,7 +102,7 @@ impl Monitor {
             .collect();
         if waiting.is_empty() {
             self.since.clear();
-            return;
+            return false;
         }
         let applying: BTreeMap<usize, u64> = waiting
             .iter()
@@ -103,6 +119,7 @@ impl Monitor {
                 }
             }
         }
+        true
     }
 
     fn identify(&mut self, snapshot: &LockSnapshot, holder: Holder) -> Option<Blocker> {
@@ -203,6 +220,20 @@ impl Monitor {
             .or_insert_with(Instant::now)
             .elapsed()
     }
+}
+
+/// Whether some worker applies.
+fn busy() -> bool {
+    shared::workers()
+        .iter()
+        .any(|slot| slot.state.load(Ordering::SeqCst) == worker::BUSY)
+}
+
+/// Whether some worker has said that it waits for a row.
+fn somebody_waits() -> bool {
+    shared::workers()
+        .iter()
+        .any(|slot| slot.waits_for_row.load(Ordering::Acquire))
 }
 
 /// Adds a line to `mtm.conflicts`. Main threads only.

@@ -273,7 +273,10 @@ fn leave() {
 /// A cancel that came while votes were awaited was meant for this command, which has succeeded: it must not hit what core does to end it.
 ///
 /// A procedure goes on after its COMMIT: there the cancel stays, and ends the procedure.
-unsafe fn forget_late_cancel() {
+///
+/// # Safety
+/// In a backend.
+pub unsafe fn forget_late_cancel() {
     // SAFETY: plain variables of this process; a portal's fields are valid while it is active.
     unsafe {
         let portal = pg_sys::ActivePortal;

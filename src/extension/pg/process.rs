@@ -78,24 +78,68 @@ fn absorb_barriers() {
     }
 }
 
-/// Waits as [`wait_latch`] does, but also for a socket to become readable.
-pub fn wait_latch_or_socket(socket: i32, timeout: Duration, _wait: Wait) {
-    let events = (pg_sys::WL_LATCH_SET
-        | pg_sys::WL_SOCKET_READABLE
-        | pg_sys::WL_TIMEOUT
-        | pg_sys::WL_EXIT_ON_PM_DEATH) as c_int;
-    // SAFETY: as wait_latch; the socket belongs to a live libpq connection of this process.
-    unsafe {
-        let fired = pg_sys::WaitLatchOrSocket(
-            pg_sys::MyLatch,
-            events,
-            socket,
-            timeout.as_millis() as c_long,
-            pg_sys::PG_WAIT_EXTENSION,
+/// What a process with a socket waits for: its latch, the socket, the end of the postmaster. Kept by the kernel between waits, where
+/// `WaitLatchOrSocket` would cost seven system calls for each.
+pub struct SocketWait {
+    set: *mut pg_sys::WaitEventSet,
+    socket: i32,
+}
+
+impl SocketWait {
+    /// For a socket that stays open at least as long as this is used.
+    pub fn new(socket: i32) -> SocketWait {
+        let add = |set, events, socket, latch| {
+            // SAFETY: a set made with room for three; the latch is this process's own.
+            unsafe { pg_sys::AddWaitEventToSet(set, events, socket, latch, std::ptr::null_mut()) }
+        };
+        // SAFETY: the set lives in a context that lives as long as the process, and is freed when this is dropped.
+        let set = unsafe { pg_sys::CreateWaitEventSet(pg_sys::TopMemoryContext, 3) };
+        // SAFETY: this process's own latch.
+        let latch = unsafe { pg_sys::MyLatch };
+        add(set, pg_sys::WL_LATCH_SET, pg_sys::PGINVALID_SOCKET, latch);
+        add(
+            set,
+            pg_sys::WL_EXIT_ON_PM_DEATH,
+            pg_sys::PGINVALID_SOCKET,
+            std::ptr::null_mut(),
         );
-        if fired as u32 & pg_sys::WL_LATCH_SET != 0 {
-            raw::ResetLatch(pg_sys::MyLatch);
+        add(
+            set,
+            pg_sys::WL_SOCKET_READABLE,
+            socket,
+            std::ptr::null_mut(),
+        );
+        SocketWait { set, socket }
+    }
+
+    /// The socket it was made for.
+    pub fn socket(&self) -> i32 {
+        self.socket
+    }
+
+    /// Waits as [`wait_latch`] does, but also for the socket to become readable.
+    pub fn wait(&self, timeout: Duration, _wait: Wait) {
+        let mut event = pg_sys::WaitEvent::default();
+        // SAFETY: a live set and room for one event; the latch is this process's own.
+        unsafe {
+            let fired = pg_sys::WaitEventSetWait(
+                self.set,
+                timeout.as_millis() as c_long,
+                &mut event,
+                1,
+                pg_sys::PG_WAIT_EXTENSION,
+            );
+            if fired > 0 && event.events & pg_sys::WL_LATCH_SET != 0 {
+                raw::ResetLatch(pg_sys::MyLatch);
+            }
         }
+    }
+}
+
+impl Drop for SocketWait {
+    fn drop(&mut self) {
+        // SAFETY: made by new() and not freed elsewhere.
+        unsafe { pg_sys::FreeWaitEventSet(self.set) };
     }
 }
 
@@ -215,6 +259,24 @@ pub fn in_transaction<T>(work: impl FnOnce() -> T) -> T {
         pg_sys::CommitTransactionCommand();
         result
     }
+}
+
+/// As [`in_transaction`], without a snapshot.
+pub fn in_bare_transaction<T>(work: impl FnOnce() -> T) -> T {
+    // SAFETY: called by background workers outside of any transaction.
+    unsafe {
+        pg_sys::SetCurrentStatementStartTimestamp();
+        pg_sys::StartTransactionCommand();
+        let result = work();
+        pg_sys::CommitTransactionCommand();
+        result
+    }
+}
+
+/// Hands on what this process has counted (rows written, WAL, buffers), at most once a second. Autovacuum lives on it. Outside of any transaction.
+pub fn report_statistics() {
+    // SAFETY: what core's own processes do when they become idle.
+    unsafe { pg_sys::pgstat_report_stat(false) };
 }
 
 /// Begins a transaction in a background worker, with a snapshot pushed.

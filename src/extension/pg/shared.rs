@@ -314,8 +314,12 @@ pub mod worker {
 pub struct WorkerSlot {
     pub state: AtomicU32,
     pub process: ProcCell,
-    /// The receiver that feeds it, to be woken when the ring has room or the job is done.
+    /// The receiver that feeds it.
     pub feeder: ProcCell,
+    /// The feeder sleeps until the ring has room.
+    pub feeder_waits: AtomicBool,
+    /// The worker is about to wait for a transaction that has a row in hand, or does so.
+    pub waits_for_row: AtomicBool,
     /// Jobs given, and jobs whose effect is durable (or that were refused).
     pub jobs_given: AtomicU64,
     pub jobs_done: AtomicU64,
@@ -398,6 +402,8 @@ pub struct Shared {
     pub members: AtomicU32,
     pub configured: AtomicU32,
     pub status: AtomicU32,
+    /// Until when this node may serve reads, by `clock::monotonic_ms`; written by the tokio thread.
+    pub lease_until_ms: AtomicU64,
     /// Arbiter starts so far, durable.
     pub epoch: AtomicU32,
     /// The arbiter has found out whether this server belongs to a cluster. Until then no write may commit.
@@ -414,6 +420,10 @@ pub struct Shared {
     pub workers_max: AtomicU32,
     pub arbiter: ProcCell,
     pub monitor: ProcCell,
+    /// The monitor sleeps until somebody applies again.
+    pub monitor_idle: AtomicBool,
+    /// Some receiver sleeps until a worker becomes idle.
+    pub worker_awaited: AtomicBool,
     pub finisher: ProcCell,
     /// True while an event has been queued that the tokio thread has not looked at: no second write to the eventfd is needed.
     pub wake_pending: AtomicBool,
@@ -516,6 +526,16 @@ impl Shared {
 
     pub fn set_status(&self, status: NodeStatus) {
         self.status.store(status as u32, Ordering::Release);
+    }
+
+    /// Whether this node may serve reads and writes, as far as it knows.
+    pub fn serving(&self) -> bool {
+        matches!(self.status(), NodeStatus::Online | NodeStatus::Degraded)
+    }
+
+    /// Whether a majority has promised to do nothing without this node at this moment.
+    pub fn lease_holds(&self) -> bool {
+        super::clock::monotonic_ms() < self.lease_until_ms.load(Ordering::Acquire)
     }
 
     /// This node's id, once it belongs to a cluster.

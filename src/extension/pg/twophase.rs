@@ -25,11 +25,17 @@ pub enum Finished {
 
 /// Commits or rolls back a prepared transaction, durably, in a transaction of its own.
 pub fn finish(name: &str, commit: bool) -> Finished {
+    finish_after(name, commit, || ())
+}
+
+/// As [`finish`]; `before` runs first, in the same transaction.
+pub fn finish_after(name: &str, commit: bool, before: impl FnOnce()) -> Finished {
     let Ok(name) = CString::new(name) else {
         return Finished::Unknown;
     };
-    let result = PgTryBuilder::new(|| {
-        process::in_transaction(|| {
+    let attempt = || {
+        process::in_bare_transaction(|| {
+            before();
             // SAFETY: guarded; the name outlives the call.
             unsafe {
                 pg_sys::ffi::pg_guard_ffi_boundary(|| {
@@ -38,15 +44,16 @@ pub fn finish(name: &str, commit: bool) -> Finished {
             }
         });
         Finished::Done
-    })
-    .catch_when(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, |_| {
-        Finished::Unknown
-    })
-    .catch_when(
-        PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-        |_| Finished::Busy,
-    )
-    .execute();
+    };
+    let result = PgTryBuilder::new(std::panic::AssertUnwindSafe(attempt))
+        .catch_when(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, |_| {
+            Finished::Unknown
+        })
+        .catch_when(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            |_| Finished::Busy,
+        )
+        .execute();
     if result != Finished::Done {
         process::abort_transaction();
     }

@@ -3,15 +3,21 @@
 //! PREPARE is a global vote; the outcome stays the user's duty, on any node. It reaches the other nodes as a message in the stream, because
 //! the commit record of a transaction that was prepared by apply is not decoded.
 
-use super::{commit, raw};
+use super::process::{self, Wait};
+use super::{commit, raw, shared};
+use crate::guc;
 use pgrx::pg_sys;
 use std::ffi::{CStr, c_char};
+use std::time::Duration;
 
 /// Prefix of the names that multimaster gives to prepared transactions.
 const RESERVED: &[u8] = b"mtm-";
 
 /// Prefix of the stream message; see `wire::stream`.
 const FINISH_PREFIX: &CStr = c"mtm-finish";
+
+/// How often a backend looks whether the peers have confirmed. Nobody wakes it: a walsender does not know who waits.
+const CONFIRMED_PAUSE: Duration = Duration::from_millis(2);
 
 /// Raises an error when a user's gid lies in our name space.
 ///
@@ -40,7 +46,8 @@ fn finish_payload(name: &[u8], commit: bool) -> ([u8; 256], usize) {
     (payload, length + 1)
 }
 
-/// After COMMIT or ROLLBACK PREPARED of a user's transaction: tells the other nodes.
+/// After COMMIT or ROLLBACK PREPARED of a user's transaction: tells the other nodes, and waits until they have committed too if
+/// `multimaster.wait_peer_commits` says so.
 ///
 /// # Safety
 /// From the utility hook, after the command succeeded.
@@ -60,6 +67,57 @@ pub unsafe fn after_command(statement: *mut pg_sys::TransactionStmt) {
             length,
             false,
         );
+        let begins = pg_sys::ProcLastRecPtr;
         pg_sys::XLogFlush(lsn);
+        if commit && guc::wait_peer_commits() {
+            await_peers(begins);
+            commit::forget_late_cancel();
+        }
+    }
+}
+
+/// Waits until every peer has confirmed this node's stream beyond `position`, which it does after it has done what the stream says. An interrupt
+/// ends this wait, and so does the loss of a peer: the commit is done either way.
+fn await_peers(position: pg_sys::XLogRecPtr) {
+    // SAFETY: the slots are in shared memory, which this process is attached to.
+    while !unsafe { all_confirmed(position) }
+        && !process::interrupt_pending()
+        && shared::shared().status() == shared::NodeStatus::Online
+    {
+        process::wait_latch(CONFIRMED_PAUSE, Wait::PeerCommits);
+    }
+}
+
+/// Whether the slots of all peers are confirmed beyond `position`.
+///
+/// # Safety
+/// In a process that is attached to shared memory.
+unsafe fn all_confirmed(position: pg_sys::XLogRecPtr) -> bool {
+    // SAFETY: the array has max_replication_slots elements. What is read may change meanwhile; a position is one aligned word, and the slots of
+    // peers stay.
+    unsafe {
+        let slots = (&raw const (*pg_sys::ReplicationSlotCtl).replication_slots)
+            .cast::<pg_sys::ReplicationSlot>();
+        (0..pg_sys::max_replication_slots as usize).all(|place| {
+            let slot = slots.add(place);
+            !std::ptr::read_volatile(&raw const (*slot).in_use)
+                || !is_peers(&raw const (*slot).data)
+                || std::ptr::read_volatile(&raw const (*slot).data.confirmed_flush) > position
+        })
+    }
+}
+
+/// Whether a peer reads from this slot; see `cluster::slot_name`.
+///
+/// # Safety
+/// The data of a slot in use.
+unsafe fn is_peers(slot: *const pg_sys::ReplicationSlotPersistentData) -> bool {
+    // SAFETY: names are zero-terminated arrays.
+    unsafe {
+        let name = CStr::from_ptr((&raw const (*slot).name.data).cast());
+        let plugin = CStr::from_ptr((&raw const (*slot).plugin.data).cast());
+        (*slot).database == pg_sys::MyDatabaseId
+            && plugin == c"multimaster"
+            && name.to_bytes().starts_with(b"mtm_")
     }
 }

@@ -79,8 +79,13 @@ impl Plans {
                 self.plans.clear();
             }
             let built = invalidation::now();
-            // SAFETY: as above.
-            let sent = unsafe { describe(relation, environment, raw) };
+            let sent = {
+                // The walsender's own context lives as long as the connection: what look-ups leave behind must not gather there.
+                let look_ups = OwnedContext::new(c"multimaster look-ups");
+                let _entered = look_ups.enter();
+                // SAFETY: as above.
+                unsafe { describe(relation, environment, raw) }
+            };
             self.plans.insert(key, RelationPlan { sent, built });
         }
         self.plans.get_mut(&key).expect("inserted above, or found")

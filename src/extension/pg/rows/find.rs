@@ -63,7 +63,9 @@ unsafe fn wait_for(writer: pg_sys::TransactionId, table: &mut OpenTable) {
         let mut place = (*table.found).tts_tid;
         pg_sys::ExecClearTuple(table.found);
         let purpose = pg_sys::XLTW_Oper::XLTW_Update;
-        pg_sys::XactLockTableWait(writer, table.relation, &mut place, purpose);
+        crate::apply::worker::wait_for_row(|| {
+            pg_sys::XactLockTableWait(writer, table.relation, &mut place, purpose);
+        });
     }
 }
 

@@ -51,7 +51,9 @@ pub unsafe fn update(
             copy_found(table, arrays);
             load(statement, table, new, Which::All, arrays)?;
             pg_sys::ExecStoreVirtualTuple(table.new);
-            if update_found(statement, table) {
+            let updated = update_found(statement, table);
+            forget_changed_columns(table);
+            if updated {
                 return Ok(());
             }
         }
@@ -133,7 +135,11 @@ unsafe fn want(
     };
     values::note_key(plan, row, which);
     // SAFETY: as the caller promises.
-    unsafe { load(statement, table, row, which, table.wanted) }
+    unsafe {
+        // A column that the row leaves out must not keep the last row's value, whose memory is gone.
+        empty(table, table.wanted);
+        load(statement, table, row, which, table.wanted)
+    }
 }
 
 /// Finds the wanted row, and begins the next command if this one has written it. `contended` says that it was there before, and somebody
@@ -195,13 +201,25 @@ unsafe fn lock_found(statement: &mut Statement, table: &OpenTable) -> bool {
 /// # Safety
 /// As [`insert`].
 unsafe fn empty_slot(table: &OpenTable) -> RowArrays {
-    // SAFETY: the slot has natts elements.
+    // SAFETY: as the caller promises.
     unsafe {
         pg_sys::ExecClearTuple(table.new);
-        let natts = (*(*table.relation).rd_att).natts as usize;
         let arrays = RowArrays::of(table.new);
-        std::slice::from_raw_parts_mut(arrays.nulls, natts).fill(true);
+        empty(table, arrays);
         arrays
+    }
+}
+
+/// Makes every column null.
+///
+/// # Safety
+/// As [`insert`]; the arrays are of the table.
+unsafe fn empty(table: &OpenTable, arrays: RowArrays) {
+    // SAFETY: the arrays have natts elements, whose values do not matter where they are null.
+    unsafe {
+        let natts = (*(*table.relation).rd_att).natts as usize;
+        std::slice::from_raw_parts_mut(arrays.values, natts).fill(pg_sys::Datum::null());
+        std::slice::from_raw_parts_mut(arrays.nulls, natts).fill(true);
     }
 }
 
@@ -289,9 +307,6 @@ unsafe fn update_found(statement: &mut Statement, table: &mut OpenTable) -> bool
             false,
         );
         pg_sys::list_free(recheck);
-        if !table.generated {
-            (*table.range).updatedCols = std::ptr::null_mut();
-        }
         true
     }
 }
@@ -426,6 +441,17 @@ unsafe fn tell_changed_columns(statement: &Statement, table: &OpenTable) {
             }
         }
         (*table.range).updatedCols = changed;
+    }
+}
+
+/// Takes back what [`tell_changed_columns`] said, before the memory of the row goes.
+///
+/// # Safety
+/// As [`insert`].
+unsafe fn forget_changed_columns(table: &OpenTable) {
+    if !table.generated {
+        // SAFETY: the entry is the statement's own.
+        unsafe { (*table.range).updatedCols = std::ptr::null_mut() };
     }
 }
 

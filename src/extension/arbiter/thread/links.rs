@@ -1,0 +1,241 @@
+//! Links to the other nodes: what comes over them, which of them work, and what this node makes of that.
+
+use super::super::user_votes::UserTally;
+use super::Arbiter;
+use super::main_link::{HeartbeatTimes, LogLevel};
+use crate::failpoint::{self, hit_in_thread};
+use crate::pg::shared::{NodeStatus, shared};
+use mesh::MeshEvent;
+use protocol::{Decision, Input, Message, NodeId, NodeSet, Refusal, Vote};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use wire::frame::Heartbeat;
+
+/// Tag of a heartbeat's extra: the nodes that the sender talks to and whose streams it receives, as a bit set.
+const RECEIVING_TAG: u16 = 1;
+
+fn view_of(heartbeat: &Heartbeat) -> NodeSet {
+    heartbeat
+        .extras
+        .iter()
+        .find(|(tag, _)| *tag == RECEIVING_TAG)
+        .and_then(|(_, bytes)| {
+            Some(NodeSet::from_bits(u16::from_le_bytes(
+                bytes.as_slice().try_into().ok()?,
+            )))
+        })
+        .unwrap_or_default()
+}
+
+impl Arbiter {
+    pub(super) fn on_mesh(&mut self, event: MeshEvent) {
+        match event {
+            MeshEvent::Up { peer, epoch, .. } => {
+                self.linked.insert(peer);
+                self.link_changed(peer, true);
+                self.main.log(
+                    LogLevel::Info,
+                    format!("arbiter connected to node {}", peer.get()),
+                );
+                self.input(Input::LinkUp { peer, epoch });
+            }
+            MeshEvent::Down { peer, reason } => {
+                self.linked.remove(peer);
+                self.peer_views.remove(&peer);
+                self.link_changed(peer, false);
+                self.main.log(
+                    LogLevel::Warning,
+                    format!("arbiter lost node {}: {reason}", peer.get()),
+                );
+                for gid in self.user_votes.lose(peer) {
+                    self.answer_user(gid, UserTally::Refused(unreachable_peer(peer)));
+                }
+                self.input(Input::LinkDown { peer });
+            }
+            MeshEvent::Messages { from, batch } => {
+                for msg in batch {
+                    self.note_vote_delay(from, &msg);
+                    self.stop_hopeless_apply(&msg);
+                    match self.user_votes.count(from, &msg) {
+                        Some((gid, tally)) => self.answer_user(gid, tally),
+                        None => self.input(Input::Message { from, msg }),
+                    }
+                }
+            }
+            MeshEvent::Heartbeat { from, heartbeat } => {
+                let node = shared().node(from);
+                node.heartbeats.fetch_add(1, Ordering::Relaxed);
+                node.connectivity
+                    .store(u32::from(heartbeat.connected.bits()), Ordering::Relaxed);
+                self.peer_views.insert(from, view_of(&heartbeat));
+                self.leases.on_heartbeat(from, &heartbeat, &self.mesh);
+                self.refresh_status();
+                self.leases.answer(from, &self.mesh);
+            }
+            MeshEvent::Refused {
+                peer: Some(peer),
+                reason,
+                ..
+            } => {
+                self.main.log(
+                    LogLevel::Info,
+                    format!("arbiter cannot connect to node {}: {reason}", peer.get()),
+                );
+            }
+            MeshEvent::Refused {
+                addr,
+                reason,
+                unreported,
+                ..
+            } => {
+                let who =
+                    addr.map_or_else(|| "an unknown address".to_owned(), |addr| addr.to_string());
+                let text = format!(
+                    "arbiter refused a connection from {who}: {reason} ({unreported} more not reported)"
+                );
+                self.main.log(LogLevel::Warning, text);
+            }
+        }
+    }
+
+    fn link_changed(&mut self, peer: NodeId, up: bool) {
+        let node = shared().node(peer);
+        node.linked.store(up, Ordering::Release);
+        node.last_change_us
+            .store(postgres_now_us(), Ordering::Relaxed);
+        self.refresh_status();
+    }
+
+    fn note_vote_delay(&self, from: NodeId, msg: &Message) {
+        if let Message::Vote {
+            gid,
+            vote: Vote::Yes,
+        } = msg
+            && let Some(waiting) = self.waiting.get(gid)
+        {
+            let node = shared().node(from);
+            node.vote_delay_us.fetch_add(
+                waiting.since.elapsed().as_micros() as u64,
+                Ordering::Relaxed,
+            );
+            node.vote_delays.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// A transaction that is already aborted elsewhere need not be applied to its end.
+    fn stop_hopeless_apply(&self, msg: &Message) {
+        if let Message::Decided {
+            gid,
+            decision: Decision::Abort,
+            ..
+        } = msg
+        {
+            crate::conflict::cancel_apply(*gid);
+        }
+    }
+
+    /// The nodes whose arbiter we talk to and whose stream we receive.
+    fn view(&self) -> NodeSet {
+        self.linked
+            .iter()
+            .filter(|peer| shared().node(*peer).receiving.load(Ordering::Acquire))
+            .chain(std::iter::once(self.node))
+            .collect()
+    }
+
+    /// Online while every node is connected with this one in both directions.
+    pub(super) fn refresh_status(&mut self) {
+        let view = self.view();
+        self.publish_view(view);
+        let complete = self.configured.iter().all(|peer| {
+            peer == self.node
+                || (view.contains(peer)
+                    && self
+                        .peer_views
+                        .get(&peer)
+                        .is_some_and(|theirs| theirs.contains(self.node)))
+        });
+        let status = match (complete, shared().status()) {
+            (true, _) => NodeStatus::Online,
+            (false, NodeStatus::Starting) => NodeStatus::Starting,
+            (false, _) => NodeStatus::Degraded,
+        };
+        if status != shared().status() {
+            self.main.log(
+                LogLevel::Info,
+                format!("this node is now {}", status.name()),
+            );
+            shared().set_status(status);
+        }
+    }
+
+    pub(super) fn send(&self, to: NodeId, msg: &Message) {
+        let (before, after) = failpoint::around(msg);
+        hit_in_thread(before);
+        if let Err(error) = self.mesh.send(to, msg) {
+            self.main.log(
+                LogLevel::Warning,
+                format!("a message to node {} was not sent: {error}", to.get()),
+            );
+        }
+        failpoint::hit_after_sending(after);
+    }
+
+    pub(super) fn reconfigure(&self, times: HeartbeatTimes) {
+        if let Err(error) = self.mesh.reconfigure(times.send_ms, times.recv_ms) {
+            self.main.log(
+                LogLevel::Warning,
+                format!("the heartbeat settings were not taken: {error}"),
+            );
+        }
+    }
+
+    /// Tells the peers whose streams we receive.
+    fn publish_view(&self, view: NodeSet) {
+        let heartbeat = Heartbeat {
+            generation: shared().generation(),
+            online_generation: shared().generation(),
+            received: self
+                .configured
+                .iter()
+                .filter(|peer| *peer != self.node)
+                .map(|peer| {
+                    (
+                        peer,
+                        protocol::Lsn(shared().node(peer).mark.load(Ordering::Relaxed)),
+                    )
+                })
+                .collect(),
+            extras: [(RECEIVING_TAG, view.bits().to_le_bytes().to_vec())]
+                .into_iter()
+                .chain(self.leases.extra())
+                .collect(),
+            ..Heartbeat::default()
+        };
+        if let Err(error) = self.mesh.heartbeat_info(heartbeat) {
+            self.main.log(
+                LogLevel::Warning,
+                format!("the heartbeat was not changed: {error}"),
+            );
+        }
+    }
+}
+
+fn unreachable_peer(peer: NodeId) -> Refusal {
+    Refusal::retry(
+        format!(
+            "node {} was lost while the transaction was being prepared",
+            peer.get()
+        ),
+        "",
+    )
+}
+
+/// Microseconds since 2000-01-01 by the system clock; for display only.
+fn postgres_now_us() -> i64 {
+    const POSTGRES_EPOCH_S: u64 = 946_684_800;
+    let since = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH + Duration::from_secs(POSTGRES_EPOCH_S))
+        .unwrap_or_default();
+    since.as_micros() as i64
+}

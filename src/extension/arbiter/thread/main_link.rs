@@ -1,0 +1,65 @@
+//! What the two threads of the arbiter say to each other.
+
+use super::super::durable::Batch;
+use crate::pg::shared::shared;
+use protocol::{Decision, Gid};
+
+/// What the main thread is asked to do.
+pub enum ToMain {
+    /// Write the records, flush if somebody waits, and answer with `FromMain::Durable`.
+    Write(Batch),
+    /// Look into pg_xact for the outcome of a transaction of this node.
+    LookUp(Gid),
+    /// Something for the server log.
+    Log(LogRecord),
+}
+
+/// A line for the server log.
+pub struct LogRecord {
+    pub level: LogLevel,
+    pub text: String,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum LogLevel {
+    Info,
+    Warning,
+}
+
+/// `multimaster.heartbeat_send_timeout` and `multimaster.heartbeat_recv_timeout`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeartbeatTimes {
+    pub send_ms: u64,
+    pub recv_ms: u64,
+}
+
+/// What the main thread answers.
+pub enum FromMain {
+    Durable(Vec<Gid>),
+    Outcome {
+        gid: Gid,
+        outcome: Option<Decision>,
+    },
+    /// The main thread works: this node may speak to its peers for another while.
+    Alive,
+    /// Settings were read again.
+    Reconfigure(HeartbeatTimes),
+    Stop,
+}
+
+/// Sends to the main thread and wakes it.
+pub struct MainLink {
+    pub queue: crossbeam_channel::Sender<ToMain>,
+}
+
+impl MainLink {
+    pub(super) fn send(&self, request: ToMain) {
+        if self.queue.send(request).is_ok() {
+            shared().arbiter.wake();
+        }
+    }
+
+    pub(super) fn log(&self, level: LogLevel, text: String) {
+        self.send(ToMain::Log(LogRecord { level, text }));
+    }
+}
