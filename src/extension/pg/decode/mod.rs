@@ -156,6 +156,7 @@ unsafe extern "C-unwind" fn prepare(
         decoder(context).prepare(&*transaction);
         crate::failpoint::hit(crate::failpoint::Failpoint::DecodePrepare);
         flush(context);
+        decoder(context).take_name(transaction);
     }
 }
 
