@@ -8,7 +8,7 @@ use xtask::suite::Size;
 
 mod bulk;
 mod crash;
-mod durable;
+mod growth;
 mod intruder;
 mod kill;
 mod ledger;
@@ -23,11 +23,12 @@ fn main() -> ExitCode {
         load::cases(),
         life::cases(),
         bulk::cases(),
+        growth::cases(),
     ]
     .concat();
     // Servers die here again and again: minutes of it, and not all of it holds yet (docs/limitations.md, "Crashes").
     if Size::chosen() == Size::Long {
-        cases.extend([crash::cases(), kill::cases(), durable::cases()].concat());
+        cases.extend([crash::cases(), kill::cases()].concat());
     }
     multimaster_tests::run_own(cases)
 }
