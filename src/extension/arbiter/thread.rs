@@ -3,18 +3,20 @@
 //! It calls nothing of PostgreSQL but `SetLatch`. Facts come in from the other processes (events in shared memory), the peers (mesh) and the main
 //! thread (durable batches, look-ups); what the core wants done goes out the same ways. Nothing is decided here.
 
+use super::counters::{self, Refusals};
 use super::durable::{Batch, DurableOrder, Tuples};
-use super::event::{self, Ended, Fate, FinishOrder, InFlight, LocalEvent, Question};
+use super::event::{self, Fate, FinishOrder, InFlight, LocalEvent, Question};
 use super::finishing::Finishing;
 use super::start::Decider;
+use super::trace;
 use super::user_votes::{UserTally, UserVotes};
 use crate::failpoint::{self, Failpoint, hit_in_thread};
 use crate::pg::shared::{self, EVENT_BYTES, NodeStatus, outcome, shared};
 use crate::pg::thread as os_thread;
 use mesh::{MeshEvent, MeshHandle};
 use protocol::{
-    Core, Decision, Effect, Effects, Event, Gid, Input, Lsn, Message, Millis, NodeId, NodeSet,
-    Outcome, Refusal, Source, Vote,
+    Ballot, Core, Decision, Effect, Effects, Event, Gid, Input, Lsn, Message, Millis, NodeId,
+    NodeSet, Outcome, Refusal, Source, Vote,
 };
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::Ordering;
@@ -49,6 +51,8 @@ pub struct LogRecord {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum LogLevel {
+    /// A step of one transaction.
+    Debug,
     Info,
     Warning,
 }
@@ -108,6 +112,7 @@ pub struct Arbiter {
     finishing: Finishing,
     linked: NodeSet,
     peer_views: BTreeMap<NodeId, NodeSet>,
+    refusals: Refusals,
 }
 
 #[derive(Clone, Copy)]
@@ -142,6 +147,7 @@ impl Arbiter {
             finishing: Finishing::default(),
             linked: NodeSet::default(),
             peer_views: BTreeMap::new(),
+            refusals: Refusals::default(),
         }
     }
 
@@ -254,6 +260,7 @@ impl Arbiter {
     }
 
     fn on_local(&mut self, event: LocalEvent) {
+        self.trace(|| trace::event(&event));
         match event {
             LocalEvent::Committing {
                 gid,
@@ -338,6 +345,7 @@ impl Arbiter {
             }
             MeshEvent::Messages { from, batch } => {
                 for msg in batch {
+                    self.trace_message(&msg, "from", from);
                     self.note_vote_delay(from, &msg);
                     self.stop_hopeless_apply(&msg);
                     match self.user_votes.count(from, &msg) {
@@ -420,6 +428,7 @@ impl Arbiter {
         match message {
             FromMain::Durable(gids) => {
                 for gid in gids {
+                    self.trace(|| Some((gid, "record is durable".to_owned())));
                     let (held, emptied) = self.order.release(gid);
                     if emptied {
                         self.tuples.free(gid);
@@ -496,7 +505,27 @@ impl Arbiter {
         }
     }
 
+    /// Tells a step of a transaction, while somebody wants to read it.
+    fn trace(&self, step: impl FnOnce() -> Option<(Gid, String)>) {
+        if !trace::enabled() {
+            return;
+        }
+        if let Some((gid, text)) = step() {
+            let line = trace::line(self.node, shared().cluster_tag(), gid, &text);
+            self.main.log(LogLevel::Debug, line);
+        }
+    }
+
+    /// The same for a message and whom it comes from or goes to.
+    fn trace_message(&self, msg: &Message, direction: &str, peer: NodeId) {
+        self.trace(|| {
+            let text = format!("{} {direction} n{}", trace::message(msg), peer.get());
+            Some((msg.gid()?, text))
+        });
+    }
+
     fn send(&self, to: NodeId, msg: &Message) {
+        self.trace_message(msg, "to", to);
         let around = failpoint::around(msg);
         around
             .into_iter()
@@ -558,6 +587,7 @@ impl Arbiter {
                 self.order.hold(gid, effect);
                 continue;
             }
+            self.trace(|| trace::effect(&effect));
             match effect {
                 Effect::Persist { gid, record } => match self.tuples.of(gid) {
                     Some(tuple) => self.order.persist(gid, tuple, record.to_bytes()),
@@ -652,6 +682,7 @@ impl Arbiter {
         let code = match result {
             Outcome::Commit { .. } => outcome::COMMIT,
             Outcome::Abort(refusal) => {
+                self.refusals.count(&refusal);
                 slot.refusal.set(&refusal);
                 self.waiting.remove(&gid);
                 outcome::ABORT
@@ -699,7 +730,7 @@ impl Arbiter {
                     .map(|view| InFlight {
                         gid: view.gid,
                         state: view.state.as_str().to_owned(),
-                        ballot: view.ballot.to_string(),
+                        ballot: (view.ballot != Ballot::NONE).then(|| view.ballot.to_string()),
                         resolving: view.resolving,
                         age_ms: view.age_ms,
                         missing: view.missing,
@@ -708,18 +739,7 @@ impl Arbiter {
                 shared().board.answer(number, &rows);
             }
             Question::Counters => {
-                let counters = self.core.counters();
-                let own = counters.own().map(|ended| (true, ended));
-                let foreign = counters.foreign().map(|ended| (false, ended));
-                let rows: Vec<Ended> = own
-                    .chain(foreign)
-                    .map(|(own, (decision, source, count))| Ended {
-                        own,
-                        decision,
-                        reason: reason(source).to_owned(),
-                        count,
-                    })
-                    .collect();
+                let rows = counters::rows(self.core.counters(), &self.refusals);
                 shared().board.answer(number, &rows);
             }
             Question::Fate { gid } => {
@@ -740,19 +760,6 @@ impl Arbiter {
                 slot.process.wake();
             }
         }
-    }
-}
-
-/// Why a transaction ended as it did, in the words of `mtm.stat_commits`.
-fn reason(source: Source) -> &'static str {
-    match source {
-        Source::Central => "a majority has precommitted",
-        Source::VotedNo => "a node voted no",
-        Source::Resolver => "this node resolved it",
-        Source::Refused => "this node refused it",
-        Source::Told => "another node said so",
-        Source::Stream => "read in the coordinator's stream",
-        Source::Log => "found in the transaction log",
     }
 }
 
