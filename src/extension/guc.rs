@@ -20,6 +20,7 @@ static WAIT_PEER_COMMITS: GucSetting<bool> = GucSetting::<bool>::new(true);
 static MIN_RECOVERY_LAG: GucSetting<i32> = GucSetting::<i32>::new(100);
 static MAX_RECOVERY_LAG: GucSetting<i32> = GucSetting::<i32>::new(1024 * 1024);
 static CONFLICT_GRACE: GucSetting<i32> = GucSetting::<i32>::new(10);
+static MINORITY_READS: GucSetting<bool> = GucSetting::<bool>::new(false);
 static INIT_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(60);
 
 /// Bounds of `multimaster.max_workers`: shared memory and background worker slots are reserved for that many.
@@ -109,6 +110,14 @@ fn register_commit() {
         GucContext::Userset,
         GucFlags::default(),
     );
+    GucRegistry::define_bool_guc(
+        c"multimaster.minority_reads",
+        c"Lets this session read on a node that is not part of a working majority.",
+        c"What it reads may be older than what other nodes have committed.",
+        &MINORITY_READS,
+        GucContext::Userset,
+        GucFlags::default(),
+    );
     GucRegistry::define_int_guc(
         c"multimaster.conflict_grace",
         c"Time that a running transaction gets before it is cancelled in favour of a committing one.",
@@ -175,6 +184,11 @@ pub fn max_workers() -> usize {
 /// Whether COMMIT waits until the peers have committed too.
 pub fn wait_peer_commits() -> bool {
     WAIT_PEER_COMMITS.get()
+}
+
+/// Whether plain reads are allowed on a node that must not answer from its tables.
+pub fn minority_reads() -> bool {
+    MINORITY_READS.get()
 }
 
 /// Time that a running transaction may hold up a committing one.

@@ -113,6 +113,16 @@ impl MeshHandle {
         Ok(())
     }
 
+    /// Milliseconds since the mesh started, as in [`Heartbeat::sent_ms`].
+    pub fn now_ms(&self) -> u64 {
+        self.0.shared.now_ms()
+    }
+
+    /// Sends a heartbeat to the peer soon, besides the regular ones.
+    pub fn beat(&self, to: NodeId) {
+        self.0.shared.outbox(to).request_heartbeat();
+    }
+
     /// Lets this node speak for so long, or for ever, which is how it starts. Once the time is over it sends nothing, so that a
     /// node whose other parts hang looks dead to its peers; what is queued leaves when the node may speak again.
     pub fn speak_for(&self, time: Option<Duration>) {

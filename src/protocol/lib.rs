@@ -33,6 +33,7 @@ mod core;
 mod effect;
 mod gid;
 mod horizon;
+mod lease;
 mod message;
 mod nodes;
 mod outcome;
@@ -49,6 +50,7 @@ mod view;
 pub use self::core::Core;
 pub use config::{AHEAD_MAX, Config, FORGOTTEN_MAX, Fault, Recovered, TRANSACTIONS_MAX};
 pub use effect::{Effect, Effects, Event, Input, Outcome, Source};
+pub use lease::{Grant, Leases};
 pub use message::{Accept, Message};
 pub use record::{InvalidRecord, RECORD_BYTES, Record};
 pub use types::{

@@ -46,6 +46,12 @@ pub(crate) struct Resolution {
 }
 
 impl Resolution {
+    /// See [`crate::Core::reduce`].
+    pub const fn reduce(&mut self) {
+        self.since = None;
+        self.attempts = 0;
+    }
+
     pub fn stop(&mut self) {
         self.at = None;
         self.running = None;

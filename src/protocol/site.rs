@@ -88,6 +88,15 @@ impl Site {
         self.horizon_askers.entry(asker).or_insert(last);
     }
 
+    /// See [`crate::Core::reduce`].
+    pub fn reduce(&mut self) {
+        self.counters = Counters::default();
+        self.causal = Causal::default();
+        self.epochs.clear();
+        self.horizon_missing = NodeSet::EMPTY;
+        self.horizon_askers.clear();
+    }
+
     pub fn raise_mark(&mut self, origin: NodeId, lsn: Lsn) {
         let mark = self.marks.entry(origin).or_default();
         *mark = (*mark).max(lsn);

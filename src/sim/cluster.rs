@@ -1,6 +1,6 @@
 //! One state of the model: nodes, network, and the checker that rides along.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{Core, Decision, Effect, Effects, Gid, Input, Message, NodeId, Record, Recovered};
 
@@ -14,6 +14,8 @@ pub struct Cluster {
     pub(crate) network: BTreeSet<Envelope>,
     pub(crate) crashes: u8,
     pub(crate) disturbances: u8,
+    /// Attempts to resolve that were started, by any node for any transaction.
+    pub(crate) resolvers: u8,
     pub(crate) checker: Checker,
 }
 
@@ -25,8 +27,6 @@ pub(crate) struct Node {
     pub(crate) prepared: BTreeSet<Gid>,
     pub(crate) finished: BTreeMap<Gid, Decision>,
     pub(crate) wal: Vec<WalItem>,
-    /// Effects behind a record that is not durable yet.
-    pub(crate) gates: BTreeMap<Gid, VecDeque<Effect>>,
     /// Own transactions whose client still waits.
     pub(crate) waiting: BTreeSet<Gid>,
 }
@@ -52,6 +52,17 @@ impl Node {
                 .records
                 .get(&gid)
                 .is_some_and(|record| record.decision == Some(Decision::Abort))
+    }
+}
+
+impl Node {
+    /// The transaction has an outcome here that no crash takes back.
+    fn has_ended(&self, gid: Gid) -> bool {
+        let decided = self
+            .records
+            .get(&gid)
+            .is_some_and(|record| record.decision.is_some());
+        self.finished.contains_key(&gid) || (decided && !self.prepared.contains(&gid))
     }
 }
 
@@ -82,7 +93,9 @@ impl Cluster {
         node.epoch += 1;
         let epoch = node.epoch;
         let mut out = Effects::new();
-        node.core = Some(Core::new(scope.config(name, epoch), recovered, 0, &mut out));
+        let mut core = Core::new(scope.config(name, epoch), recovered, 0, &mut out);
+        core.reduce();
+        node.core = Some(core);
         self.carry_out(name, &mut out);
         let peers: Vec<(NodeId, u32)> = self
             .nodes
@@ -121,7 +134,6 @@ impl Cluster {
         if let Some(node) = self.nodes.get_mut(&name) {
             node.core = None;
             node.wal.clear();
-            node.gates.clear();
             node.waiting.clear();
         }
         self.network
@@ -148,26 +160,14 @@ impl Cluster {
             .and_then(|node| node.core.as_mut())
         {
             core.handle(0, input, &mut out);
+            core.reduce();
         }
         self.carry_out(name, &mut out);
     }
 
     fn carry_out(&mut self, name: NodeId, out: &mut Effects) {
         for effect in out.drain() {
-            self.submit(name, effect);
-        }
-    }
-
-    fn submit(&mut self, name: NodeId, effect: Effect) {
-        let gid = effect.gid();
-        let Some(node) = self.nodes.get_mut(&name) else {
-            return;
-        };
-        match gid.and_then(|gid| node.gates.get_mut(&gid)) {
-            // The network is a set, so a message that waits already need not wait twice.
-            Some(gate) if gate.contains(&effect) => {}
-            Some(gate) => gate.push_back(effect),
-            None => self.perform(name, effect),
+            self.perform(name, effect);
         }
     }
 
@@ -190,14 +190,14 @@ impl Cluster {
                     });
                 }
             }
-            Effect::Persist { gid, record } => {
+            Effect::Persist { record, .. } => {
                 node.wal.push(WalItem::Record(record));
-                node.gates.insert(gid, VecDeque::new());
+                self.sync(name);
             }
             Effect::Write { record, .. } => node.wal.push(WalItem::Record(record)),
             Effect::Free { gid } => {
                 node.wal.push(WalItem::Free(gid));
-                node.gates.insert(gid, VecDeque::new());
+                self.sync(name);
             }
             Effect::Finish { gid, decision } => self.finish(name, gid, decision),
             Effect::Reply { gid, outcome } => {
@@ -221,11 +221,37 @@ impl Cluster {
             Effect::Event(protocol::Event::Decided { gid, decision, .. }) => {
                 self.checker.on_outcome(name, gid, decision)
             }
+            Effect::Event(protocol::Event::ResolverStarted { .. }) => self.resolvers += 1,
             Effect::Visible { .. }
             | Effect::Settled { .. }
             | Effect::PeersFinished { .. }
             | Effect::Event(_) => {}
         }
+    }
+
+    /// Drops messages that can no longer make a difference. A node that has durably ended a transaction does nothing about it any
+    /// more but tell the outcome to those who ask, and only nodes without an outcome ask.
+    pub(crate) fn drop_vain(&mut self) {
+        let ended = |node: NodeId, gid: Gid| {
+            self.nodes
+                .get(&node)
+                .is_some_and(|node| node.has_ended(gid))
+        };
+        let mut network = std::mem::take(&mut self.network);
+        network.retain(|envelope| {
+            let Some(gid) = envelope.msg.gid() else {
+                return true;
+            };
+            let asks = matches!(
+                envelope.msg,
+                Message::Vote { .. }
+                    | Message::Query { .. }
+                    | Message::Status { .. }
+                    | Message::Propose { .. }
+            );
+            !ended(envelope.to, gid) || (asks && !ended(envelope.from, gid))
+        });
+        self.network = network;
     }
 
     fn demand_commit_survives(&mut self, gid: Gid) {
@@ -261,19 +287,7 @@ impl Cluster {
         self.input(name, Input::Finished { gid });
     }
 
-    pub(crate) fn flush(&mut self, name: NodeId) {
-        self.sync(name);
-        let gates = self
-            .nodes
-            .get_mut(&name)
-            .map(|node| std::mem::take(&mut node.gates))
-            .unwrap_or_default();
-        for effect in gates.into_values().flatten() {
-            self.submit(name, effect);
-        }
-    }
-
-    /// Brings WAL to the disk. Effects that wait for it go with the next [`Step::Flush`].
+    /// Brings WAL to the disk.
     pub(crate) fn sync(&mut self, name: NodeId) {
         let Some(node) = self.nodes.get_mut(&name) else {
             return;

@@ -212,9 +212,9 @@ fn copy_tree(from: &Path, to: &Path) -> Result<()> {
     .map(drop)
 }
 
-/// Copies and renames: a running server keeps the file that it has mapped.
+/// Copies and renames: a running server keeps the file that it has mapped, and two runs at once do not meet.
 fn replace(from: &Path, to: &Path) -> Result<()> {
-    let fresh = to.with_extension("new");
+    let fresh = to.with_extension(format!("new-{}", std::process::id()));
     let explain = || format!("cannot copy {} to {}", from.display(), to.display());
     fs::copy(from, &fresh).with_context(explain)?;
     fs::rename(&fresh, to).with_context(explain)

@@ -24,7 +24,7 @@ use net_config::{NetSettings, millis};
 use protocol::{Gid, NodeId};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use thread::{FromMain, LogLevel, LogRecord, ToMain};
+use thread::{FromMain, HeartbeatTimes, LogLevel, LogRecord, ToMain};
 use tokio::sync::mpsc;
 
 /// How often the main thread looks around although nobody woke it.
@@ -115,13 +115,11 @@ impl MainThread {
             self.grow_pool();
             if process::sighup_pending() {
                 process::reload();
-                let (send_ms, recv_ms) = (
-                    millis(guc::heartbeat_send_timeout()),
-                    millis(guc::heartbeat_recv_timeout()),
-                );
-                let _ = self
-                    .replies
-                    .send(FromMain::Reconfigure { send_ms, recv_ms });
+                let times = HeartbeatTimes {
+                    send_ms: millis(guc::heartbeat_send_timeout()),
+                    recv_ms: millis(guc::heartbeat_recv_timeout()),
+                };
+                let _ = self.replies.send(FromMain::Reconfigure(times));
             }
             if process::terminate_pending() {
                 let deadline = *stop_at.get_or_insert_with(|| Instant::now() + FAREWELL);

@@ -5,7 +5,7 @@ use super::durable::{RECORDS_MAX, Tuples};
 use super::event::{self, LocalEvent};
 use super::net_config::{NetSettings, millis, start_mesh};
 use super::slots;
-use super::thread::{Arbiter, FromMain, MainLink};
+use super::thread::{Arbiter, FromMain, HeartbeatTimes, MainLink};
 use crate::cluster::Identity;
 use crate::cluster::identity::ClusterState;
 use crate::failpoint::{Failpoint, hit};
@@ -125,6 +125,8 @@ pub struct RecoveredState {
 pub struct Decider {
     pub core: Core,
     pub tuples: Tuples,
+    /// Number of this start.
+    pub epoch: u32,
     /// What the core wants done first.
     pub effects: Effects,
 }
@@ -169,6 +171,7 @@ pub fn recover(identity: &Identity) -> RecoveredState {
         decider: Decider {
             core,
             tuples,
+            epoch,
             effects,
         },
         records,
@@ -304,7 +307,10 @@ pub fn run_thread(
             decider,
             main,
             mesh,
-            Duration::from_millis(settings.recv_ms),
+            HeartbeatTimes {
+                send_ms: settings.send_ms,
+                recv_ms: settings.recv_ms,
+            },
         )
         .run(events, from_main)
         .await

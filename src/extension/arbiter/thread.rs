@@ -6,10 +6,11 @@
 mod answers;
 mod delays;
 mod effects;
+mod lease;
 mod links;
 mod main_link;
 
-pub use main_link::{FromMain, LogLevel, LogRecord, MainLink, ToMain};
+pub use main_link::{FromMain, HeartbeatTimes, LogLevel, LogRecord, MainLink, ToMain};
 
 use super::durable::{DurableOrder, Tuples};
 use super::event::{self, LocalEvent};
@@ -55,6 +56,7 @@ pub struct Arbiter {
     finishing: Finishing,
     linked: NodeSet,
     peer_views: BTreeMap<NodeId, NodeSet>,
+    leases: lease::LeaseKeeper,
 }
 
 #[derive(Clone, Copy)]
@@ -82,8 +84,10 @@ impl Arbiter {
         decider: Decider,
         main: MainLink,
         mesh: MeshHandle,
-        silence: Duration,
+        timing: HeartbeatTimes,
     ) -> Arbiter {
+        let silence = Duration::from_millis(timing.recv_ms);
+        let leases = lease::LeaseKeeper::new(node, decider.epoch, configured, timing, &mesh);
         Arbiter {
             node,
             configured,
@@ -101,6 +105,7 @@ impl Arbiter {
             finishing: Finishing::default(),
             linked: NodeSet::default(),
             peer_views: BTreeMap::new(),
+            leases,
         }
     }
 
@@ -269,9 +274,10 @@ impl Arbiter {
             FromMain::Outcome { gid, outcome } => {
                 self.input(Input::CoordinatorOutcome { gid, outcome })
             }
-            FromMain::Reconfigure { send_ms, recv_ms } => {
-                self.silence = Duration::from_millis(recv_ms);
-                self.reconfigure(send_ms, recv_ms);
+            FromMain::Reconfigure(timing) => {
+                self.silence = Duration::from_millis(timing.recv_ms);
+                self.leases.reconfigure(timing);
+                self.reconfigure(timing);
             }
             FromMain::Alive => self.mesh.speak_for(Some(self.silence)),
             FromMain::Stop => {}

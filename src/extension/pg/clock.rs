@@ -2,6 +2,17 @@
 
 use pgrx::pg_sys;
 
+/// Milliseconds of the clock that nobody sets; the same in all processes and threads of this machine.
+pub fn monotonic_ms() -> u64 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: fills the structure; this clock exists on every Linux.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
+}
+
 /// Microseconds since 2000-01-01, as PostgreSQL counts. Main thread only.
 pub fn now_us() -> i64 {
     // SAFETY: reads the clock.

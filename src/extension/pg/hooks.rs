@@ -6,7 +6,7 @@
 //! see an empty transaction and could raise an error for what is already committed.
 
 use super::shared;
-use super::{commit, ddl_bridge, process, raw, user_2pc, victim};
+use super::{commit, ddl_bridge, gate, process, raw, user_2pc, victim};
 use pgrx::pg_sys;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
@@ -131,6 +131,10 @@ unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, flags:
     unsafe {
         victim::check();
         let plan = &*(*query).plannedstmt;
+        gate::refresh_session();
+        if flags as u32 & pg_sys::EXEC_FLAG_EXPLAIN_ONLY == 0 {
+            gate::check_query(plan);
+        }
         if plan.commandType != pg_sys::CmdType::CMD_SELECT || plan.hasModifyingCTE {
             if flags as u32 & pg_sys::EXEC_FLAG_EXPLAIN_ONLY == 0 {
                 note_plan_writes(plan);
@@ -178,6 +182,7 @@ unsafe extern "C-unwind" fn transaction_event(
     unsafe {
         match event {
             pg_sys::XactEvent::XACT_EVENT_PRE_COMMIT => {
+                gate::at_session_start();
                 if REPAIR_CONTEXT.replace(false) {
                     pg_sys::CurrentResourceOwner = pg_sys::TopTransactionResourceOwner;
                     pg_sys::CurrentMemoryContext = pg_sys::TopTransactionContext;
@@ -315,8 +320,10 @@ unsafe extern "C-unwind" fn utility(
         let is_transaction = (*node).type_ == pg_sys::NodeTag::T_TransactionStmt;
         wait_for_identity_or_cancel();
         let in_cluster = in_cluster();
+        gate::refresh_session();
         if !is_transaction {
             victim::check();
+            gate::check_utility(node);
         }
         keep_cluster(node);
         if is_transaction && in_cluster && run_transaction_command(node.cast()) {

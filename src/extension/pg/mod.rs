@@ -12,6 +12,7 @@ pub mod decode;
 #[cfg(feature = "failpoints")]
 pub mod failpoint;
 mod fixed_text;
+mod gate;
 pub mod hooks;
 pub mod invalidation;
 pub mod locks;

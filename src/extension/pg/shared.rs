@@ -400,6 +400,8 @@ pub struct Shared {
     pub members: AtomicU32,
     pub configured: AtomicU32,
     pub status: AtomicU32,
+    /// Until when this node may serve reads, by `clock::monotonic_ms`; written by the tokio thread.
+    pub lease_until_ms: AtomicU64,
     /// Arbiter starts so far, durable.
     pub epoch: AtomicU32,
     /// The arbiter has found out whether this server belongs to a cluster. Until then no write may commit.
@@ -523,6 +525,16 @@ impl Shared {
 
     pub fn set_status(&self, status: NodeStatus) {
         self.status.store(status as u32, Ordering::Release);
+    }
+
+    /// Whether this node may serve reads and writes, as far as it knows.
+    pub fn serving(&self) -> bool {
+        matches!(self.status(), NodeStatus::Online | NodeStatus::Degraded)
+    }
+
+    /// Whether a majority has promised to do nothing without this node at this moment.
+    pub fn lease_holds(&self) -> bool {
+        super::clock::monotonic_ms() < self.lease_until_ms.load(Ordering::Acquire)
     }
 
     /// This node's id, once it belongs to a cluster.

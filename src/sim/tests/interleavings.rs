@@ -28,7 +28,7 @@ fn conflicting_transactions_are_searched_to_the_end() {
         transactions: 2,
         crashes: 0,
         disturbances: 0,
-        term_max: 2,
+        resolvers: 0,
         fault: None,
         states_max: 1_000_000,
     };
@@ -55,7 +55,7 @@ fn seeded_faults_are_found() {
             transactions: 1,
             crashes,
             disturbances,
-            term_max: 2,
+            resolvers: 2,
             fault: Some(fault),
             states_max: 1_000_000,
         };

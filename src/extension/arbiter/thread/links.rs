@@ -2,7 +2,7 @@
 
 use super::super::user_votes::UserTally;
 use super::Arbiter;
-use super::main_link::LogLevel;
+use super::main_link::{HeartbeatTimes, LogLevel};
 use crate::failpoint::{self, hit_in_thread};
 use crate::pg::shared::{NodeStatus, shared};
 use mesh::MeshEvent;
@@ -68,7 +68,9 @@ impl Arbiter {
                 node.connectivity
                     .store(u32::from(heartbeat.connected.bits()), Ordering::Relaxed);
                 self.peer_views.insert(from, view_of(&heartbeat));
+                self.leases.on_heartbeat(from, &heartbeat, &self.mesh);
                 self.refresh_status();
+                self.leases.answer(from, &self.mesh);
             }
             MeshEvent::Refused {
                 peer: Some(peer),
@@ -163,8 +165,8 @@ impl Arbiter {
         failpoint::hit_after_sending(after);
     }
 
-    pub(super) fn reconfigure(&self, send_ms: u64, recv_ms: u64) {
-        if let Err(error) = self.mesh.reconfigure(send_ms, recv_ms) {
+    pub(super) fn reconfigure(&self, times: HeartbeatTimes) {
+        if let Err(error) = self.mesh.reconfigure(times.send_ms, times.recv_ms) {
             self.main.log(
                 LogLevel::Warning,
                 format!("the heartbeat settings were not taken: {error}"),
@@ -188,7 +190,10 @@ impl Arbiter {
                     )
                 })
                 .collect(),
-            extras: vec![(RECEIVING_TAG, view.bits().to_le_bytes().to_vec())],
+            extras: [(RECEIVING_TAG, view.bits().to_le_bytes().to_vec())]
+                .into_iter()
+                .chain(self.leases.extra())
+                .collect(),
             ..Heartbeat::default()
         };
         if let Err(error) = self.mesh.heartbeat_info(heartbeat) {

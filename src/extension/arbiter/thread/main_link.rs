@@ -26,6 +26,13 @@ pub enum LogLevel {
     Warning,
 }
 
+/// `multimaster.heartbeat_send_timeout` and `multimaster.heartbeat_recv_timeout`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeartbeatTimes {
+    pub send_ms: u64,
+    pub recv_ms: u64,
+}
+
 /// What the main thread answers.
 pub enum FromMain {
     Durable(Vec<Gid>),
@@ -36,10 +43,7 @@ pub enum FromMain {
     /// The main thread works: this node may speak to its peers for another while.
     Alive,
     /// Settings were read again.
-    Reconfigure {
-        send_ms: u64,
-        recv_ms: u64,
-    },
+    Reconfigure(HeartbeatTimes),
     Stop,
 }
 

@@ -1,0 +1,261 @@
+//! Statements on a node that may not serve them.
+//!
+//! A node without a majority, or one that has not caught up, must not answer from its tables: others may have changed what it shows. Every
+//! statement that touches data therefore ends with 57P03, on which drivers and pools go to another server, while catalogs, settings and the
+//! `mtm` views stay readable. The check comes after the statement's snapshot was taken and looks at a lease (`protocol::Leases`), so a
+//! process that was stopped between the two answers nothing stale either. `multimaster.minority_reads` lets plain reads pass.
+//!
+//! A session that begins on such a node says `default_transaction_read_only = on`, which libpq's `target_session_attrs=read-write` reads: with
+//! several hosts it goes on to the next. When the node serves again the session's next statement takes that back.
+
+use super::process::{self, Wait};
+use super::shared::{self, NodeStatus};
+use super::{commit, fixed_text::FixedText, hooks, raw};
+use crate::guc;
+use pgrx::pg_sys;
+use std::cell::Cell;
+use std::ffi::{CStr, c_char};
+use std::fmt::Write;
+use std::time::{Duration, Instant};
+
+/// How often a statement looks whether the lease has been renewed.
+const LOOK_AROUND: Duration = Duration::from_millis(5);
+
+/// First oid that is not part of every new database (`FirstNormalObjectId` of access/transam.h).
+const FIRST_NORMAL_OID: u32 = 16384;
+
+thread_local! {
+    /// This session has been made read-only because its node did not serve.
+    static MADE_READ_ONLY: Cell<bool> = const { Cell::new(false) };
+    /// The session's start has been looked at.
+    static STARTED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this node takes reads and writes at this moment.
+fn serves() -> bool {
+    let shared = shared::shared();
+    shared.serving() && shared.lease_holds()
+}
+
+/// Whether the statements of this process are to be looked at.
+fn applies() -> bool {
+    // SAFETY: a plain variable of this process.
+    shared::exists() && unsafe { pg_sys::ParallelWorkerNumber < 0 } && hooks::in_cluster()
+}
+
+/// A query is about to run.
+///
+/// # Safety
+/// From the executor's start hook: raises by `longjmp`, so no frame owns anything.
+pub unsafe fn check_query(plan: &pg_sys::PlannedStmt) {
+    if !shared::exists() || serves() {
+        return;
+    }
+    // SAFETY: as the caller promises; the plan's lists are valid.
+    unsafe {
+        if !applies() || !touches_data(plan) {
+            return;
+        }
+        let reads_only = plan.commandType == pg_sys::CmdType::CMD_SELECT
+            && !plan.hasModifyingCTE
+            && plan.rowMarks.is_null();
+        await_service(reads_only);
+    }
+}
+
+/// A utility command is about to run.
+///
+/// # Safety
+/// As [`check_query`].
+pub unsafe fn check_utility(statement: *mut pg_sys::Node) {
+    if !shared::exists() || serves() {
+        return;
+    }
+    // SAFETY: as the caller promises; the node's tag says what it is.
+    unsafe {
+        if !applies() || is_harmless(statement) {
+            return;
+        }
+        let reads_only = (*statement).type_ == pg_sys::NodeTag::T_CopyStmt
+            && !(*statement.cast::<pg_sys::CopyStmt>()).is_from;
+        await_service(reads_only);
+    }
+}
+
+/// Whether some table of the plan is a user's. Temporary ones are the session's own business.
+unsafe fn touches_data(plan: &pg_sys::PlannedStmt) -> bool {
+    // SAFETY: the range table is a list of range table entries.
+    unsafe {
+        if plan.rtable.is_null() {
+            return false;
+        }
+        let own_schema = pg_sys::get_namespace_oid(c"mtm".as_ptr(), true);
+        (0..(*plan.rtable).length).any(|position| {
+            let entry = (*(*plan.rtable).elements.add(position as usize)).ptr_value
+                as *const pg_sys::RangeTblEntry;
+            (*entry).rtekind == pg_sys::RTEKind::RTE_RELATION && is_data((*entry).relid, own_schema)
+        })
+    }
+}
+
+unsafe fn is_data(relation: pg_sys::Oid, own_schema: pg_sys::Oid) -> bool {
+    // SAFETY: catalog look-ups in a transaction.
+    unsafe {
+        relation.to_u32() >= FIRST_NORMAL_OID
+            && pg_sys::get_rel_namespace(relation) != own_schema
+            && pg_sys::get_rel_persistence(relation) != pg_sys::RELPERSISTENCE_TEMP as c_char
+    }
+}
+
+/// Commands that touch no data, or whose queries are looked at one by one.
+unsafe fn is_harmless(statement: *mut pg_sys::Node) -> bool {
+    use pg_sys::NodeTag::*;
+    // SAFETY: the node's tag says what it is.
+    unsafe {
+        matches!(
+            (*statement).type_,
+            T_TransactionStmt
+                | T_VariableSetStmt
+                | T_VariableShowStmt
+                | T_ExplainStmt
+                | T_PrepareStmt
+                | T_ExecuteStmt
+                | T_DeallocateStmt
+                | T_DeclareCursorStmt
+                | T_FetchStmt
+                | T_ClosePortalStmt
+                | T_DiscardStmt
+                | T_ListenStmt
+                | T_UnlistenStmt
+                | T_NotifyStmt
+                | T_LoadStmt
+                | T_DoStmt
+                | T_CallStmt
+                | T_ConstraintsSetStmt
+                | T_CheckPointStmt
+                | T_AlterSystemStmt
+                | T_VacuumStmt
+        )
+    }
+}
+
+/// Returns when the node serves; raises when it is known not to, or when its lease is not renewed for as long as a node may be silent.
+unsafe fn await_service(reads_only: bool) {
+    if reads_only && guc::minority_reads() {
+        return;
+    }
+    let begun = Instant::now();
+    while !serves() {
+        if !shared::shared().serving() || begun.elapsed() >= guc::heartbeat_recv_timeout() {
+            // SAFETY: as check_query.
+            unsafe { refuse() };
+        }
+        process::wait_latch(LOOK_AROUND, Wait::Work);
+        // SAFETY: as check_query.
+        unsafe { raw::check_for_interrupts() };
+    }
+}
+
+/// Ends the statement: it can be run on another node.
+///
+/// # Safety
+/// As [`check_query`].
+unsafe fn refuse() {
+    let mut message = FixedText::<256>::new();
+    let mut detail = FixedText::<256>::new();
+    describe(&mut message, &mut detail);
+    // SAFETY: as the caller promises; the texts are plain arrays.
+    unsafe {
+        commit::raise(
+            pgrx::PgSqlErrorCode::ERRCODE_CANNOT_CONNECT_NOW as i32,
+            message.as_c_str(),
+            detail.as_c_str(),
+            c"Connect to another node; with several hosts and target_session_attrs=read-write, libpq does so by itself. See mtm.status() for this node's state.",
+        );
+    }
+}
+
+/// This node's state in words, and who is there.
+pub fn describe(message: &mut impl Write, detail: &mut impl Write) {
+    let shared = shared::shared();
+    let node = shared.node_id().map_or(0, protocol::NodeId::get);
+    let state = match shared.status() {
+        NodeStatus::Online => "cut off from a majority of the nodes",
+        status => status.name(),
+    };
+    // A text that is too long is cut.
+    let _ = write!(
+        message,
+        "node {node} is {state} and takes no reads or writes"
+    );
+    let _ = write!(
+        detail,
+        "Nodes it is connected with: {}.",
+        shared::connected_nodes()
+    );
+}
+
+/// The first transaction of a session ends: its start. Called before the client is told of its settings.
+///
+/// # Safety
+/// From the transaction callback, before commit.
+pub unsafe fn at_session_start() {
+    if STARTED.replace(true) || !shared::exists() {
+        return;
+    }
+    // SAFETY: plain variables of this process; see set_read_only.
+    unsafe {
+        if pg_sys::MyBackendType != pg_sys::BackendType::B_BACKEND
+            || !belongs_to_cluster()
+            || serves()
+            || pg_sys::DefaultXactReadOnly
+        {
+            return;
+        }
+        set_read_only(c"on");
+    }
+    MADE_READ_ONLY.set(true);
+}
+
+/// Whether this session's database is the cluster's, as far as it is known; waits for nothing.
+unsafe fn belongs_to_cluster() -> bool {
+    let shared = shared::shared();
+    // SAFETY: a plain variable of this process.
+    let database = unsafe { pg_sys::MyDatabaseId.to_u32() };
+    !process::is_local_process()
+        && !process::is_standby()
+        && database == shared.database.load(std::sync::atomic::Ordering::Acquire)
+        && shared.node_id().is_some()
+}
+
+/// A session that was made read-only at its start is so no longer once its node serves.
+///
+/// # Safety
+/// From the hooks, at the start of a statement in a transaction.
+pub unsafe fn refresh_session() {
+    if !MADE_READ_ONLY.get() || !serves() {
+        return;
+    }
+    // SAFETY: as the caller promises.
+    unsafe {
+        if pg_sys::DefaultXactReadOnly {
+            set_read_only(c"off");
+            // Taken over at the start of this transaction, which has done nothing yet.
+            if !raw::IsTransactionBlock() {
+                raw::XactReadOnly = false;
+            }
+        }
+    }
+}
+
+unsafe fn set_read_only(value: &CStr) {
+    // SAFETY: zero-terminated literals; a boolean setting that takes any value at any time.
+    unsafe {
+        pg_sys::SetConfigOption(
+            c"default_transaction_read_only".as_ptr(),
+            value.as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+        );
+    }
+}
