@@ -3,11 +3,13 @@
 use crate::arbiter::event::{Conflict, Ended, InFlight, LocalEvent, Question, submit};
 use crate::decode::Environment;
 use crate::fate;
+use crate::latency::{Phase, Summary};
 use crate::pg::report::{self, ErrorReport};
 use crate::pg::shared::{NODES, NodeStatus, shared};
 use crate::pg::{board, commit, locks};
 use crate::views::{
-    ConflictRow, CounterRow, NodeStateRow, Source, StatusRow, TransactionRow, TransactionStatus,
+    ConflictRow, CounterRow, LatencyRow, NodeStateRow, Source, StatusRow, TransactionRow,
+    TransactionStatus,
 };
 use pgrx::prelude::*;
 use protocol::{Csn, NodeId};
@@ -140,6 +142,20 @@ impl Source for SharedSource {
         decided.into_iter().map(ended_row).chain(local).collect()
     }
 
+    fn latencies(&self) -> Vec<LatencyRow> {
+        let peers = node_ids().filter(|node| shared().node_id() != Some(*node));
+        let peers: Vec<NodeId> = peers.collect();
+        shared()
+            .latencies
+            .all(peers.iter().copied())
+            .map(latency_row)
+            .collect()
+    }
+
+    fn reset_latencies(&self) {
+        shared().latencies.reset();
+    }
+
     fn transaction_status(&self, gid: &str) -> TransactionStatus {
         fate::of(gid)
     }
@@ -205,6 +221,20 @@ fn relation_name(target: &str) -> Option<String> {
     Some(name.to_owned())
 }
 
+fn latency_row((phase, peer, summary): (Phase, Option<NodeId>, Summary)) -> LatencyRow {
+    let ms = |us: f64| (summary.count > 0).then_some(us / 1000.0);
+    let [p50, p95, p99] = summary.percentiles_us.map(ms);
+    LatencyRow {
+        phase: phase.name().to_owned(),
+        peer: peer.map(|peer| i32::from(peer.get())),
+        count: summary.count as i64,
+        p50_ms: p50,
+        p95_ms: p95,
+        p99_ms: p99,
+        max_ms: ms(summary.max_us as f64),
+    }
+}
+
 fn conflict_row(row: Conflict) -> ConflictRow {
     let tag = shared().cluster_tag();
     let (relation, key) = match row.target.split_once(", key ") {
@@ -224,7 +254,7 @@ fn conflict_row(row: Conflict) -> ConflictRow {
 
 fn node_row(node: NodeId) -> NodeStateRow {
     let state = shared().node(node);
-    let delays = state.vote_delays.load(Ordering::Relaxed);
+    let votes = shared().latencies.votes_of(node);
     let is_self = shared().node_id() == Some(node);
     let heard = state.heartbeats.load(Ordering::Relaxed);
     let all: u32 = node_ids().map(|id| 1u32 << (id.get() - 1)).sum();
@@ -234,8 +264,7 @@ fn node_row(node: NodeId) -> NodeStateRow {
         connected: is_connected(node),
         stopped: false,
         catch_up: false,
-        avg_trans_delay_us: (delays > 0)
-            .then(|| (state.vote_delay_us.load(Ordering::Relaxed) / delays) as i64),
+        avg_trans_delay_us: (votes.count > 0).then_some(votes.mean_us as i64),
         last_status_change: Some(state.last_change_us.load(Ordering::Relaxed))
             .filter(|at| *at != 0),
         receiver_pid: Some(state.receiver.pid()).filter(|pid| *pid != 0),

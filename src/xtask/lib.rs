@@ -13,6 +13,7 @@ pub mod extension;
 pub mod host;
 pub mod installation;
 pub mod pgbench;
+pub mod profile;
 pub mod screen;
 pub mod server;
 pub mod setup;

@@ -30,6 +30,8 @@ pub fn cases() -> Vec<SharedCase> {
         conflict_with_a_running_transaction_is_shown,
         conflict_of_committing_transactions_is_shown,
         steps_of_a_transaction_can_be_logged,
+        commit_latency_counts_phases_and_peers,
+        commit_latency_starts_again_when_told,
     ]
 }
 
@@ -548,4 +550,56 @@ fn set_log_level(rig: &Rig, level: &str) -> Result<()> {
         session.run("SELECT pg_reload_conf()")?;
     }
     Ok(())
+}
+
+/// How often each phase was counted, as `phase peer count`.
+const LATENCY_COUNTS: &str = "SELECT string_agg(concat_ws(' ', phase, peer, count), ', ' ORDER BY phase, peer NULLS FIRST) FROM mtm.commit_latency";
+
+fn commit_latency_counts_phases_and_peers(rig: &Rig) -> Result<()> {
+    let mut session = rig.session(1)?;
+    session.run("CREATE TABLE timed (id int PRIMARY KEY)")?;
+    session.run("SELECT mtm.reset_commit_latency()")?;
+    for id in 1..=3 {
+        session.run(&format!("INSERT INTO timed VALUES ({id})"))?;
+    }
+    session.run("BEGIN; INSERT INTO timed VALUES (4); ROLLBACK; SELECT FROM timed")?;
+    for phase in ["prepare", "vote", "commit", "total"] {
+        let count = session.text(&format!(
+            "SELECT count FROM mtm.commit_latency WHERE phase = '{phase}' AND peer IS NULL"
+        ))?;
+        ensure!(count == "3", "{phase} was counted {count} times");
+    }
+    let peers = session
+        .text("SELECT count(*) FROM mtm.commit_latency WHERE phase = 'vote' AND peer <> (SELECT my_node_id FROM mtm.status()) AND count = 3")?;
+    ensure!(
+        peers == (rig.len() - 1).to_string(),
+        "{peers} peers' votes were counted"
+    );
+    let odd = session.text("SELECT count(*) FROM mtm.commit_latency WHERE count > 0 AND NOT (0 <= p50 AND p50 <= p95 AND p95 <= p99 AND p99 <= max)")?;
+    ensure!(odd == "0", "{odd} phases have percentiles out of order");
+    let whole = session.text("SELECT t.max >= p.max AND t.max >= c.max FROM mtm.commit_latency t, mtm.commit_latency p, mtm.commit_latency c WHERE t.phase = 'total' AND p.phase = 'prepare' AND c.phase = 'commit'")?;
+    ensure!(whole == "t", "a part took longer than the whole");
+    Ok(())
+}
+
+fn commit_latency_starts_again_when_told(rig: &Rig) -> Result<()> {
+    let mut session = rig.session(2)?;
+    session.run("CREATE TABLE timed_again (id int PRIMARY KEY)")?;
+    session.run("SELECT mtm.reset_commit_latency()")?;
+    let empty = session.text(
+        "SELECT bool_and(count = 0 AND p50 IS NULL AND max IS NULL) FROM mtm.commit_latency",
+    )?;
+    ensure!(
+        empty == "t",
+        "after a reset: {}",
+        session.text(LATENCY_COUNTS)?
+    );
+    let role = format!("{}_curious", rig.schema());
+    session.run(&format!(
+        "CREATE ROLE {role}; GRANT mtm_monitor TO {role}; SET ROLE {role}"
+    ))?;
+    session.refused_with("42501", "SELECT mtm.reset_commit_latency()")?;
+    session.run(&format!(
+        "SELECT FROM mtm.commit_latency; RESET ROLE; DROP ROLE {role}"
+    ))
 }

@@ -4,6 +4,7 @@
 //! thread (durable batches, look-ups); what the core wants done goes out the same ways. Nothing is decided here.
 
 mod answers;
+mod delays;
 mod effects;
 mod lease;
 mod links;
@@ -21,6 +22,7 @@ use super::user_votes::{UserTally, UserVotes};
 use crate::failpoint::{Failpoint, hit_in_thread};
 use crate::pg::shared::{self, EVENT_BYTES, outcome, shared};
 use crate::pg::thread as os_thread;
+use delays::Stages;
 use mesh::{MeshEvent, MeshHandle};
 use protocol::{Core, Effects, Gid, Input, Lsn, Message, Millis, NodeId, NodeSet, Refusal};
 use std::collections::{BTreeMap, VecDeque};
@@ -63,7 +65,19 @@ pub struct Arbiter {
 #[derive(Clone, Copy)]
 struct Waiting {
     backend: u32,
-    since: Instant,
+    /// It also waits until the peers have finished.
+    wait_peers: bool,
+    stages: Stages,
+}
+
+impl Waiting {
+    fn begin(backend: u32, wait_peers: bool) -> Waiting {
+        Waiting {
+            backend,
+            wait_peers,
+            stages: Stages::begin(),
+        }
+    }
 }
 
 impl Arbiter {
@@ -148,13 +162,8 @@ impl Arbiter {
             {
                 if slot.user_prepare.load(Ordering::Relaxed) {
                     // Its votes died with that life. Nobody may act on it before its user does, so it can still be rolled back.
-                    self.waiting.insert(
-                        gid,
-                        Waiting {
-                            backend: index as u32,
-                            since: Instant::now(),
-                        },
-                    );
+                    self.waiting
+                        .insert(gid, Waiting::begin(index as u32, false));
                     self.answer_user(gid, UserTally::Refused(votes_lost()));
                     continue;
                 }
@@ -215,13 +224,8 @@ impl Arbiter {
                 backend,
                 wait_peers,
             } => {
-                self.waiting.insert(
-                    gid,
-                    Waiting {
-                        backend,
-                        since: Instant::now(),
-                    },
-                );
+                self.waiting
+                    .insert(gid, Waiting::begin(backend, wait_peers));
                 self.input(Input::Committing { gid, wait_peers });
             }
             LocalEvent::Voted { gid, vote, lsn } => self.input(Input::Voted {
@@ -230,13 +234,7 @@ impl Arbiter {
                 prepare_lsn: lsn,
             }),
             LocalEvent::UserPreparing { gid, backend } => {
-                self.waiting.insert(
-                    gid,
-                    Waiting {
-                        backend,
-                        since: Instant::now(),
-                    },
-                );
+                self.waiting.insert(gid, Waiting::begin(backend, false));
                 self.user_votes
                     .expect(gid, self.configured.without(self.node));
             }

@@ -16,13 +16,14 @@ use super::{fixed_text::FixedText, raw, twophase};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit, hit_in_backend};
 use crate::guc;
+use crate::latency::Phase;
 use pgrx::{PgLogLevel, pg_sys};
 use protocol::Gid;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char};
 use std::fmt::Write;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Longest name PostgreSQL allows for a prepared transaction, without the terminating zero (`GIDSIZE` - 1 of access/twophase.h).
 const GID_TEXT_MAX: usize = 199;
@@ -143,6 +144,8 @@ fn text_of(gid: Gid) -> FixedText<{ GID_TEXT_MAX + 1 }> {
 pub unsafe fn commit_globally() {
     let Some(gid) = current_gid() else { return };
     let name = text_of(gid);
+    let latencies = &shared::shared().latencies;
+    let begun = Instant::now();
     // SAFETY: the sequence of the module's head, each call as its own code path in xact.c makes it.
     unsafe {
         IN_SEQUENCE.set(true);
@@ -150,6 +153,7 @@ pub unsafe fn commit_globally() {
         let session = prepare_under(name.as_ptr(), Preparing::Commit, || {
             UNFINISHED.set(Some(gid));
         });
+        latencies.note(Phase::Prepare, begun.elapsed());
         let wait_peers = guc::wait_peer_commits();
         hit_in_backend(Failpoint::BackendAfterPrepare);
         announce(gid, wait_peers);
@@ -157,13 +161,18 @@ pub unsafe fn commit_globally() {
         match await_outcome(gid) {
             outcome::COMMIT => {
                 hit_in_backend(Failpoint::BackendBeforeCommit);
+                let decided = Instant::now();
                 finish(name.as_ptr(), true);
+                let finished = Instant::now();
+                latencies.note(Phase::Commit, finished - decided);
                 hit_in_backend(Failpoint::BackendAfterCommit);
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Finished { gid });
                 if wait_peers {
                     await_peers(gid);
+                    latencies.note(Phase::PeerCommit, finished.elapsed());
                 }
+                latencies.note(Phase::Total, begun.elapsed());
                 shared::shared()
                     .counters
                     .commits

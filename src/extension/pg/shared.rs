@@ -6,6 +6,7 @@
 use super::board::{Board, ConflictLog};
 use super::queue::{Queue, Ring};
 use super::raw;
+use crate::latency::Latencies;
 use pgrx::pg_sys;
 use protocol::{Csn, Decision, GenerationNum, Gid, NodeId, NodeSet, Refusal};
 use std::cell::UnsafeCell;
@@ -375,9 +376,6 @@ pub struct NodeShared {
     pub heartbeats: AtomicU64,
     /// Microseconds since 2000-01-01.
     pub last_change_us: AtomicI64,
-    /// Sum and number of commit delays waited for this node's vote, microseconds.
-    pub vote_delay_us: AtomicU64,
-    pub vote_delays: AtomicU64,
 }
 
 /// Counters of outcomes, since the server started.
@@ -438,6 +436,7 @@ pub struct Shared {
     pub finish_cursor: AtomicU32,
     pub nodes: [NodeShared; NODES],
     pub counters: Counters,
+    pub latencies: Latencies,
     pub board: Board,
     pub conflicts: ConflictLog,
     pub events: Queue<EVENT_BYTES, 2048>,

@@ -59,7 +59,10 @@ impl Arbiter {
     fn carry_out_simple(&mut self, effect: Effect) {
         match effect {
             Effect::Send { to, msg } if to == self.node => self.to_self.push_back(msg),
-            Effect::Send { to, msg } => self.send(to, &msg),
+            Effect::Send { to, msg } => {
+                self.note_proposal(&msg);
+                self.send(to, &msg);
+            }
             Effect::Free { gid } => {
                 if let Some(tuple) = self.tuples.taken_by(gid) {
                     self.order.clear(gid, tuple);
@@ -113,7 +116,13 @@ impl Arbiter {
             return;
         }
         let code = match result {
-            Outcome::Commit { .. } => outcome::COMMIT,
+            Outcome::Commit { .. } => {
+                self.note_commit(gid);
+                if !waiting.wait_peers {
+                    self.waiting.remove(&gid);
+                }
+                outcome::COMMIT
+            }
             Outcome::Abort(refusal) => {
                 self.refusals.count(&refusal);
                 slot.refusal.set(&refusal);

@@ -6,7 +6,7 @@ use super::main_link::{HeartbeatTimes, LogLevel};
 use crate::failpoint::{self, hit_in_thread};
 use crate::pg::shared::{NodeStatus, shared};
 use mesh::MeshEvent;
-use protocol::{Decision, Input, Message, NodeId, NodeSet, Refusal, Vote};
+use protocol::{Decision, Input, Message, NodeId, NodeSet, Refusal};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use wire::frame::Heartbeat;
@@ -55,7 +55,7 @@ impl Arbiter {
             MeshEvent::Messages { from, batch } => {
                 for msg in batch {
                     self.trace_message(&msg, "from", from);
-                    self.note_vote_delay(from, &msg);
+                    self.note_delay(from, &msg);
                     self.stop_hopeless_apply(&msg);
                     match self.user_votes.count(from, &msg) {
                         Some((gid, tally)) => self.answer_user(gid, tally),
@@ -105,22 +105,6 @@ impl Arbiter {
         node.last_change_us
             .store(postgres_now_us(), Ordering::Relaxed);
         self.refresh_status();
-    }
-
-    fn note_vote_delay(&self, from: NodeId, msg: &Message) {
-        if let Message::Vote {
-            gid,
-            vote: Vote::Yes,
-        } = msg
-            && let Some(waiting) = self.waiting.get(gid)
-        {
-            let node = shared().node(from);
-            node.vote_delay_us.fetch_add(
-                waiting.since.elapsed().as_micros() as u64,
-                Ordering::Relaxed,
-            );
-            node.vote_delays.fetch_add(1, Ordering::Relaxed);
-        }
     }
 
     /// A transaction that is already aborted elsewhere need not be applied to its end.
