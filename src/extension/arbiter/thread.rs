@@ -158,6 +158,7 @@ impl Arbiter {
                     gid,
                     backend: index as u32,
                     wait_peers: true,
+                    fast: false,
                 });
             }
         }
@@ -209,6 +210,7 @@ impl Arbiter {
                 gid,
                 backend,
                 wait_peers,
+                fast,
             } => {
                 self.waiting.insert(
                     gid,
@@ -217,7 +219,11 @@ impl Arbiter {
                         since: Instant::now(),
                     },
                 );
-                self.input(Input::Committing { gid, wait_peers });
+                self.input(Input::Committing {
+                    gid,
+                    wait_peers,
+                    fast,
+                });
             }
             LocalEvent::Voted { gid, vote, lsn } => self.input(Input::Voted {
                 gid,
@@ -264,7 +270,7 @@ impl Arbiter {
 
     fn on_main(&mut self, message: FromMain) {
         match message {
-            FromMain::Durable(gids) => {
+            FromMain::Recorded(gids) => {
                 for gid in gids {
                     let (held, emptied) = self.order.release(gid);
                     if emptied {

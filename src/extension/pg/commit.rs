@@ -161,6 +161,7 @@ pub unsafe fn commit_globally() {
                 hit_in_backend(Failpoint::BackendAfterCommit);
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Finished { gid });
+                shared::my_backend().gid.set(None);
                 if wait_peers {
                     await_peers(gid);
                 }
@@ -229,6 +230,7 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
             });
         });
         let result = await_outcome(gid);
+        shared::my_backend().gid.set(None);
         USER_PREPARING.set(None);
         leave();
         match result {
@@ -414,6 +416,7 @@ fn announce(gid: Gid, wait_peers: bool) {
         gid,
         backend: shared::my_backend_index(),
         wait_peers,
+        fast: guc::commits_fast(),
     });
 }
 
@@ -437,7 +440,9 @@ fn await_outcome(gid: Gid) -> u32 {
         }
         process::wait_latch(LOOK_AROUND, Wait::Votes);
     };
-    slot.gid.set(None);
+    if result != outcome::COMMIT {
+        slot.gid.set(None);
+    }
     result
 }
 

@@ -59,6 +59,7 @@ impl Arbiter {
 fn reason(source: Source) -> &'static str {
     match source {
         Source::Central => "a majority has precommitted",
+        Source::Fast => "all members have voted yes",
         Source::VotedNo => "a node voted no",
         Source::Resolver => "this node resolved it",
         Source::Refused => "this node refused it",
