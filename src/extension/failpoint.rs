@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `NAME=crash` | the whole server is killed at once, as by a power failure; `crash@N` at the N-th time |
 //! | `NAME=sleep:MS` | the process or thread waits that many milliseconds, every time |
+//! | `NAME=hold` | the process or thread waits until the setting changes |
 //! | `NAME=error` | the process raises an error, once; the network thread, which cannot, goes on |
 //! | empty | nothing |
 //!
@@ -169,17 +170,21 @@ mod hits {
 #[cfg(feature = "failpoints")]
 mod hits {
     use super::Failpoint;
-    use crate::pg::failpoint::{lose_power, raise_in_backend, take};
+    use crate::pg::failpoint::{is_armed, lose_power, raise_in_backend, take};
     use std::time::Duration;
 
     /// Time for a message to leave before the server dies.
     const SENDING: Duration = Duration::from_millis(5);
+
+    /// How often something that is held looks whether it still is.
+    const LOOK: Duration = Duration::from_millis(5);
 
     /// What happens at a point.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub enum Action {
         Crash { at: u32 },
         Sleep { ms: u32 },
+        Hold,
         Error,
     }
 
@@ -187,6 +192,9 @@ mod hits {
         pub fn parse(text: &str) -> Option<Action> {
             if text == "error" {
                 return Some(Action::Error);
+            }
+            if text == "hold" {
+                return Some(Action::Hold);
             }
             if let Some(ms) = text.strip_prefix("sleep:") {
                 return ms.parse().ok().map(|ms| Action::Sleep { ms });
@@ -246,6 +254,11 @@ mod hits {
 
     fn act(point: Failpoint, action: Option<Action>) {
         match action {
+            Some(Action::Hold) => {
+                while is_armed(point) {
+                    std::thread::sleep(LOOK);
+                }
+            }
             Some(Action::Crash { .. }) => lose_power(point),
             Some(Action::Sleep { ms }) => std::thread::sleep(Duration::from_millis(u64::from(ms))),
             Some(Action::Error) | None => {}

@@ -3,12 +3,15 @@
 use crate::arbiter::event::{Conflict, Ended, InFlight, LocalEvent, Question, submit};
 use crate::decode::Environment;
 use crate::fate;
+use crate::pg::report::{self, ErrorReport};
 use crate::pg::shared::{NODES, NodeStatus, shared};
 use crate::pg::{board, commit, locks};
 use crate::views::{
     ConflictRow, CounterRow, NodeStateRow, Source, StatusRow, TransactionRow, TransactionStatus,
 };
-use protocol::{Csn, Decision, NodeId};
+use pgrx::prelude::*;
+use protocol::{Csn, NodeId};
+use serde::de::DeserializeOwned;
 use std::sync::atomic::Ordering;
 
 /// The source of the views.
@@ -88,16 +91,8 @@ impl Source for SharedSource {
     }
 
     fn transactions(&self) -> Vec<TransactionRow> {
-        let rows: Option<Vec<InFlight>> = board::ask_arbiter(|number| {
-            submit(&LocalEvent::Ask {
-                number,
-                question: Question::Transactions,
-            })
-        });
-        rows.unwrap_or_default()
-            .into_iter()
-            .map(transaction_row)
-            .collect()
+        let rows: Vec<InFlight> = ask(Question::Transactions);
+        rows.into_iter().map(transaction_row).collect()
     }
 
     fn conflicts(&self) -> Vec<ConflictRow> {
@@ -110,12 +105,7 @@ impl Source for SharedSource {
     }
 
     fn counters(&self) -> Vec<CounterRow> {
-        let decided: Option<Vec<Ended>> = board::ask_arbiter(|number| {
-            submit(&LocalEvent::Ask {
-                number,
-                question: Question::Counters,
-            })
-        });
+        let decided: Vec<Ended> = ask(Question::Counters);
         let counters = &shared().counters;
         let local = [
             ("in doubt", "the client was told 08007", &counters.unknown),
@@ -147,12 +137,7 @@ impl Source for SharedSource {
                 reason: Some(reason.to_owned()),
                 transactions: counter.load(Ordering::Relaxed) as i64,
             });
-        decided
-            .unwrap_or_default()
-            .into_iter()
-            .map(ended_row)
-            .chain(local)
-            .collect()
+        decided.into_iter().map(ended_row).chain(local).collect()
     }
 
     fn transaction_status(&self, gid: &str) -> TransactionStatus {
@@ -162,6 +147,26 @@ impl Source for SharedSource {
     fn current_gid(&self) -> Option<String> {
         commit::identifying_text()
     }
+}
+
+/// Asks the arbiter for rows; there are none in a server that belongs to no cluster.
+///
+/// Raises 57P03 when it does not answer: an empty view would say that there is nothing.
+fn ask<T: DeserializeOwned>(question: Question) -> Vec<T> {
+    if shared().node_id().is_none() {
+        return Vec::new();
+    }
+    let rows = board::ask_arbiter(|number| submit(&LocalEvent::Ask { number, question }));
+    rows.unwrap_or_else(|| {
+        report::raise(
+            ErrorReport::new(
+                PgSqlErrorCode::ERRCODE_CANNOT_CONNECT_NOW,
+                "the multimaster arbiter of this node does not answer",
+                function_name!(),
+            )
+            .set_hint("It may just be starting; see mtm.status() for this node's state."),
+        )
+    })
 }
 
 fn transaction_row(row: InFlight) -> TransactionRow {
@@ -176,7 +181,7 @@ fn transaction_row(row: InFlight) -> TransactionRow {
         coordinator: i32::from(row.gid.coordinator.get()),
         role: role.to_owned(),
         state: row.state,
-        ballot: Some(row.ballot),
+        ballot: row.ballot,
         started_at: Some(row.gid.started_at),
         missing: row
             .missing
@@ -187,17 +192,17 @@ fn transaction_row(row: InFlight) -> TransactionRow {
 }
 
 fn ended_row(ended: Ended) -> CounterRow {
-    let outcome = match (ended.own, ended.decision) {
-        (true, Decision::Commit) => "committed",
-        (true, Decision::Abort) => "aborted",
-        (false, Decision::Commit) => "committed for another node",
-        (false, Decision::Abort) => "aborted for another node",
-    };
     CounterRow {
-        outcome: outcome.to_owned(),
+        outcome: ended.outcome,
         reason: Some(ended.reason),
         transactions: ended.count as i64,
     }
+}
+
+/// `s.t` out of `table "s.t"`.
+fn relation_name(target: &str) -> Option<String> {
+    let name = target.strip_prefix("table \"")?.strip_suffix('"')?;
+    Some(name.to_owned())
 }
 
 fn conflict_row(row: Conflict) -> ConflictRow {
@@ -210,7 +215,7 @@ fn conflict_row(row: Conflict) -> ConflictRow {
         happened_at: row.happened_at,
         kind: row.kind,
         node_id: i32::from(row.node.get()),
-        relation: Some(relation.to_owned()).filter(|name| !name.is_empty()),
+        relation: relation_name(relation),
         key,
         loser: row.loser.map(|gid| gid.text(tag)),
         winner: row.winner.map(|gid| gid.text(tag)),

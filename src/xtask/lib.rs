@@ -19,3 +19,4 @@ pub mod setup;
 pub mod simulate;
 pub mod suite;
 pub mod tally;
+pub mod trace;

@@ -8,7 +8,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use xtask::suite::{self, Options, Size};
-use xtask::{bench, demo, installation, setup, simulate};
+use xtask::{bench, demo, installation, setup, simulate, trace};
 
 /// Set-up, demonstration, tests and benchmarks of multimaster.
 #[derive(Parser)]
@@ -24,6 +24,8 @@ enum Task {
     Setup,
     /// Show a cluster of three nodes at work
     Demo,
+    /// Show the course of one transaction through three servers
+    Trace,
     /// Run all tests
     Test {
         /// Smaller sizes, for continuous integration
@@ -79,6 +81,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Task::Setup => setup::run(installation::MAJOR),
         Task::Demo => demo::run(),
+        Task::Trace => trace::run(),
         Task::Test { ci, assert } => suite::run(&Options {
             size: if ci { Size::Ci } else { Size::Full },
             with_assertions: assert,

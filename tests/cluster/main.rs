@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 mod bulk;
 mod crash;
-mod durable;
+mod growth;
 mod intruder;
 mod kill;
 mod ledger;
@@ -23,7 +23,7 @@ fn main() -> ExitCode {
         bulk::cases(),
         crash::cases(),
         kill::cases(),
-        durable::cases(),
+        growth::cases(),
     ]
     .concat();
     multimaster_tests::run_own(cases)

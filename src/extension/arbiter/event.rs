@@ -56,19 +56,17 @@ pub enum Question {
 pub struct InFlight {
     pub gid: Gid,
     pub state: String,
-    pub ballot: String,
+    /// The highest promised, if any.
+    pub ballot: Option<String>,
     pub resolving: bool,
     pub age_ms: u64,
     pub missing: NodeSet,
 }
 
-/// How many transactions the core has seen end in one way since its start.
+/// A line of `mtm.stat_commits`: how many transactions this arbiter has seen end in one way.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ended {
-    /// Of this node's clients, not of another node's.
-    pub own: bool,
-    pub decision: Decision,
-    /// Who or what decided, in words.
+    pub outcome: String,
     pub reason: String,
     pub count: u64,
 }

@@ -3,6 +3,7 @@
 //! Its tokio thread (`thread`) runs the protocol core; this file is the main thread, the only one that calls PostgreSQL: it makes durable records,
 //! looks into pg_xact, starts the other workers, reads the configuration and writes the log. It decides nothing.
 
+mod counters;
 pub mod durable;
 pub mod event;
 mod finishing;
@@ -10,6 +11,7 @@ mod net_config;
 pub mod slots;
 mod start;
 mod thread;
+mod trace;
 mod user_votes;
 
 pub use start::{MARK_ROWS, body_of, find, number_in};
@@ -154,6 +156,10 @@ impl MainThread {
                     waiting.extend(batch.waiting);
                 }
                 ToMain::LookUp(gid) => self.look_up(gid),
+                ToMain::Log(LogRecord {
+                    level: LogLevel::Debug,
+                    text,
+                }) => pgrx::debug1!("multimaster: {text}"),
                 ToMain::Log(LogRecord {
                     level: LogLevel::Info,
                     text,

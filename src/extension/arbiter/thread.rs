@@ -11,10 +11,12 @@ mod main_link;
 
 pub use main_link::{FromMain, HeartbeatTimes, LogLevel, LogRecord, MainLink, ToMain};
 
+use super::counters::Refusals;
 use super::durable::{DurableOrder, Tuples};
 use super::event::{self, LocalEvent};
 use super::finishing::Finishing;
 use super::start::Decider;
+use super::trace;
 use super::user_votes::{UserTally, UserVotes};
 use crate::failpoint::{Failpoint, hit_in_thread};
 use crate::pg::shared::{self, EVENT_BYTES, outcome, shared};
@@ -55,6 +57,7 @@ pub struct Arbiter {
     linked: NodeSet,
     peer_views: BTreeMap<NodeId, NodeSet>,
     leases: lease::LeaseKeeper,
+    refusals: Refusals,
 }
 
 #[derive(Clone, Copy)]
@@ -92,6 +95,7 @@ impl Arbiter {
             linked: NodeSet::default(),
             peer_views: BTreeMap::new(),
             leases,
+            refusals: Refusals::default(),
         }
     }
 
@@ -205,6 +209,7 @@ impl Arbiter {
     }
 
     fn on_local(&mut self, event: LocalEvent) {
+        self.trace(|| trace::event(&event));
         match event {
             LocalEvent::Committing {
                 gid,
@@ -272,6 +277,7 @@ impl Arbiter {
         match message {
             FromMain::Recorded(gids) => {
                 for gid in gids {
+                    self.trace(|| Some((gid, "record is durable".to_owned())));
                     let (held, emptied) = self.order.release(gid);
                     if emptied {
                         self.tuples.free(gid);
@@ -290,6 +296,25 @@ impl Arbiter {
             FromMain::Alive => self.mesh.speak_for(Some(self.silence)),
             FromMain::Stop => {}
         }
+    }
+
+    /// Tells a step of a transaction, while somebody wants to read it.
+    fn trace(&self, step: impl FnOnce() -> Option<(Gid, String)>) {
+        if !trace::enabled() {
+            return;
+        }
+        if let Some((gid, text)) = step() {
+            let line = trace::line(self.node, shared().cluster_tag(), gid, &text);
+            self.main.log(LogLevel::Debug, line);
+        }
+    }
+
+    /// The same for a message and whom it comes from or goes to.
+    fn trace_message(&self, msg: &Message, direction: &str, peer: NodeId) {
+        self.trace(|| {
+            let text = format!("{} {direction} n{}", trace::message(msg), peer.get());
+            Some((msg.gid()?, text))
+        });
     }
 
     fn on_tick(&mut self) {

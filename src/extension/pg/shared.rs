@@ -187,6 +187,11 @@ impl RefusalCell {
         self.length.store(length as u32, Ordering::Release);
     }
 
+    /// Stores that there is none.
+    pub fn clear(&self) {
+        self.length.store(0, Ordering::Release);
+    }
+
     pub fn get(&self) -> Option<Refusal> {
         let length = self.length.load(Ordering::Acquire) as usize;
         // SAFETY: see the Sync implementation; the length was published after the bytes.
@@ -337,7 +342,7 @@ pub struct WorkerSlot {
     pub refusal: RefusalCell,
     /// The transaction that `cancel` is for the benefit of.
     pub winner: GidCell,
-    /// Table and key the worker is about to write, as the detail of a refusal; for a victim's DETAIL.
+    /// Table and key of the row the worker waits for, as the detail of a refusal; written before it waits, read while it does.
     pub target: RefusalCell,
     /// Waits until `settled` has reached what its transaction depends on.
     pub waits_for_order: AtomicBool,

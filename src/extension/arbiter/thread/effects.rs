@@ -2,6 +2,7 @@
 
 use super::super::durable::RECORDS_MAX;
 use super::super::event::FinishOrder;
+use super::super::trace;
 use super::super::user_votes::UserTally;
 use super::Arbiter;
 use super::main_link::{LogLevel, ToMain};
@@ -22,6 +23,7 @@ impl Arbiter {
                 self.order.hold(gid, effect);
                 continue;
             }
+            self.trace(|| trace::effect(&effect));
             match effect {
                 Effect::Persist { gid, record } => match self.tuples.of(gid) {
                     Some(tuple) => self.order.persist(gid, tuple, record.to_bytes()),
@@ -113,6 +115,7 @@ impl Arbiter {
         let code = match result {
             Outcome::Commit { .. } => outcome::COMMIT,
             Outcome::Abort(refusal) => {
+                self.refusals.count(&refusal);
                 slot.refusal.set(&refusal);
                 self.waiting.remove(&gid);
                 outcome::ABORT

@@ -54,6 +54,7 @@ impl Arbiter {
             }
             MeshEvent::Messages { from, batch } => {
                 for msg in batch {
+                    self.trace_message(&msg, "from", from);
                     self.note_vote_delay(from, &msg);
                     self.stop_hopeless_apply(&msg);
                     match self.user_votes.count(from, &msg) {
@@ -170,6 +171,7 @@ impl Arbiter {
     }
 
     pub(super) fn send(&self, to: NodeId, msg: &Message) {
+        self.trace_message(msg, "to", to);
         let (before, after) = failpoint::around(msg);
         hit_in_thread(before);
         if let Err(error) = self.mesh.send(to, msg) {

@@ -22,6 +22,8 @@ pub struct LogRecord {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum LogLevel {
+    /// A step of one transaction.
+    Debug,
     Info,
     Warning,
 }
