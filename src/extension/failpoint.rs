@@ -70,6 +70,7 @@ points! {
     FinishAfterTelling "finish-after-telling" "participant",
     // Durable records.
     RecordsBeforeWrite "records-before-write" "both",
+    RecordsAfterWrite "records-after-write" "coordinator",
     RecordsBeforeFlush "records-before-flush" "both",
     RecordsBeforeAnswer "records-before-answer" "both",
     RecordsAfterAnswer "records-after-answer" "both",

@@ -12,6 +12,10 @@ pub const FORGOTTEN_MAX: usize = 8_192;
 /// Most finished commits of one peer a core keeps while an earlier commit of that peer is open.
 pub const AHEAD_MAX: usize = 65_536;
 
+/// Most configured nodes with which the coordinator may decide on the votes alone (rule D2): any majority then holds the coordinator
+/// or, for each other member, that member or enough others to prove its vote. PROTOCOL.md 7.3; the model finds a split with five.
+pub const FAST_NODES_MAX: usize = 4;
+
 /// What the core is told once, at its start.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Config {
@@ -64,6 +68,11 @@ impl Config {
             .count() as u64
     }
 
+    /// Whether the coordinator may decide on the votes alone.
+    pub(crate) fn allows_fast(&self) -> bool {
+        self.configured.len() <= FAST_NODES_MAX || self.breaks(Fault::FastBeyondFour)
+    }
+
     pub(crate) fn breaks(&self, fault: Fault) -> bool {
         self.fault == Some(fault)
     }
@@ -78,6 +87,8 @@ pub enum Fault {
     UndurableAccept,
     /// An interrupted coordinator aborts by itself.
     LonelyAbort,
+    /// Decides on the votes alone whatever the number of nodes.
+    FastBeyondFour,
 }
 
 /// What the server finds at its start: a durable record, a prepared transaction, or both.

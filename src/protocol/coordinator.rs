@@ -12,6 +12,7 @@ use crate::config::Fault;
 use crate::effect::{Effect, Outcome, Source};
 use crate::message::Message;
 use crate::outcome::reply;
+use crate::record::Record;
 use crate::site::Turn;
 use crate::txn::{Local, Txn};
 use crate::types::{Ballot, Decision, Gid, NodeId, NodeSet, Refusal, Verdict, Vote};
@@ -36,6 +37,10 @@ pub(crate) struct Coordination {
     /// The own transaction log has been asked.
     pub looking_up: bool,
     pub wait_peers: bool,
+    /// The backend asks for rule D2.
+    pub fast: bool,
+    /// Rule D2: all votes are in, and the COMMIT PREPARED that is under way is the decision.
+    pub committing: bool,
     pub yes: NodeSet,
     pub proposed: bool,
     pub precommits: NodeSet,
@@ -48,6 +53,8 @@ impl Coordination {
             backend,
             looking_up: false,
             wait_peers: false,
+            fast: false,
+            committing: false,
             yes: NodeSet::EMPTY,
             proposed: false,
             precommits: NodeSet::EMPTY,
@@ -74,12 +81,16 @@ impl Txn {
         }
     }
 
-    /// Until the log has answered, this node cannot say whether it votes yes.
+    /// Until the log has answered, or the COMMIT PREPARED that decides is durable, this node cannot say what has become of the transaction.
     pub fn is_unsure(&self) -> bool {
-        self.own.as_ref().is_some_and(|own| own.looking_up)
+        self.is_committing() || self.own.as_ref().is_some_and(|own| own.looking_up)
     }
 
-    pub fn on_committing(&mut self, turn: &mut Turn, wait_peers: bool) {
+    fn is_committing(&self) -> bool {
+        self.is_undecided() && self.own.as_ref().is_some_and(|own| own.committing)
+    }
+
+    pub fn on_committing(&mut self, turn: &mut Turn, wait_peers: bool, fast: bool) {
         let Some(own) = &mut self.own else { return };
         if self.local == Local::Finished {
             // Resolved after a restart, before the backend came to announce it.
@@ -94,6 +105,7 @@ impl Txn {
         own.backend = Backend::Waiting;
         own.looking_up = false;
         own.wait_peers = wait_peers;
+        own.fast = fast && turn.site.config.allows_fast();
         self.record.voted_yes = true;
         if !self.is_undecided() {
             self.finish(turn);
@@ -144,6 +156,9 @@ impl Txn {
         if own.proposed || !free || own.backend != Backend::Waiting || !members.is_subset(own.yes) {
             return;
         }
+        if own.fast {
+            return self.commit_on_votes(turn);
+        }
         own.proposed = true;
         self.resend_at = turn.resend_at();
         let gid = self.gid();
@@ -163,6 +178,45 @@ impl Txn {
                 ballot: Ballot::COORDINATOR,
             },
         );
+    }
+
+    /// Rule D2. The backend's COMMIT PREPARED is the decision once it is flushed, and nobody is told before. Until then this node
+    /// promises nothing and answers nobody, so no majority with it can decide otherwise; one without it holds the yes of a member for
+    /// every vote that it needs.
+    ///
+    /// The record precedes the COMMIT PREPARED in WAL. When it alone survives a crash it says the same: all votes were in, and this
+    /// node has promised nothing since.
+    fn commit_on_votes(&mut self, turn: &mut Turn) {
+        let Some(own) = &mut self.own else { return };
+        own.committing = true;
+        own.backend = Backend::Finishing;
+        self.number(turn, None);
+        self.write_commit(turn);
+        let csn = self.announced.csn.unwrap_or_default();
+        turn.out
+            .push(reply(self.gid(), Decision::Commit, csn, None));
+    }
+
+    fn write_commit(&mut self, turn: &mut Turn) {
+        self.recorded = true;
+        turn.out.push(Effect::Write {
+            gid: self.gid(),
+            record: Record {
+                decision: Some(Decision::Commit),
+                ..self.record
+            },
+        });
+    }
+
+    /// The COMMIT PREPARED that decides is durable.
+    pub fn on_committed_on_votes(&mut self, turn: &mut Turn) -> bool {
+        let committing = self.is_committing();
+        if committing {
+            self.local = Local::Finished;
+            self.decide(turn, Decision::Commit, Source::Fast, None);
+            self.report_peers(turn);
+        }
+        committing
     }
 
     /// A durable precommit under the coordinator's own ballot. It counts whatever was promised since: accepted by a majority
@@ -210,7 +264,15 @@ impl Txn {
         let Some(own) = &mut self.own else { return };
         own.backend = Backend::Gone;
         own.wait_peers = false;
-        if !self.is_undecided() {
+        if self.is_committing() {
+            // Nobody else can have decided, and this node has not yet: it may go on.
+            let gid = self.gid();
+            self.write_commit(turn);
+            turn.out.push(Effect::Finish {
+                gid,
+                decision: Decision::Commit,
+            });
+        } else if !self.is_undecided() {
             if self.local == Local::Prepared {
                 self.finish(turn);
             }

@@ -58,7 +58,11 @@ impl Core {
             Input::Message { from, msg } => self.on_message(now, from, msg, out),
             Input::LinkUp { peer, epoch } => self.on_link_up(now, peer, epoch, out),
             Input::LinkDown { peer } => self.on_link_down(now, peer, out),
-            Input::Committing { gid, wait_peers } => {
+            Input::Committing {
+                gid,
+                wait_peers,
+                fast,
+            } => {
                 self.own(gid, now);
                 if let Some(decision) = self.site.forgotten.get(gid) {
                     // The backend was slow to announce what was resolved after a restart.
@@ -66,7 +70,7 @@ impl Core {
                     out.push(Effect::PeersFinished { gid });
                 }
                 self.entry(gid, now, out, |txn, turn| {
-                    txn.on_committing(turn, wait_peers)
+                    txn.on_committing(turn, wait_peers, fast)
                 });
             }
             Input::Voted {

@@ -13,8 +13,13 @@ pub enum Input {
     LinkUp { peer: NodeId, epoch: u32 },
     /// The link to a peer is lost; what was sent may or may not have arrived.
     LinkDown { peer: NodeId },
-    /// A backend of this node waits for the outcome of its transaction, whose PREPARE is durable here.
-    Committing { gid: Gid, wait_peers: bool },
+    /// A backend of this node waits for the outcome of its transaction, whose PREPARE is durable here. `fast` asks for one round trip
+    /// (rule D2), which is granted where at most [`crate::FAST_NODES_MAX`] nodes are configured.
+    Committing {
+        gid: Gid,
+        wait_peers: bool,
+        fast: bool,
+    },
     /// The answer of this node's apply worker to a PREPARE of another node. Yes only after the PREPARE is durable here. Told again
     /// when the PREPARE comes again. `prepare_lsn` is the end of the PREPARE in the coordinator's stream.
     Voted {
@@ -133,6 +138,8 @@ pub enum Event {
 pub enum Source {
     /// The coordinator's own count of precommits.
     Central,
+    /// The coordinator's COMMIT PREPARED, with all votes in hand.
+    Fast,
     /// A member voted no.
     VotedNo,
     /// This node's resolver.

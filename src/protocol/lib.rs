@@ -48,7 +48,9 @@ mod types;
 mod view;
 
 pub use self::core::Core;
-pub use config::{AHEAD_MAX, Config, FORGOTTEN_MAX, Fault, Recovered, TRANSACTIONS_MAX};
+pub use config::{
+    AHEAD_MAX, Config, FAST_NODES_MAX, FORGOTTEN_MAX, Fault, Recovered, TRANSACTIONS_MAX,
+};
 pub use effect::{Effect, Effects, Event, Input, Outcome, Source};
 pub use lease::{Grant, Leases};
 pub use message::{Accept, Message};

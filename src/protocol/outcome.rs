@@ -30,7 +30,7 @@ impl Txn {
         self.record.decision = Some(decision);
         self.resolution.stop();
         turn.count(self.gid(), decision, source);
-        if decision == Decision::Commit {
+        if decision == Decision::Commit && self.announced.csn.is_none() {
             self.number(turn, number);
         }
         if self.own.is_some() || self.announced.csn.is_some() || source == Source::Resolver {
@@ -116,7 +116,10 @@ impl Txn {
     /// The local database has followed the decision.
     pub fn on_finished_here(&mut self, turn: &mut Turn) {
         let Some(decision) = self.record.decision else {
-            return turn.reject(turn.site.node(), "finished before it was decided");
+            if !self.on_committed_on_votes(turn) {
+                turn.reject(turn.site.node(), "finished before it was decided");
+            }
+            return;
         };
         let first = self.local != Local::Finished;
         self.local = Local::Finished;

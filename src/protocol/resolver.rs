@@ -132,7 +132,7 @@ enum Choice {
 impl Txn {
     /// Starts an attempt, unless one is running.
     pub fn resolve(&mut self, turn: &mut Turn) {
-        if self.resolution.running.is_some() || !self.is_undecided() {
+        if self.resolution.running.is_some() || !self.is_undecided() || self.is_unsure() {
             return;
         }
         let gid = self.gid();

@@ -57,7 +57,7 @@ pub enum State {
     Precommitted,
     /// The last accepted verdict is to abort: `pa`.
     Preaborted,
-    /// Decided and still prepared here.
+    /// Decided and still prepared here; or all votes are in and the coordinator's COMMIT PREPARED is the decision.
     Committing,
     Aborting,
     /// Finished here, not yet by all members.
@@ -117,6 +117,9 @@ fn state(txn: &Txn) -> State {
         (Some(Decision::Commit), _) => return State::Committed,
         (Some(Decision::Abort), _) => return State::Aborted,
         (None, _) => {}
+    }
+    if txn.own.as_ref().is_some_and(|own| own.committing) {
+        return State::Committing;
     }
     match (
         txn.record.accepted.map(|accepted| accepted.verdict),

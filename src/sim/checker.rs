@@ -21,9 +21,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use protocol::{
-    Accept, Ballot, Decision, Gid, Message, NodeId, NodeSet, Outcome, Record, Verdict, Vote,
-};
+use protocol::{Accept, Ballot, Decision, Gid, Message, NodeId, NodeSet, Record, Verdict, Vote};
 
 /// A broken invariant.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -52,7 +50,8 @@ pub(crate) struct Checker {
     promised: BTreeMap<(NodeId, Gid), Ballot>,
     refused: BTreeSet<(NodeId, Gid)>,
     seen_at_prepare: BTreeMap<Gid, BTreeSet<Gid>>,
-    pub told: BTreeMap<Gid, Outcome>,
+    /// What clients heard; `None` for *unknown*.
+    pub told: BTreeMap<Gid, Option<Decision>>,
     violation: Option<Violation>,
 }
 
@@ -271,7 +270,7 @@ impl Checker {
         self.durable.remove(&(node, gid));
     }
 
-    pub fn on_told(&mut self, gid: Gid, outcome: Outcome) {
+    pub fn on_told(&mut self, gid: Gid, outcome: Option<Decision>) {
         self.told.insert(gid, outcome);
     }
 
@@ -280,7 +279,7 @@ impl Checker {
         let committed = self
             .told
             .iter()
-            .filter(|(_, outcome)| matches!(outcome, Outcome::Commit { .. }));
+            .filter(|(_, outcome)| **outcome == Some(Decision::Commit));
         committed.map(|(gid, _)| *gid).collect()
     }
 
@@ -302,11 +301,7 @@ impl Checker {
     pub fn demand_truth(&mut self) {
         for (gid, outcome) in self.told.clone() {
             let happened = self.outcomes.get(&gid).map(|(decision, _)| *decision);
-            let true_answer = match outcome {
-                Outcome::Commit { .. } => happened == Some(Decision::Commit),
-                Outcome::Abort(_) => happened == Some(Decision::Abort),
-                Outcome::Unknown => true,
-            };
+            let true_answer = outcome.is_none() || happened == outcome;
             self.demand(true_answer, "TRUTH", || {
                 format!("{gid}: client heard {outcome:?}, it ended {happened:?}")
             });

@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use protocol::{Core, Decision, Effect, Effects, Gid, Input, Message, NodeId, Record, Recovered};
+use protocol::{
+    Core, Decision, Effect, Effects, Gid, Input, Message, NodeId, Outcome, Record, Recovered,
+};
 
 use crate::checker::{Checker, Evidence};
 use crate::model::Scope;
@@ -29,6 +31,8 @@ pub(crate) struct Node {
     pub(crate) wal: Vec<WalItem>,
     /// Own transactions whose client still waits.
     pub(crate) waiting: BTreeSet<Gid>,
+    /// Own transactions whose backend has been told and is about to finish.
+    pub(crate) finishing: BTreeMap<Gid, Decision>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -135,6 +139,7 @@ impl Cluster {
             node.core = None;
             node.wal.clear();
             node.waiting.clear();
+            node.finishing.clear();
         }
         self.network
             .retain(|envelope| envelope.from != name && envelope.to != name);
@@ -201,18 +206,16 @@ impl Cluster {
             }
             Effect::Finish { gid, decision } => self.finish(name, gid, decision),
             Effect::Reply { gid, outcome } => {
-                let committed = matches!(outcome, protocol::Outcome::Commit { .. });
                 node.waiting.remove(&gid);
-                self.checker.on_told(gid, outcome);
-                if committed {
-                    self.demand_commit_survives(gid);
+                match outcome {
+                    Outcome::Commit { .. } => {
+                        node.finishing.insert(gid, Decision::Commit);
+                    }
+                    Outcome::Abort(_) => {
+                        node.finishing.insert(gid, Decision::Abort);
+                    }
+                    Outcome::Unknown => self.checker.on_told(gid, None),
                 }
-                let decision = if committed {
-                    Decision::Commit
-                } else {
-                    Decision::Abort
-                };
-                self.finish(name, gid, decision);
             }
             Effect::LookUp { gid } => {
                 let outcome = node.finished.get(&gid).copied();
@@ -273,6 +276,21 @@ impl Cluster {
             .map(|(name, node)| (*name, of(node)))
             .collect();
         self.checker.demand_commit_survives(gid, &evidence);
+    }
+
+    /// The backend that was told finishes, durably, and answers its client.
+    pub(crate) fn finish_by_backend(&mut self, name: NodeId, gid: Gid) {
+        let finishing = self
+            .nodes
+            .get_mut(&name)
+            .and_then(|node| node.finishing.remove(&gid));
+        if let Some(decision) = finishing {
+            self.finish(name, gid, decision);
+            self.checker.on_told(gid, Some(decision));
+            if decision == Decision::Commit {
+                self.demand_commit_survives(gid);
+            }
+        }
     }
 
     fn finish(&mut self, name: NodeId, gid: Gid, decision: Decision) {

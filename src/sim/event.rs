@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use protocol::{Gid, Lsn, Message, Millis, NodeId};
+use protocol::{Decision, Gid, Lsn, Message, Millis, NodeId};
 
 /// Everything that happens to a node carries the node's life, and ends with it.
 #[derive(Clone, Debug, Hash)]
@@ -47,6 +47,7 @@ pub(crate) enum Event {
         node: NodeId,
         life: u32,
         gid: Gid,
+        decision: Decision,
     },
     LookUp {
         node: NodeId,

@@ -28,6 +28,8 @@ pub struct Scope {
     pub disturbances: u8,
     /// Attempts to resolve to follow: those that disturbances start, those of a restart, and those of nodes that were outvoted.
     pub resolvers: u8,
+    /// Coordinators that ask for rule D2, by their place among the transactions: bit 0 is the first.
+    pub fast: u8,
     pub fault: Option<Fault>,
     /// Stop after so many steps, taken or found to lead to a known state.
     pub states_max: usize,
@@ -101,6 +103,8 @@ pub enum Step {
     Flush(NodeId),
     /// The backend announces its prepared transaction.
     Announce(Gid),
+    /// The backend that has been told the outcome finishes.
+    Finish(Gid),
     Apply(NodeId, Gid),
     Refuse(NodeId, Gid),
     Interrupt(Gid),
@@ -120,11 +124,17 @@ impl fmt::Display for Scope {
             crashes,
             disturbances,
             resolvers,
+            fast,
             ..
         } = self;
+        let rule = match fast {
+            0 => "D1",
+            _ if fast.count_ones() == u32::from(*transactions) => "D2",
+            _ => "D1 and D2",
+        };
         write!(
             f,
-            "{nodes} nodes, {transactions} transactions, {crashes} crashes, {disturbances} disturbances, {resolvers} resolvers"
+            "{nodes} nodes, {transactions} transactions, {crashes} crashes, {disturbances} disturbances, {resolvers} resolvers, {rule}"
         )
     }
 }
@@ -132,8 +142,9 @@ impl fmt::Display for Scope {
 impl Scope {
     /// What is searched by default: a crash, two resolvers, a conflict, and all of them together.
     pub fn standard(states_max: usize) -> Vec<Self> {
-        let of = |transactions, crashes, disturbances, resolvers| Self {
+        let of = |fast, transactions, crashes, disturbances, resolvers| Self {
             nodes: 3,
+            fast,
             transactions,
             crashes,
             disturbances,
@@ -142,15 +153,18 @@ impl Scope {
             states_max,
         };
         vec![
-            of(1, 0, 0, 0),
-            of(1, 1, 0, 1),
-            of(1, 0, 2, 2),
-            of(1, 1, 1, 2),
-            of(1, 1, 2, 2),
-            of(2, 0, 0, 0),
-            of(2, 0, 1, 1),
-            of(2, 1, 0, 1),
-            of(2, 1, 1, 2),
+            of(0, 1, 0, 0, 0),
+            of(1, 1, 0, 0, 0),
+            of(0, 1, 1, 0, 1),
+            of(1, 1, 1, 0, 1),
+            of(0, 1, 0, 2, 2),
+            of(1, 1, 0, 2, 2),
+            of(0, 2, 0, 0, 0),
+            of(1, 2, 0, 0, 0),
+            of(1, 1, 1, 1, 2),
+            of(0, 1, 1, 1, 2),
+            of(1, 2, 1, 0, 1),
+            of(0, 2, 0, 1, 1),
         ]
     }
 
@@ -167,6 +181,10 @@ impl Scope {
                 generation: GenerationNum(1),
                 started_at: i64::from(coordinator.get()),
             })
+    }
+
+    fn is_fast(&self, gid: Gid) -> bool {
+        self.fast & (1 << (gid.coordinator.get() - 1)) != 0
     }
 
     pub(crate) fn config(&self, node: NodeId, epoch: u32) -> Config {
@@ -242,8 +260,10 @@ impl Model for Scope {
                 Input::Committing {
                     gid,
                     wait_peers: false,
+                    fast: self.is_fast(gid),
                 },
             ),
+            Step::Finish(gid) => cluster.finish_by_backend(gid.coordinator, gid),
             Step::Apply(node, gid) => {
                 cluster.nodes.get_mut(&node)?.prepared.insert(gid);
                 cluster.sync(node);
@@ -334,6 +354,9 @@ impl Scope {
                 .as_ref()
                 .is_some_and(|core| core.decision(gid).is_none());
         if name == gid.coordinator {
+            if node.finishing.contains_key(&gid) {
+                steps.push(Step::Finish(gid));
+            }
             if node.waiting.contains(&gid) {
                 steps.push(Step::Announce(gid));
                 if open && disturb {

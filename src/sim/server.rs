@@ -41,7 +41,7 @@ pub(crate) enum Session {
     /// Prepared; waits for the outcome.
     Waiting,
     /// Has its outcome and is about to finish.
-    Finishing,
+    Finishing(Decision),
 }
 
 /// Effects that wait until an earlier record of the same transaction is durable.

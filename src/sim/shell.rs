@@ -66,7 +66,7 @@ impl World {
                 self.open_gates(node, upto);
             }
             Event::Session { gid, step, .. } => self.on_session(node, gid, step),
-            Event::Finish { gid, .. } => self.finish(node, gid),
+            Event::Finish { gid, decision, .. } => self.finish(node, gid, decision),
             Event::LookUp { gid, .. } => self.look_up(node, gid),
             Event::Apply {
                 gid,
@@ -136,19 +136,24 @@ impl World {
                     Input::Committing {
                         gid,
                         wait_peers: true,
+                        // Both ways of deciding, side by side.
+                        fast: gid.xid.is_multiple_of(2),
                     },
                 );
             }
             (SessionStep::Interrupt, Some(Session::Waiting)) => {
                 self.input(node, Input::Interrupted { gid })
             }
-            (SessionStep::Vanish, Some(Session::Waiting | Session::Finishing)) => {
+            (SessionStep::Vanish, Some(Session::Waiting | Session::Finishing(_))) => {
                 if let Some(memory) = self.memory_mut(node) {
                     memory.sessions.remove(&gid);
                 }
                 self.input(node, Input::Abandoned { gid });
             }
-            (SessionStep::Finish, Some(Session::Finishing)) => self.finish(node, gid),
+            (SessionStep::Finish, Some(Session::Finishing(decision))) => {
+                self.finish(node, gid, decision);
+                self.answer(gid, decision);
+            }
             _ => {}
         }
     }
@@ -194,41 +199,43 @@ impl World {
         if !memory.sessions.contains_key(&gid) {
             return;
         }
-        if outcome == Outcome::Unknown {
-            memory.sessions.remove(&gid);
-        } else {
-            memory.sessions.insert(gid, Session::Finishing);
-            self.later(
-                1,
-                10,
-                Event::Session {
-                    node,
-                    life,
-                    gid,
-                    step: SessionStep::Finish,
-                },
-            );
-        }
-        let committed = matches!(outcome, Outcome::Commit { .. });
-        self.checker.on_told(gid, outcome);
-        if committed {
+        let decision = match outcome {
+            Outcome::Unknown => {
+                memory.sessions.remove(&gid);
+                return self.checker.on_told(gid, None);
+            }
+            Outcome::Commit { .. } => Decision::Commit,
+            Outcome::Abort(_) => Decision::Abort,
+        };
+        memory.sessions.insert(gid, Session::Finishing(decision));
+        self.later(
+            1,
+            10,
+            Event::Session {
+                node,
+                life,
+                gid,
+                step: SessionStep::Finish,
+            },
+        );
+    }
+
+    /// The session has finished its transaction, durably, and answers its client.
+    fn answer(&mut self, gid: Gid, decision: Decision) {
+        self.checker.on_told(gid, Some(decision));
+        if decision == Decision::Commit {
             self.demand_commits_survive(&[gid]);
         }
     }
 
     /// COMMIT or ROLLBACK PREPARED, by whoever was told to.
-    fn finish(&mut self, node: NodeId, gid: Gid) {
+    fn finish(&mut self, node: NodeId, gid: Gid, decision: Decision) {
         let key = self.plans.get(&gid).map(|plan| plan.key);
         let Some((server, checker)) = self.disk(node) else {
             return;
         };
         let Some(memory) = &mut server.memory else {
             return;
-        };
-        let Some(decision) = memory.core.decision(gid) else {
-            return checker.demand(false, "I8", || {
-                format!("{gid} is finished at {node} without an outcome")
-            });
         };
         memory.sessions.remove(&gid);
         if server.disk.prepared.remove(&gid) {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 
-use protocol::{Decision, Fault, Millis, Outcome, Source};
+use protocol::{Decision, Fault, Millis, Source};
 
 use crate::checker::Violation;
 use crate::event::Event;
@@ -172,7 +172,7 @@ fn demand_progress(world: &mut World) {
         world.agenda.plan(world.now, Event::Client { node });
         world.run_until(world.now + 1_000);
         let committed = world.checker.told.iter().any(|(gid, outcome)| {
-            gid.xid > before && gid.coordinator == node && matches!(outcome, Outcome::Commit { .. })
+            gid.xid > before && gid.coordinator == node && *outcome == Some(Decision::Commit)
         });
         let answered = world.checker.told.len() - told;
         world.checker.demand(committed, "I10", || {
@@ -182,19 +182,15 @@ fn demand_progress(world: &mut World) {
 }
 
 fn report(world: &World) -> Report {
-    let count = |wanted: fn(&Outcome) -> bool| {
-        world
-            .checker
-            .told
-            .values()
-            .filter(|outcome| wanted(outcome))
-            .count() as u64
+    let count = |wanted: Option<Decision>| {
+        let told = world.checker.told.values();
+        told.filter(|outcome| **outcome == wanted).count() as u64
     };
     Report {
         digest: world.digest(),
-        committed: count(|outcome| matches!(outcome, Outcome::Commit { .. })),
-        aborted: count(|outcome| matches!(outcome, Outcome::Abort(_))),
-        unknown: count(|outcome| matches!(outcome, Outcome::Unknown)),
+        committed: count(Some(Decision::Commit)),
+        aborted: count(Some(Decision::Abort)),
+        unknown: count(None),
         committed_by: world.committed_by.clone(),
     }
 }

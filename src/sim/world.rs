@@ -245,7 +245,16 @@ impl World {
                 }
             }
             Effect::Settled { .. } => self.start_applies(node),
-            Effect::Finish { gid, .. } => self.later(1, 10, Event::Finish { node, life, gid }),
+            Effect::Finish { gid, decision } => self.later(
+                1,
+                10,
+                Event::Finish {
+                    node,
+                    life,
+                    gid,
+                    decision,
+                },
+            ),
             Effect::Reply { gid, outcome } => self.on_reply(node, gid, outcome),
             Effect::PeersFinished { .. } => {}
             Effect::LookUp { gid } => self.later(0, 5, Event::LookUp { node, life, gid }),

@@ -62,7 +62,7 @@ pub fn steps(cluster: &Cluster, gid: &str) -> Vec<Step> {
     steps
 }
 
-/// Starts a cluster, commits one transaction, and shows its steps.
+/// Starts a cluster, commits one transaction in each commit mode, and shows their steps.
 ///
 /// # Errors
 /// When the cluster does not start, or the transaction is not forgotten in time.
@@ -98,13 +98,21 @@ fn show(cluster: &Cluster) -> Result<()> {
             .batch_execute(&format!("INSERT INTO account VALUES ({id}, 100)"))
             .map_err(explain)?;
     }
-    await_forgotten(cluster)?;
-    let gid = transfer(&mut client)?;
-    await_forgotten(cluster)?;
-    let steps = steps(cluster, &gid);
+    for mode in ["e3pc", "fast"] {
+        await_forgotten(cluster)?;
+        let gid = transfer(&mut client, mode)?;
+        await_forgotten(cluster)?;
+        screen::heading(&format!(
+            "The course of {gid} with multimaster.commit_mode = {mode}, in milliseconds"
+        ));
+        print(&steps(cluster, &gid))?;
+    }
+    Ok(())
+}
+
+fn print(steps: &[Step]) -> Result<()> {
     let first = steps.first().context("the logs tell of no step")?.at;
-    screen::heading(&format!("The course of {gid}, in milliseconds"));
-    for step in &steps {
+    for step in steps {
         println!(
             "{:7.3} {}  {}",
             (step.at - first) as f64 / 1000.0,
@@ -116,9 +124,9 @@ fn show(cluster: &Cluster) -> Result<()> {
 }
 
 /// Commits a transaction; its name.
-fn transfer(client: &mut Client) -> Result<String> {
+fn transfer(client: &mut Client, mode: &str) -> Result<String> {
     client
-        .batch_execute("BEGIN; UPDATE account SET balance = balance - 30 WHERE id = 1; UPDATE account SET balance = balance + 30 WHERE id = 2")
+        .batch_execute(&format!("BEGIN; SET LOCAL multimaster.commit_mode = '{mode}'; UPDATE account SET balance = balance - 30 WHERE id = 1; UPDATE account SET balance = balance + 30 WHERE id = 2"))
         .map_err(explain)?;
     let answer = client
         .simple_query("SELECT mtm.current_gid()")

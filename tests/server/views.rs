@@ -24,6 +24,7 @@ pub fn cases() -> Vec<SharedCase> {
         ordinary_users_cannot_change_the_cluster,
         voting_transaction_names_whom_it_waits_for,
         precommitted_and_resolved_transactions_name_whom_they_wait_for,
+        fast_commit_is_shown_while_its_backend_commits,
         finishing_transaction_names_whom_it_waits_for,
         aborting_transaction_names_whom_it_waits_for,
         endings_are_counted_by_outcome_and_reason,
@@ -250,7 +251,9 @@ fn open_transaction(rig: &Rig) -> Result<(Session, String, String)> {
         .run("CREATE TABLE t (id int PRIMARY KEY, v int)")?;
     await_quiet(rig)?;
     let mut session = rig.session(1)?;
-    session.run("BEGIN; INSERT INTO t VALUES (1, 0)")?;
+    // The way that passes all states.
+    session
+        .run("BEGIN; SET LOCAL multimaster.commit_mode = 'e3pc'; INSERT INTO t VALUES (1, 0)")?;
     let pid = session.text("SELECT pg_backend_pid()")?;
     let gid = session.text("SELECT mtm.current_gid()")?;
     Ok((session, pid, gid))
@@ -330,6 +333,25 @@ fn hold_precommits(rig: &Rig) -> Result<()> {
         commit.join().expect("no panic")?;
         looked
     })
+}
+
+fn fast_commit_is_shown_while_its_backend_commits(rig: &Rig) -> Result<()> {
+    let (mut session, _, _) = open_transaction(rig)?;
+    session.run("SET LOCAL multimaster.commit_mode = 'fast'")?;
+    let mut held = Held::new(rig);
+    held.hold(1, "backend-before-commit")?;
+    thread::scope(|scope| {
+        let commit = scope.spawn(move || session.run("COMMIT"));
+        let look = || -> Result<()> {
+            await_shown(rig, 1, "coordinator|committing|none|{}")?;
+            await_shown(rig, 2, "participant|prepared|none|{1}")
+        };
+        let looked = look();
+        held.release(1)?;
+        commit.join().expect("no panic")?;
+        looked
+    })?;
+    await_quiet(rig)
 }
 
 fn finishing_transaction_names_whom_it_waits_for(rig: &Rig) -> Result<()> {
@@ -524,7 +546,9 @@ fn wait_for_steps(rig: &Rig) -> Result<Vec<trace::Step>> {
     let mut gids = Vec::new();
     let mut whole = Vec::new();
     wait_for("a transaction with all its steps", STATE_LIMIT, || {
-        session.run("BEGIN; INSERT INTO t DEFAULT VALUES")?;
+        session.run(
+            "BEGIN; SET LOCAL multimaster.commit_mode = 'e3pc'; INSERT INTO t DEFAULT VALUES",
+        )?;
         gids.push(session.text("SELECT mtm.current_gid()")?);
         session.run("COMMIT")?;
         for gid in &gids {

@@ -65,6 +65,7 @@ fn outcome(own: bool, decision: Decision) -> &'static str {
 fn reason(source: Source) -> &'static str {
     match source {
         Source::Central => "a majority has precommitted",
+        Source::Fast => "all members have voted yes",
         Source::VotedNo => "a node voted no",
         Source::Resolver => "this node resolved it",
         Source::Refused => "this node refused it",

@@ -11,10 +11,12 @@ use std::time::Duration;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum LocalEvent {
     /// The backend `backend` has durably prepared its transaction and waits. `wait_peers`: it will also wait for the peers' commits.
+    /// `fast`: it wants one round trip where the number of nodes allows it.
     Committing {
         gid: Gid,
         backend: u32,
         wait_peers: bool,
+        fast: bool,
     },
     /// An apply worker prepared a peer's transaction durably, or could not. `lsn` is the PREPARE's end in the peer's WAL.
     Voted { gid: Gid, vote: Vote, lsn: Lsn },

@@ -146,11 +146,13 @@ impl MainThread {
     /// Does everything the tokio thread asked for; all records of one round share one flush.
     fn serve(&mut self) {
         let mut writes = Vec::new();
+        let mut written = Vec::new();
         let mut waiting = Vec::new();
         while let Ok(request) = self.requests.try_recv() {
             match request {
                 ToMain::Write(batch) => {
                     writes.extend(batch.writes);
+                    written.extend(batch.written);
                     waiting.extend(batch.waiting);
                 }
                 ToMain::LookUp(gid) => self.look_up(gid),
@@ -174,11 +176,15 @@ impl MainThread {
         hit(Failpoint::RecordsBeforeWrite);
         // Of two records of one transaction only the later counts; a stable sort keeps their order.
         let end = process::in_transaction(|| self.records.write(&mut writes));
+        if !written.is_empty() {
+            hit(Failpoint::RecordsAfterWrite);
+            let _ = self.replies.send(FromMain::Recorded(written));
+        }
         if !waiting.is_empty() {
             hit(Failpoint::RecordsBeforeFlush);
             records::flush(end);
             hit(Failpoint::RecordsBeforeAnswer);
-            let _ = self.replies.send(FromMain::Durable(waiting));
+            let _ = self.replies.send(FromMain::Recorded(waiting));
             hit(Failpoint::RecordsAfterAnswer);
         }
     }

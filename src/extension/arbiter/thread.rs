@@ -171,6 +171,7 @@ impl Arbiter {
                     gid,
                     backend: index as u32,
                     wait_peers: true,
+                    fast: false,
                 });
             }
         }
@@ -223,10 +224,15 @@ impl Arbiter {
                 gid,
                 backend,
                 wait_peers,
+                fast,
             } => {
                 self.waiting
                     .insert(gid, Waiting::begin(backend, wait_peers));
-                self.input(Input::Committing { gid, wait_peers });
+                self.input(Input::Committing {
+                    gid,
+                    wait_peers,
+                    fast,
+                });
             }
             LocalEvent::Voted { gid, vote, lsn } => self.input(Input::Voted {
                 gid,
@@ -267,7 +273,7 @@ impl Arbiter {
 
     fn on_main(&mut self, message: FromMain) {
         match message {
-            FromMain::Durable(gids) => {
+            FromMain::Recorded(gids) => {
                 for gid in gids {
                     self.trace(|| Some((gid, "record is durable".to_owned())));
                     let (held, emptied) = self.order.release(gid);

@@ -149,14 +149,15 @@ pub unsafe fn commit_globally() {
     // SAFETY: the sequence of the module's head, each call as its own code path in xact.c makes it.
     unsafe {
         IN_SEQUENCE.set(true);
+        // What SET LOCAL has set ends with the PREPARE.
+        let (wait_peers, fast) = (guc::wait_peer_commits(), guc::commits_fast());
         // From the moment the PREPARE can be seen, an error leaves the transaction to the arbiter.
         let session = prepare_under(name.as_ptr(), Preparing::Commit, || {
             UNFINISHED.set(Some(gid));
         });
         latencies.note(Phase::Prepare, begun.elapsed());
-        let wait_peers = guc::wait_peer_commits();
         hit_in_backend(Failpoint::BackendAfterPrepare);
-        announce(gid, wait_peers);
+        announce(gid, wait_peers, fast);
         hit_in_backend(Failpoint::BackendAfterAnnouncing);
         match await_outcome(gid) {
             outcome::COMMIT => {
@@ -168,6 +169,7 @@ pub unsafe fn commit_globally() {
                 hit_in_backend(Failpoint::BackendAfterCommit);
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Finished { gid });
+                shared::my_backend().gid.set(None);
                 if wait_peers {
                     await_peers(gid);
                     latencies.note(Phase::PeerCommit, finished.elapsed());
@@ -238,6 +240,7 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
             });
         });
         let result = await_outcome(gid);
+        shared::my_backend().gid.set(None);
         USER_PREPARING.set(None);
         leave();
         match result {
@@ -417,12 +420,13 @@ fn reset_outcome() {
 }
 
 /// Tells the arbiter that the PREPARE is durable and that this backend waits.
-fn announce(gid: Gid, wait_peers: bool) {
+fn announce(gid: Gid, wait_peers: bool, fast: bool) {
     shared::my_backend().gid.set(Some(gid));
     submit(&LocalEvent::Committing {
         gid,
         backend: shared::my_backend_index(),
         wait_peers,
+        fast,
     });
 }
 
@@ -446,7 +450,9 @@ fn await_outcome(gid: Gid) -> u32 {
         }
         process::wait_latch(LOOK_AROUND, Wait::Votes);
     };
-    slot.gid.set(None);
+    if result != outcome::COMMIT {
+        slot.gid.set(None);
+    }
     result
 }
 

@@ -10,6 +10,7 @@ fn commit_to_decision(bench: &mut Bench) {
     bench.give(Input::Committing {
         gid,
         wait_peers: true,
+        fast: false,
     });
     bench.hear(
         2,
@@ -42,7 +43,8 @@ fn the_last_vote_starts_the_precommit_and_the_own_record_overlaps() {
         bench
             .give(Input::Committing {
                 gid,
-                wait_peers: true
+                wait_peers: true,
+                fast: false
             })
             .is_empty()
     );
@@ -167,6 +169,7 @@ fn a_no_vote_aborts_at_once_in_its_own_words() {
     bench.give(Input::Committing {
         gid,
         wait_peers: true,
+        fast: false,
     });
     let effects = bench.hear(
         2,
@@ -215,6 +218,7 @@ fn a_vote_before_the_announcement_is_kept() {
     let effects = bench.give(Input::Committing {
         gid,
         wait_peers: false,
+        fast: false,
     });
     assert_eq!(words(&effects)[0], "2 <- Precommit 1.0");
 }
@@ -260,6 +264,7 @@ fn a_late_announcement_is_answered_with_the_outcome() {
     let committing = Input::Committing {
         gid,
         wait_peers: true,
+        fast: false,
     };
     let reply = ["reply abort: transaction was aborted by the cluster"];
     assert_eq!(words(&bench.give(committing.clone())), reply, "finished");

@@ -30,6 +30,7 @@ fn an_interrupt_resolves_and_never_aborts_alone() {
     bench.give(Input::Committing {
         gid,
         wait_peers: true,
+        fast: false,
     });
     let effects = bench.give(Input::Interrupted { gid });
     assert_eq!(
@@ -50,6 +51,7 @@ fn a_link_lost_while_votes_are_awaited_resolves() {
     bench.give(Input::Committing {
         gid,
         wait_peers: true,
+        fast: false,
     });
     bench.hear(
         2,
@@ -124,6 +126,7 @@ fn a_precommit_of_the_coordinator_proves_every_vote() {
     bench.give(Input::Committing {
         gid,
         wait_peers: true,
+        fast: false,
     });
     bench.give(Input::Interrupted { gid });
     let ballot = resolver_ballot(2, 1);
@@ -139,6 +142,7 @@ fn without_all_votes_it_waits_for_whom_it_can_reach_and_then_aborts() {
     bench.give(Input::Committing {
         gid,
         wait_peers: true,
+        fast: false,
     });
     bench.give(Input::Interrupted { gid });
     let ballot = resolver_ballot(2, 1);
@@ -212,6 +216,7 @@ fn old_precommits_of_a_majority_still_decide_after_a_promise() {
     bench.give(Input::Committing {
         gid,
         wait_peers: false,
+        fast: false,
     });
     bench.hear(
         2,
@@ -258,6 +263,7 @@ fn without_a_quorum_the_client_hears_that_it_is_unknown() {
     bench.give(Input::Committing {
         gid,
         wait_peers: true,
+        fast: false,
     });
     bench.give(Input::LinkDown { peer: n(2) });
     bench.give(Input::LinkDown { peer: n(3) });

@@ -69,9 +69,10 @@ fn any_message(gid: Gid) -> impl Strategy<Value = Message> {
 fn any_input() -> impl Strategy<Value = Input> {
     let (own, foreign) = (gid(1, 7), gid(2, 8));
     let of_own = prop_oneof![
-        Just(Input::Committing {
+        any::<bool>().prop_map(move |fast| Input::Committing {
             gid: own,
-            wait_peers: true
+            wait_peers: true,
+            fast
         }),
         Just(Input::Interrupted { gid: own }),
         Just(Input::Abandoned { gid: own }),

@@ -29,6 +29,7 @@ fn conflicting_transactions_are_searched_to_the_end() {
         crashes: 0,
         disturbances: 0,
         resolvers: 0,
+        fast: 0,
         fault: None,
         states_max: 1_000_000,
     };
@@ -56,6 +57,7 @@ fn seeded_faults_are_found() {
             crashes,
             disturbances,
             resolvers: 2,
+            fast: 0,
             fault: Some(fault),
             states_max: 1_000_000,
         };

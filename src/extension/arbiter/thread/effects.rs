@@ -35,10 +35,10 @@ impl Arbiter {
                     {
                         pending_record = Some((gid, tuple, record.to_bytes()));
                     }
-                    // The backend that hears the outcome finishes at once: the record must be durable before.
+                    // The backend that hears the outcome finishes at once, and its flush takes the record along.
                     Some(tuple) if matches!(effects.peek(), Some(Effect::Reply { gid: next, .. }) if *next == gid) =>
                     {
-                        self.order.persist(gid, tuple, record.to_bytes());
+                        self.order.write_before(gid, tuple, record.to_bytes());
                     }
                     Some(tuple) => self.order.write(tuple, record.to_bytes()),
                     None => self.out_of_records(gid),
@@ -154,7 +154,8 @@ impl Arbiter {
         match event {
             // Every transaction has one, and conflicts are ordinary: not for the log.
             Event::Decided {
-                source: Source::Central | Source::Told | Source::VotedNo | Source::Refused,
+                source:
+                    Source::Central | Source::Fast | Source::Told | Source::VotedNo | Source::Refused,
                 ..
             } => {}
             event => self.main.log(LogLevel::Info, format!("{event:?}")),

@@ -6,7 +6,7 @@ use protocol::{Decision, Gid};
 
 /// What the main thread is asked to do.
 pub enum ToMain {
-    /// Write the records, flush if somebody waits, and answer with `FromMain::Durable`.
+    /// Write the records, answer, flush if somebody waits for that, and answer again: `FromMain::Recorded`.
     Write(Batch),
     /// Look into pg_xact for the outcome of a transaction of this node.
     LookUp(Gid),
@@ -37,7 +37,7 @@ pub struct HeartbeatTimes {
 
 /// What the main thread answers.
 pub enum FromMain {
-    Durable(Vec<Gid>),
+    Recorded(Vec<Gid>),
     Outcome {
         gid: Gid,
         outcome: Option<Decision>,
