@@ -325,7 +325,13 @@ fn transact(session: &mut Client, client: u64, number: u64, dice: &mut Dice) -> 
         gid: None,
         answer: Answer::Refused,
     };
-    attempt.gid = begin(session);
+    // Both ways of deciding, side by side.
+    let mode = if number.is_multiple_of(2) {
+        "fast"
+    } else {
+        "e3pc"
+    };
+    attempt.gid = begin(session, mode);
     let (account, teller, branch) = (
         1 + dice.below(ACCOUNTS),
         1 + dice.below(TELLERS),
@@ -347,9 +353,11 @@ fn transact(session: &mut Client, client: u64, number: u64, dice: &mut Dice) -> 
 }
 
 /// Begins a transaction and learns its name.
-fn begin(session: &mut Client) -> Option<String> {
+fn begin(session: &mut Client, mode: &str) -> Option<String> {
     let messages = session
-        .simple_query("BEGIN; SELECT mtm.current_gid()")
+        .simple_query(&format!(
+            "BEGIN; SET LOCAL multimaster.commit_mode = '{mode}'; SELECT mtm.current_gid()"
+        ))
         .ok()?;
     messages.iter().find_map(|message| match message {
         SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),

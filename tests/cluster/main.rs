@@ -8,7 +8,7 @@ use xtask::suite::Size;
 
 mod bulk;
 mod crash;
-mod durable;
+mod growth;
 mod hosts;
 mod intruder;
 mod kill;
@@ -31,7 +31,7 @@ fn main() -> ExitCode {
         nemesis::cases(),
         crash::cases(),
         kill::cases(),
-        durable::cases(),
+        growth::cases(),
     ]
     .concat();
     if Size::chosen() == Size::Long {

@@ -65,6 +65,7 @@ pub fn main(index: usize) {
     process::at_exit(leave);
     process::connect_to_cluster();
     process::tag_as_applied();
+    rows::tell_waits_to(show_target);
     let records = process::in_transaction(|| DurableTable::open(c"records", 0));
     shared::ring(index).reset();
     slot.jobs_done
@@ -87,6 +88,13 @@ pub fn main(index: usize) {
         if shared().finishes.is_empty() {
             process::wait_latch(LOOK_AROUND, Wait::Work);
         }
+    }
+}
+
+/// Shows whom it may concern which row this process waits for: the monitor names it to those who must give way.
+fn show_target(target: &str) {
+    if let Some(slot) = shared::workers().get(MY_SLOT.load(Ordering::Relaxed)) {
+        slot.target.set(&Refusal::retry("", target));
     }
 }
 
@@ -141,6 +149,7 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
         ended: false,
     };
     PREPARED.store(false, Ordering::Relaxed);
+    slot.target.clear();
     slot.applying.fetch_add(1, Ordering::AcqRel);
     process::forget_cancel();
     let mut job = None;

@@ -3,6 +3,7 @@
 //! Its tokio thread (`thread`) runs the protocol core; this file is the main thread, the only one that calls PostgreSQL: it makes durable records,
 //! looks into pg_xact, starts the other workers, reads the configuration and writes the log. It decides nothing.
 
+mod counters;
 pub mod durable;
 pub mod event;
 mod finishing;
@@ -10,6 +11,7 @@ mod net_config;
 pub mod slots;
 mod start;
 mod thread;
+mod trace;
 mod user_votes;
 
 pub use start::{MARK_ROWS, body_of, find, number_in};
@@ -144,11 +146,13 @@ impl MainThread {
     /// Does everything the tokio thread asked for; all records of one round share one flush.
     fn serve(&mut self) {
         let mut writes = Vec::new();
+        let mut written = Vec::new();
         let mut waiting = Vec::new();
         while let Ok(request) = self.requests.try_recv() {
             match request {
                 ToMain::Write(batch) => {
                     writes.extend(batch.writes);
+                    written.extend(batch.written);
                     waiting.extend(batch.waiting);
                 }
                 ToMain::LookUp(gid) => self.look_up(gid),
@@ -166,6 +170,10 @@ impl MainThread {
                 }
                 ToMain::ForgetRecovered => process::in_transaction(recovered::clear),
                 ToMain::Log(LogRecord {
+                    level: LogLevel::Debug,
+                    text,
+                }) => pgrx::debug1!("multimaster: {text}"),
+                ToMain::Log(LogRecord {
                     level: LogLevel::Info,
                     text,
                 }) => pgrx::log!("multimaster: {text}"),
@@ -181,11 +189,15 @@ impl MainThread {
         hit(Failpoint::RecordsBeforeWrite);
         // Of two records of one transaction only the later counts; a stable sort keeps their order.
         let end = process::in_transaction(|| self.records.write(&mut writes));
+        if !written.is_empty() {
+            hit(Failpoint::RecordsAfterWrite);
+            let _ = self.replies.send(FromMain::Recorded(written));
+        }
         if !waiting.is_empty() {
             hit(Failpoint::RecordsBeforeFlush);
             records::flush(end);
             hit(Failpoint::RecordsBeforeAnswer);
-            let _ = self.replies.send(FromMain::Durable(waiting));
+            let _ = self.replies.send(FromMain::Recorded(waiting));
             hit(Failpoint::RecordsAfterAnswer);
         }
     }

@@ -12,7 +12,7 @@ use crate::failpoint::{Failpoint, hit};
 use crate::guc;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
-use crate::pg::shared::shared;
+use crate::pg::shared::{self, outcome, shared};
 use crate::pg::{catalog_scan, ddl, locks, sequences};
 use protocol::membership::{Generation, MembershipRecord};
 use protocol::{
@@ -138,6 +138,7 @@ pub struct Decider {
 /// Reads the durable records and the prepared transactions, starts a new epoch and publishes the identity.
 pub fn recover(identity: &Identity) -> RecoveredState {
     event::await_finishes();
+    await_committing_backends();
     // Prepared transactions first: a finish writes its record before, so what is not prepared has its record by then.
     let prepared: Vec<Gid> = locks::prepared_names()
         .values()
@@ -181,6 +182,20 @@ pub fn recover(identity: &Identity) -> RecoveredState {
             effects,
         },
         records,
+    }
+}
+
+/// Backends that an earlier life told to commit. With rule D2 their COMMIT PREPARED is the decision: nobody may resolve what they are about to
+/// decide. They wait for nobody, so this takes no longer than a flush.
+fn await_committing_backends() {
+    let committing = |slot: &shared::BackendSlot| {
+        slot.gid.get().is_some()
+            && !slot.user_prepare.load(Ordering::Relaxed)
+            && slot.outcome.load(Ordering::Acquire) == outcome::COMMIT
+    };
+    while shared::backends().iter().any(committing) {
+        process::wait_latch(Duration::from_millis(5), Wait::Work);
+        process::check_interrupts();
     }
 }
 

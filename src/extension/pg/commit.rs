@@ -16,13 +16,14 @@ use super::{barrier, fixed_text::FixedText, gate, raw, twophase};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit, hit_in_backend};
 use crate::guc;
+use crate::latency::Phase;
 use pgrx::{PgLogLevel, pg_sys};
 use protocol::{GenerationNum, Gid};
 use std::cell::Cell;
 use std::ffi::{CStr, c_char};
 use std::fmt::Write;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Longest name PostgreSQL allows for a prepared transaction, without the terminating zero (`GIDSIZE` - 1 of access/twophase.h).
 const GID_TEXT_MAX: usize = 199;
@@ -147,27 +148,37 @@ fn text_of(gid: Gid) -> FixedText<{ GID_TEXT_MAX + 1 }> {
 pub unsafe fn commit_globally() {
     let Some(gid) = current_gid() else { return };
     let name = text_of(gid);
+    let latencies = &shared::shared().latencies;
+    let begun = Instant::now();
     // SAFETY: the sequence of the module's head, each call as its own code path in xact.c makes it.
     unsafe {
         IN_SEQUENCE.set(true);
+        // What SET LOCAL has set ends with the PREPARE.
+        let (wait_peers, fast) = (guc::wait_peer_commits(), guc::commits_fast());
         // From the moment the PREPARE can be seen, an error leaves the transaction to the arbiter.
         let session = prepare_under(name.as_ptr(), Preparing::Commit, gid.generation, || {
             UNFINISHED.set(Some(gid));
         });
-        let wait_peers = guc::wait_peer_commits();
+        latencies.note(Phase::Prepare, begun.elapsed());
         hit_in_backend(Failpoint::BackendAfterPrepare);
-        announce(gid, wait_peers);
+        announce(gid, wait_peers, fast);
         hit_in_backend(Failpoint::BackendAfterAnnouncing);
         match await_outcome(gid) {
             outcome::COMMIT => {
                 hit_in_backend(Failpoint::BackendBeforeCommit);
+                let decided = Instant::now();
                 finish(name.as_ptr(), true);
+                let finished = Instant::now();
+                latencies.note(Phase::Commit, finished - decided);
                 hit_in_backend(Failpoint::BackendAfterCommit);
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Finished { gid });
+                shared::my_backend().gid.set(None);
                 if wait_peers {
                     await_peers(gid);
+                    latencies.note(Phase::PeerCommit, finished.elapsed());
                 }
+                latencies.note(Phase::Total, begun.elapsed());
                 shared::shared()
                     .counters
                     .commits
@@ -233,6 +244,7 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
             });
         });
         let result = await_outcome(gid);
+        shared::my_backend().gid.set(None);
         USER_PREPARING.set(None);
         leave();
         match result {
@@ -417,12 +429,13 @@ fn reset_outcome() {
 }
 
 /// Tells the arbiter that the PREPARE is durable and that this backend waits.
-fn announce(gid: Gid, wait_peers: bool) {
+fn announce(gid: Gid, wait_peers: bool, fast: bool) {
     shared::my_backend().gid.set(Some(gid));
     submit(&LocalEvent::Committing {
         gid,
         backend: shared::my_backend_index(),
         wait_peers,
+        fast,
     });
 }
 
@@ -446,7 +459,9 @@ fn await_outcome(gid: Gid) -> u32 {
         }
         process::wait_latch(LOOK_AROUND, Wait::Votes);
     };
-    slot.gid.set(None);
+    if result != outcome::COMMIT {
+        slot.gid.set(None);
+    }
     result
 }
 

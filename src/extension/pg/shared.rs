@@ -6,6 +6,7 @@
 use super::board::{Board, RecentLog};
 use super::queue::{Queue, Ring};
 use super::raw;
+use crate::latency::Latencies;
 use pgrx::pg_sys;
 use protocol::membership::{Phase, Standing};
 use protocol::{Csn, Decision, Generation, GenerationNum, Gid, NodeId, NodeSet, Refusal};
@@ -270,6 +271,11 @@ impl RefusalCell {
         self.length.store(length as u32, Ordering::Release);
     }
 
+    /// Stores that there is none.
+    pub fn clear(&self) {
+        self.length.store(0, Ordering::Release);
+    }
+
     pub fn get(&self) -> Option<Refusal> {
         let length = self.length.load(Ordering::Acquire) as usize;
         // SAFETY: see the Sync implementation; the length was published after the bytes.
@@ -422,7 +428,7 @@ pub struct WorkerSlot {
     pub refusal: RefusalCell,
     /// The transaction that `cancel` is for the benefit of.
     pub winner: GidCell,
-    /// Table and key the worker is about to write, as the detail of a refusal; for a victim's DETAIL.
+    /// Table and key of the row the worker waits for, as the detail of a refusal; written before it waits, read while it does.
     pub target: RefusalCell,
     /// Waits until `settled` has reached what its transaction depends on.
     pub waits_for_order: AtomicBool,
@@ -457,9 +463,6 @@ pub struct NodeShared {
     pub heartbeats: AtomicU64,
     /// Microseconds since 2000-01-01.
     pub last_change_us: AtomicI64,
-    /// Sum and number of commit delays waited for this node's vote, microseconds.
-    pub vote_delay_us: AtomicU64,
-    pub vote_delays: AtomicU64,
 }
 
 /// Counters of outcomes, since the server started.
@@ -529,6 +532,7 @@ pub struct Shared {
     pub finish_cursor: AtomicU32,
     pub nodes: [NodeShared; NODES],
     pub counters: Counters,
+    pub latencies: Latencies,
     pub board: Board,
     pub conflicts: RecentLog,
     pub member_events: RecentLog,

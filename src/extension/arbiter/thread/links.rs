@@ -5,10 +5,10 @@ use super::super::user_votes::UserTally;
 use super::main_link::{HeartbeatTimes, LogLevel};
 use super::{Arbiter, lease};
 use crate::failpoint::{self, hit_in_thread};
-use crate::pg::shared::{NodeStatus, shared};
+use crate::pg::shared::shared;
 use mesh::MeshEvent;
 use protocol::membership::MembershipInput;
-use protocol::{Decision, Input, Message, NodeId, NodeSet, Refusal, Vote};
+use protocol::{Decision, Input, Message, NodeId, NodeSet, Refusal};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use wire::frame::Heartbeat;
@@ -62,7 +62,12 @@ impl Arbiter {
             }
             MeshEvent::Messages { from, batch } => {
                 for msg in batch {
-                    self.note_vote_delay(from, &msg);
+                    if let Message::Membership(msg) = msg {
+                        self.member_input(MembershipInput::Message { from, msg });
+                        continue;
+                    }
+                    self.trace_message(&msg, "from", from);
+                    self.note_delay(from, &msg);
                     self.stop_hopeless_apply(&msg);
                     match self.user_votes.count(from, &msg) {
                         Some((gid, tally)) => self.answer_user(gid, tally),
@@ -151,22 +156,6 @@ impl Arbiter {
         }
     }
 
-    fn note_vote_delay(&self, from: NodeId, msg: &Message) {
-        if let Message::Vote {
-            gid,
-            vote: Vote::Yes,
-        } = msg
-            && let Some(waiting) = self.waiting.get(gid)
-        {
-            let node = shared().node(from);
-            node.vote_delay_us.fetch_add(
-                waiting.since.elapsed().as_micros() as u64,
-                Ordering::Relaxed,
-            );
-            node.vote_delays.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
     /// A transaction that is already aborted elsewhere need not be applied to its end.
     fn stop_hopeless_apply(&self, msg: &Message) {
         if let Message::Decided {
@@ -216,6 +205,7 @@ impl Arbiter {
     }
 
     pub(super) fn send(&self, to: NodeId, msg: &Message) {
+        self.trace_message(msg, "to", to);
         let (before, after) = failpoint::around(msg);
         hit_in_thread(before);
         if let Err(error) = self.mesh.send(to, msg) {
@@ -255,7 +245,7 @@ impl Arbiter {
             extras: [(RECEIVING_TAG, view.bits().to_le_bytes().to_vec())]
                 .into_iter()
                 .chain(self.leases.extras())
-                .chain(self.members.extras())
+                .chain(self.members.extra())
                 .collect(),
             ..Heartbeat::default()
         };

@@ -7,7 +7,7 @@ use protocol::{Decision, GenerationNum, Gid};
 
 /// What the main thread is asked to do.
 pub enum ToMain {
-    /// Write the records, flush if somebody waits, and answer with `FromMain::Durable`.
+    /// Write the records, answer, flush if somebody waits for that, and answer again: `FromMain::Recorded`.
     Write(Batch),
     /// Look into pg_xact for the outcome of a transaction of this node.
     LookUp(Gid),
@@ -31,6 +31,8 @@ pub struct LogRecord {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum LogLevel {
+    /// A step of one transaction.
+    Debug,
     Info,
     Warning,
 }
@@ -44,7 +46,7 @@ pub struct HeartbeatTimes {
 
 /// What the main thread answers.
 pub enum FromMain {
-    Durable(Vec<Gid>),
+    Recorded(Vec<Gid>),
     Outcome {
         gid: Gid,
         outcome: Option<Decision>,

@@ -1,7 +1,6 @@
 //! The membership: feeds it with what happens, and carries out what it wants done.
 //!
-//! Its messages may be lost, doubled and late, so they ride on heartbeats, which are sent at once when there is something to say. See
-//! `docs/membership.md`.
+//! What it says of this node rides on heartbeats. See `docs/membership.md`.
 
 use super::super::event::LocalEvent;
 use super::links::LEAVING_PAUSE;
@@ -11,18 +10,14 @@ use crate::pg::barrier;
 use crate::pg::shared::{NodeStatus, shared};
 use protocol::membership::{
     Generation, Membership, MembershipConfig, MembershipEffect, MembershipEffects, MembershipEvent,
-    MembershipInput, MembershipMessage, MembershipRecord, Presence, Status,
+    MembershipInput, MembershipRecord, Presence, Status,
 };
-use protocol::{GenerationNum, Millis, NodeId, NodeSet};
+use protocol::{GenerationNum, Message, Millis, NodeId, NodeSet};
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 
 /// Tag of a heartbeat's extra: the sender's `Presence`.
 const PRESENCE_TAG: u16 = 4;
-/// Tag of a heartbeat's extra: membership messages with their receivers, as `Vec<(NodeId, MembershipMessage)>`.
-const NOTES_TAG: u16 = 5;
-/// How long a message rides on heartbeats.
-const NOTE_MS: Millis = 60;
 
 /// The membership with what it waits for.
 pub struct Members {
@@ -31,8 +26,6 @@ pub struct Members {
     /// Effects behind a record that is not durable yet.
     held: VecDeque<MembershipEffect>,
     persisting: bool,
-    /// Messages to peers, with the time until which they are repeated.
-    notes: Vec<(Millis, NodeId, MembershipMessage)>,
     /// The generation for which the barrier is closed.
     closing: Option<Generation>,
     /// The generation for which older transactions have to end, and whether the main thread has been asked.
@@ -60,7 +53,6 @@ impl Members {
             effects,
             held,
             persisting: false,
-            notes: Vec::new(),
             closing: None,
             draining: None,
             asked: false,
@@ -68,15 +60,10 @@ impl Members {
     }
 
     /// What heartbeats carry.
-    pub fn extras(&self) -> impl Iterator<Item = (u16, Vec<u8>)> {
-        let config = bincode::config::standard();
-        let notes: Vec<(NodeId, MembershipMessage)> =
-            self.notes.iter().map(|(_, to, msg)| (*to, *msg)).collect();
-        let presence = bincode::serde::encode_to_vec(self.membership.presence(), config);
-        let notes = bincode::serde::encode_to_vec(&notes, config);
-        [(PRESENCE_TAG, presence), (NOTES_TAG, notes)]
-            .into_iter()
-            .filter_map(|(tag, bytes)| Some((tag, bytes.ok()?)))
+    pub fn extra(&self) -> Option<(u16, Vec<u8>)> {
+        let presence = self.membership.presence();
+        let bytes = bincode::serde::encode_to_vec(presence, bincode::config::standard()).ok()?;
+        Some((PRESENCE_TAG, bytes))
     }
 
     /// Members of the current generation.
@@ -125,7 +112,7 @@ impl Arbiter {
                 self.members.persisting = true;
                 self.main.send(ToMain::WriteMembership(record.to_bytes()));
             }
-            MembershipEffect::Send { to, msg } => self.send_note(to, msg),
+            MembershipEffect::Send { to, msg } => self.send(to, &Message::Membership(msg)),
             MembershipEffect::Withhold { from } => {
                 let members = self.configured.difference(from);
                 self.leases.withhold_from_all_but(members);
@@ -148,16 +135,6 @@ impl Arbiter {
             }
             MembershipEffect::Event(event) => self.report_member_event(&event),
         }
-    }
-
-    fn send_note(&mut self, to: NodeId, msg: MembershipMessage) {
-        let until = self.now() + NOTE_MS;
-        self.members
-            .notes
-            .retain(|(_, other, old)| (*other, *old) != (to, msg));
-        self.members.notes.push((until, to, msg));
-        self.publish();
-        self.mesh.beat(to);
     }
 
     fn beat_all(&self) {
@@ -207,12 +184,6 @@ impl Arbiter {
             }
             self.member_input(MembershipInput::Presence { from, presence });
         }
-        let notes = decoded::<Vec<(NodeId, MembershipMessage)>>(heartbeat, NOTES_TAG);
-        for (to, msg) in notes.unwrap_or_default() {
-            if to == self.node {
-                self.member_input(MembershipInput::Message { from, msg });
-            }
-        }
     }
 
     /// What the main thread has made durable.
@@ -248,12 +219,6 @@ impl Arbiter {
 
     /// Timers of the membership.
     pub(super) fn tick_members(&mut self) {
-        let now = self.now();
-        let before = self.members.notes.len();
-        self.members.notes.retain(|(until, ..)| *until > now);
-        if self.members.notes.len() != before {
-            self.publish();
-        }
         if let Some(num) = self.members.draining.filter(|_| !self.members.asked) {
             self.members.asked = true;
             self.main.send(ToMain::LookForOlder(num));

@@ -5,7 +5,8 @@ use super::values::{Deformed, Scratch};
 use crate::decode::{self, Environment};
 use pgrx::pg_sys;
 use protocol::{Csn, Gid, Lsn, NodeId};
-use std::ffi::CStr;
+use std::collections::HashMap;
+use std::ffi::{CStr, CString};
 use wire::stream::{
     Begin, Deps, Marker, MessageWriter, OldRowWriter, Prepare, Prepared, RelationId,
     ReplicaIdentity, RowWriter, StreamFrame, Text, UserFinish,
@@ -41,11 +42,19 @@ pub struct Decoder {
     skipped: u32,
     deps: Vec<(NodeId, Csn)>,
     dep_bytes: Vec<u8>,
+    names: Names,
 }
 
+/// Names of transactions whose PREPARE has been decoded, by xid, until they end. See [`Decoder::take_name`].
+type Names = HashMap<u32, CString>;
+
 /// The transaction's name in PostgreSQL.
-fn name_of(transaction: &pg_sys::ReorderBufferTXN) -> Text<'_> {
-    // SAFETY: a prepared transaction has a name, a zero-terminated string that lives as long as it.
+fn name_of<'t>(transaction: &'t pg_sys::ReorderBufferTXN, names: &'t Names) -> Text<'t> {
+    if transaction.gid.is_null() {
+        let taken = names.get(&transaction.xid.into_inner());
+        return Text(taken.map_or(&[], |name| name.to_bytes()));
+    }
+    // SAFETY: a zero-terminated string that lives as long as the transaction.
     unsafe { Text(CStr::from_ptr(transaction.gid).to_bytes()) }
 }
 
@@ -82,12 +91,13 @@ impl Decoder {
             skipped: 0,
             deps: Vec::new(),
             dep_bytes: Vec::new(),
+            names: Names::new(),
         }
     }
 
     /// The transaction as the cluster knows it; a user's own prepared transaction gets a number here.
     fn gid_of(&self, transaction: &pg_sys::ReorderBufferTXN) -> Gid {
-        let name = std::str::from_utf8(name_of(transaction).as_bytes());
+        let name = std::str::from_utf8(name_of(transaction, &self.names).as_bytes());
         if let Some((_, gid)) = name.ok().and_then(Gid::parse) {
             return gid;
         }
@@ -193,9 +203,10 @@ impl Decoder {
         self.dep_bytes.clear();
         (self.environment.visible)(&mut self.deps);
         Deps::describe(&self.deps, &mut self.dep_bytes);
+        let gid = self.gid_of(transaction);
         self.out.frame(&StreamFrame::Begin(Begin {
-            gid: self.gid_of(transaction),
-            name: name_of(transaction),
+            gid,
+            name: name_of(transaction, &self.names),
             prepare_lsn: Lsn(transaction.final_lsn),
             deps: Deps::from_bytes(&self.dep_bytes).unwrap_or(Deps::NONE),
         }));
@@ -211,12 +222,32 @@ impl Decoder {
         }));
     }
 
+    /// Takes the name away from a transaction whose PREPARE was sent; to be called at the end of the prepare callback.
+    ///
+    /// Core gives it another copy at its COMMIT or ROLLBACK PREPARED and forgets to free this one: 80 bytes for each transaction, in the
+    /// walsender's longest-lived context. One that is decoded only at its end gets no other copy: so the name is kept here.
+    ///
+    /// # Safety
+    /// Core's transaction, which nobody else reads meanwhile.
+    pub unsafe fn take_name(&mut self, transaction: *mut pg_sys::ReorderBufferTXN) {
+        // SAFETY: the name was allocated with palloc by core, which frees it only where it is not null.
+        unsafe {
+            let name = (*transaction).gid;
+            if !name.is_null() {
+                let kept = CStr::from_ptr(name).to_owned();
+                self.names.insert((*transaction).xid.into_inner(), kept);
+                (*transaction).gid = std::ptr::null_mut();
+                pg_sys::pfree(name.cast());
+            }
+        }
+    }
+
     /// It was committed or rolled back.
     pub fn finish(&mut self, transaction: &pg_sys::ReorderBufferTXN, committed: bool) {
         self.out.reset(BUFFER_BYTES_MAX);
         let end = Prepared {
             gid: self.gid_of(transaction),
-            name: name_of(transaction),
+            name: name_of(transaction, &self.names),
             end_lsn: Lsn(transaction.end_lsn),
         };
         self.out.frame(&if committed {
@@ -224,6 +255,7 @@ impl Decoder {
         } else {
             StreamFrame::RollbackPrepared(end)
         });
+        self.names.remove(&transaction.xid.into_inner());
     }
 
     /// A logical message within the transaction.

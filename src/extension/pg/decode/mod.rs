@@ -169,6 +169,7 @@ unsafe extern "C-unwind" fn prepare(
         decoder(context).prepare(&*transaction);
         hit(Failpoint::DecodePrepare);
         flush(context);
+        decoder(context).take_name(transaction);
     }
 }
 
