@@ -8,6 +8,7 @@ use xtask::suite::Size;
 
 mod bulk;
 mod crash;
+mod failover;
 mod growth;
 mod hosts;
 mod intruder;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         load::cases(),
         life::cases(),
         bulk::cases(),
+        failover::cases(),
         minority::cases(),
         nemesis::cases(),
         crash::cases(),
