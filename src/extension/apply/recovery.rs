@@ -45,7 +45,6 @@ struct Recovery {
     /// Messages of the transaction that is being received.
     pending: Vec<Vec<u8>>,
     seen: Lsn,
-    end: Lsn,
     told_at: Instant,
     was_level: bool,
 }
@@ -108,7 +107,6 @@ fn run(donor: NodeId) -> Result<(), String> {
         known,
         pending: Vec::new(),
         seen: mark,
-        end: mark,
         told_at: Instant::now(),
         was_level: false,
     };
@@ -144,14 +142,12 @@ impl Recovery {
     fn on_message(&mut self, message: &[u8]) -> Result<(), String> {
         match message.first() {
             Some(b'w') if message.len() > DATA_HEADER_BYTES => {
-                self.end = self.end.max(Lsn(number(message, 9)));
                 self.on_data(Lsn(number(message, 1)), &message[DATA_HEADER_BYTES..])?;
             }
             Some(b'k') if message.len() >= 18 => {
-                self.end = Lsn(number(message, 1));
                 // All that the donor had to send has come.
                 if self.pending.is_empty() {
-                    self.seen = self.seen.max(self.end);
+                    self.seen = self.seen.max(Lsn(number(message, 1)));
                 }
             }
             _ => return Err("unknown replication message".to_owned()),
@@ -228,9 +224,10 @@ impl Recovery {
 
     /// How far behind this node is, for the views and for who decides when it may be a member again.
     fn measure(&mut self) {
-        let lag = self.end.0.saturating_sub(self.seen.0);
+        let end = shared().node(self.donor).flushed.load(Ordering::Relaxed);
+        let lag = end.saturating_sub(self.seen.0);
         shared().recovery_lag.store(lag, Ordering::Relaxed);
-        let level = lag <= guc::min_recovery_lag() && self.end > Lsn::ZERO;
+        let level = end > 0 && lag <= guc::min_recovery_lag();
         if level != self.was_level {
             self.was_level = level;
             submit(&LocalEvent::RecoveryLevel {

@@ -108,6 +108,7 @@ impl MainThread {
         while !network.is_finished() {
             process::wait_latch(LOOK_AROUND, Wait::Work);
             self.serve();
+            self.tell_flushed();
             // If this thread stalls, the node has to look dead: nobody would write its records.
             if self.alive_at.elapsed() >= SIGN_OF_LIFE {
                 self.alive_at = Instant::now();
@@ -199,6 +200,14 @@ impl MainThread {
             hit(Failpoint::RecordsBeforeAnswer);
             let _ = self.replies.send(FromMain::Recorded(waiting));
             hit(Failpoint::RecordsAfterAnswer);
+        }
+    }
+
+    /// Heartbeats say how far this server's WAL is.
+    fn tell_flushed(&self) {
+        if let Some(node) = shared().node_id() {
+            let flushed = &shared().node(node).flushed;
+            flushed.store(records::flushed().0, Ordering::Relaxed);
         }
     }
 

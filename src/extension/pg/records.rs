@@ -183,6 +183,12 @@ pub fn flush_all() {
     flush(protocol::Lsn(unsafe { pg_sys::GetXLogInsertRecPtr() }));
 }
 
+/// Up to where this server's WAL is durable.
+pub fn flushed() -> protocol::Lsn {
+    // SAFETY: reads shared memory; the timeline is not asked for.
+    protocol::Lsn(unsafe { pg_sys::GetFlushRecPtr(std::ptr::null_mut()) })
+}
+
 fn my_database() -> pg_sys::Oid {
     // SAFETY: set when the process connected.
     unsafe { pg_sys::MyDatabaseId }

@@ -31,10 +31,14 @@ pub fn names() -> BTreeSet<String> {
 /// Names the running transaction, here and to whoever recovers from this node later.
 pub fn add(name: &str) {
     log_message(decode::RECOVERED_PREFIX, name.as_bytes(), true);
-    if let Err(error) = Spi::run_with_args("INSERT INTO mtm.recovered VALUES ($1)", &[name.into()])
-    {
+    // SAFETY: in a transaction; the snapshot is taken off again right below, or by the abort.
+    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
+    let added = Spi::run_with_args("INSERT INTO mtm.recovered VALUES ($1)", &[name.into()]);
+    if let Err(error) = added {
         pgrx::error!("multimaster cannot write mtm.recovered: {error}");
     }
+    // SAFETY: pushed above.
+    unsafe { pg_sys::PopActiveSnapshot() };
 }
 
 /// Forgets them. Runs in a transaction.

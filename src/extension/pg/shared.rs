@@ -457,6 +457,8 @@ pub struct NodeShared {
     pub mark: AtomicU64,
     /// End of its WAL when our receiver last connected: everything this server knew by then lies before it.
     pub peer_end: AtomicU64,
+    /// End of its flushed WAL, as its last heartbeat said; this node's own for this node.
+    pub flushed: AtomicU64,
     /// Last WAL position seen in its stream.
     pub received: AtomicU64,
     pub connectivity: AtomicU32,

@@ -78,6 +78,7 @@ impl Arbiter {
             MeshEvent::Heartbeat { from, heartbeat } => {
                 let node = shared().node(from);
                 node.heartbeats.fetch_add(1, Ordering::Relaxed);
+                node.flushed.store(heartbeat.flushed.0, Ordering::Relaxed);
                 node.connectivity
                     .store(u32::from(heartbeat.connected.bits()), Ordering::Relaxed);
                 self.peer_views.insert(from, view_of(&heartbeat));
@@ -230,7 +231,8 @@ impl Arbiter {
     fn publish_view(&self, view: NodeSet) {
         let heartbeat = Heartbeat {
             generation: shared().generation(),
-            online_generation: shared().generation(),
+            online_generation: shared().online_in(),
+            flushed: protocol::Lsn(shared().node(self.node).flushed.load(Ordering::Relaxed)),
             received: self
                 .configured
                 .iter()
