@@ -77,13 +77,12 @@ impl World {
             .iter()
             .map(|(node, csn)| (*node, *csn))
             .collect();
-        let written = self
-            .servers
-            .get(&origin)
-            .map_or(0, |server| server.disk.stream.len());
+        let Some(log) = self.servers.get(&origin).map(|server| &server.disk.stream) else {
+            return;
+        };
+        let written = log.len();
         let slowest = self.climate.delay_max_ms;
         loop {
-            let delay = self.rng.between(1, slowest);
             let now = self.now;
             let Some(stream) = self.streams.get_mut(&(origin, to)) else {
                 return;
@@ -92,6 +91,13 @@ impl World {
                 return;
             }
             stream.sent += 1;
+            if log
+                .get(stream.sent - 1)
+                .is_some_and(|item| is_foreign(*item, origin))
+            {
+                continue;
+            }
+            let delay = self.rng.between(1, slowest);
             stream.last_arrival = stream.last_arrival.max(now + delay);
             let lsn = Lsn(stream.sent as u64);
             let event = Event::Stream {
@@ -138,6 +144,7 @@ impl World {
                 self.input(to, Input::StreamOutcome { gid, decision });
             }
             StreamItem::Prepare(gid) => self.on_prepare(to, gid, lsn, deps),
+            StreamItem::Marker(_) | StreamItem::Fence(_) => {}
         }
     }
 
@@ -161,18 +168,15 @@ impl World {
         if refused {
             return self.vote(node, gid, lsn, Vote::No(refusal("it was refused before")));
         }
-        memory.applying.insert(
-            gid,
-            Applying {
-                lsn,
-                deps,
-                holds_lock: false,
-            },
-        );
-        self.start_apply(node, gid);
+        let applying = Applying {
+            lsn,
+            deps,
+            holds_lock: false,
+        };
+        self.admit(node, gid, applying);
     }
 
-    fn vote(&mut self, node: NodeId, gid: Gid, lsn: Lsn, vote: Vote) {
+    pub fn vote(&mut self, node: NodeId, gid: Gid, lsn: Lsn, vote: Vote) {
         if let Some(memory) = self.memory_mut(node) {
             memory.applying.remove(&gid);
         }
@@ -237,6 +241,7 @@ impl World {
         let behind = applying
             .deps
             .iter()
+            .filter(|(node, _)| gid.members.contains(*node))
             .any(|(node, csn)| memory.core.settled(*node) < *csn);
         if behind || applying.holds_lock {
             return;
@@ -297,6 +302,13 @@ impl World {
         let Some(applying) = memory.applying.get(&gid) else {
             return;
         };
+        if !memory
+            .members
+            .as_ref()
+            .is_none_or(|members| members.applies(gid))
+        {
+            return self.set_aside_old(node);
+        }
         let lsn = applying.lsn;
         if fails {
             memory.locks.remove(&key);
@@ -304,6 +316,9 @@ impl World {
         }
         server.flush_all(checker);
         server.disk.prepared.insert(gid);
+        if server.disk.members.is_some() {
+            server.disk.stream.push(StreamItem::Prepare(gid));
+        }
         checker.on_prepared(node, gid, None);
         if let Some(memory) = &mut server.memory {
             memory.applying.remove(&gid);
@@ -354,6 +369,14 @@ impl World {
     }
 }
 
-fn refusal(reason: &str) -> Refusal {
+/// Whether an ordinary stream leaves it out.
+fn is_foreign(item: StreamItem, origin: NodeId) -> bool {
+    match item {
+        StreamItem::Prepare(gid) | StreamItem::Outcome(gid, _) => gid.coordinator != origin,
+        StreamItem::Marker(_) | StreamItem::Fence(_) => false,
+    }
+}
+
+pub(crate) fn refusal(reason: &str) -> Refusal {
     Refusal::retry("could not serialize access", reason)
 }
