@@ -152,10 +152,14 @@ impl World {
         let Some(server) = self.servers.get_mut(&node) else {
             return;
         };
-        let refused = server
+        // Its record says what has become of it. Of what it has recovered a node has none.
+        let decision = server
             .written_record(gid)
-            .is_some_and(|record| record.decision == Some(Decision::Abort));
-        let known = server.disk.prepared.contains(&gid) || server.disk.finished.contains_key(&gid);
+            .filter(|_| gid.members.contains(node))
+            .and_then(|record| record.decision);
+        let refused = decision == Some(Decision::Abort);
+        let known =
+            server.disk.prepared.contains(&gid) || decision == Some(Decision::Commit);
         let Some(memory) = &mut server.memory else {
             return;
         };
@@ -336,8 +340,34 @@ impl World {
         );
     }
 
+    /// What was skipped, or will never be sent, has to be forgotten all the same.
+    fn place_the_unplaced(&mut self, node: NodeId) {
+        let Some(memory) = self.memory(node) else {
+            return;
+        };
+        let unplaced: Vec<Gid> = memory.core.unplaced(self.now, 500).collect();
+        for gid in unplaced {
+            let origin = gid.coordinator;
+            let up = self
+                .streams
+                .get(&(origin, node))
+                .is_some_and(|stream| stream.up);
+            let end = self
+                .servers
+                .get(&origin)
+                .map(|server| server.disk.stream.len());
+            if let Some(end) = end.filter(|_| up) {
+                let lsn = Lsn(end as u64);
+                self.input(node, Input::PrepareBefore { gid, lsn });
+            }
+        }
+    }
+
     pub fn store_marks(&mut self, node: NodeId) {
         let life = self.life(node);
+        if self.changing {
+            self.place_the_unplaced(node);
+        }
         for origin in self.configured.without(node).iter() {
             let Some(stream) = self
                 .servers

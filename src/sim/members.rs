@@ -285,6 +285,7 @@ impl World {
             }
             Admission::Skip => {
                 memory.dealt.insert((gid.coordinator, lsn));
+                self.input(node, Input::PrepareBefore { gid, lsn });
             }
             Admission::SetAside | Admission::Hold => {
                 if let Some(members) = &mut memory.members {
