@@ -158,8 +158,7 @@ impl World {
             .filter(|_| gid.members.contains(node))
             .and_then(|record| record.decision);
         let refused = decision == Some(Decision::Abort);
-        let known =
-            server.disk.prepared.contains(&gid) || decision == Some(Decision::Commit);
+        let known = server.disk.prepared.contains(&gid) || decision == Some(Decision::Commit);
         let Some(memory) = &mut server.memory else {
             return;
         };

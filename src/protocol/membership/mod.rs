@@ -232,12 +232,14 @@ impl Membership {
         self.recovery.source()
     }
 
-    /// What to do with a PREPARE of another node that is not prepared here.
+    /// What to do with a PREPARE of another node that is not prepared here and has no outcome on record. Before [`MembershipEffect::Open`] is
+    /// carried out nothing is applied, refused or skipped: until then these answers mean to hold.
     pub fn admit(&self, gid: Gid) -> Admission {
         let current = self.record.num();
         match self.stage {
             _ if gid.generation > current => Admission::Hold,
             Stage::Online if gid.generation == current => Admission::Apply,
+            Stage::Online if !gid.members.contains(self.config.node) => Admission::Skip,
             Stage::Online if gid.generation < self.record.recovered_to => Admission::Skip,
             Stage::Online => Admission::Refuse,
             Stage::Outside => Admission::SetAside,
