@@ -239,11 +239,10 @@ impl Server {
             }
             _ => return true,
         };
-        if self
-            .disk
-            .members
-            .is_some_and(|record| gid.generation < record.recovered_to)
-        {
+        if self.disk.members.is_some_and(|record| {
+            let over = gid.generation < record.online_in;
+            gid.generation < record.recovered_to || (over && !gid.members.contains(self.node))
+        }) {
             return true;
         }
         let kept = self.disk.prepared.contains(&gid) || self.disk.finished.contains_key(&gid);
