@@ -34,13 +34,7 @@ impl World {
 
     /// What was found at the start may not come again.
     fn bound_prepares(&mut self, origin: NodeId, to: NodeId) {
-        let Some(end) = self
-            .servers
-            .get(&origin)
-            .map(|server| server.disk.stream.len())
-        else {
-            return;
-        };
+        let lsn = self.stream_end(origin);
         let Some(disk) = self.servers.get(&to).map(|server| &server.disk) else {
             return;
         };
@@ -51,14 +45,17 @@ impl World {
             .filter(|gid| gid.coordinator == origin);
         let found: Vec<Gid> = found.copied().collect();
         for gid in found {
-            self.input(
-                to,
-                Input::PrepareBefore {
-                    gid,
-                    lsn: Lsn(end as u64),
-                },
-            );
+            self.input(to, Input::PrepareBefore { gid, lsn });
         }
+    }
+
+    /// The last position that an ordinary stream shows.
+    fn stream_end(&self, origin: NodeId) -> Lsn {
+        let shown = self.servers.get(&origin).and_then(|server| {
+            let mut items = server.disk.stream.iter();
+            items.rposition(|item| !is_foreign(*item, origin))
+        });
+        Lsn(shown.map_or(0, |place| place as u64 + 1))
     }
 
     pub fn pump_all(&mut self, origin: NodeId) {
@@ -351,12 +348,8 @@ impl World {
                 .streams
                 .get(&(origin, node))
                 .is_some_and(|stream| stream.up);
-            let end = self
-                .servers
-                .get(&origin)
-                .map(|server| server.disk.stream.len());
-            if let Some(end) = end.filter(|_| up) {
-                let lsn = Lsn(end as u64);
+            if up {
+                let lsn = self.stream_end(origin);
                 self.input(node, Input::PrepareBefore { gid, lsn });
             }
         }
