@@ -1,6 +1,6 @@
 //! What a change of members means for transactions in flight. Who is a member is decided in `membership`.
 //!
-//! - Votes of nodes outside of the new generation do not come in time: the coordinator resolves at once.
+//! - Votes that are still missing do not come: members that have switched apply nothing older. The coordinator resolves at once.
 //! - Transactions of a coordinator outside of it are resolved by those that are left.
 //! - Numbers of a coordinator outside of it are replaced by this node's (see `causal`).
 //! - A node that was not a member has recovered commits without their numbers. Once it is online it asks everybody for their horizons, which
@@ -23,7 +23,7 @@ impl Core {
             out,
         };
         for txn in self.txns.values_mut() {
-            txn.resolve_if_cut_off(&mut turn);
+            txn.resolve_if_over(&mut turn);
             txn.resolve_orphan(&mut turn);
             txn.adopt(&mut turn);
             txn.report_peers(&mut turn);

@@ -112,7 +112,7 @@ impl Txn {
             return self.report_peers(turn);
         }
         self.act_on_votes(turn);
-        self.resolve_if_cut_off(turn);
+        self.resolve_if_over(turn);
     }
 
     pub fn on_vote(&mut self, turn: &mut Turn, from: NodeId, vote: Vote) {
@@ -242,6 +242,17 @@ impl Txn {
         if self.is_undecided() && own.backend == Backend::Waiting && cut_off {
             self.resolve(turn);
         }
+    }
+
+    /// Nobody votes on a transaction of an older generation any more.
+    pub fn resolve_if_over(&mut self, turn: &mut Turn) {
+        let over = self.gid().generation < turn.site.config.generation;
+        let Some(own) = &self.own else { return };
+        let missing = !self.gid().participants().is_subset(own.yes);
+        if over && missing && own.backend == Backend::Waiting && self.is_undecided() {
+            self.resolve(turn);
+        }
+        self.resolve_if_cut_off(turn);
     }
 
     pub fn on_interrupted(&mut self, turn: &mut Turn) {

@@ -22,7 +22,7 @@ use crate::types::{Millis, NodeId, NodeSet};
 const ROUNDING_MS: Millis = 10;
 
 /// A promise as it travels in a heartbeat.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Grant {
     pub to: NodeId,
     /// Life of the receiver in which it sent that heartbeat.

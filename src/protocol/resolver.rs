@@ -135,6 +135,10 @@ impl Txn {
         if self.resolution.running.is_some() || !self.is_undecided() || self.is_unsure() {
             return;
         }
+        // Members may have finished and forgotten it: they would take the question of a stranger for one before any vote.
+        if !self.has_vote(turn.site.node()) {
+            return self.resolution.stop();
+        }
         let gid = self.gid();
         let node = turn.site.node();
         let ballot = self.next_ballot(&turn.site.config);

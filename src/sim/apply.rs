@@ -34,13 +34,7 @@ impl World {
 
     /// What was found at the start may not come again.
     fn bound_prepares(&mut self, origin: NodeId, to: NodeId) {
-        let Some(end) = self
-            .servers
-            .get(&origin)
-            .map(|server| server.disk.stream.len())
-        else {
-            return;
-        };
+        let lsn = self.stream_end(origin);
         let Some(disk) = self.servers.get(&to).map(|server| &server.disk) else {
             return;
         };
@@ -51,14 +45,17 @@ impl World {
             .filter(|gid| gid.coordinator == origin);
         let found: Vec<Gid> = found.copied().collect();
         for gid in found {
-            self.input(
-                to,
-                Input::PrepareBefore {
-                    gid,
-                    lsn: Lsn(end as u64),
-                },
-            );
+            self.input(to, Input::PrepareBefore { gid, lsn });
         }
+    }
+
+    /// The last position that an ordinary stream shows.
+    fn stream_end(&self, origin: NodeId) -> Lsn {
+        let shown = self.servers.get(&origin).and_then(|server| {
+            let mut items = server.disk.stream.iter();
+            items.rposition(|item| !is_foreign(*item, origin))
+        });
+        Lsn(shown.map_or(0, |place| place as u64 + 1))
     }
 
     pub fn pump_all(&mut self, origin: NodeId) {
@@ -77,13 +74,12 @@ impl World {
             .iter()
             .map(|(node, csn)| (*node, *csn))
             .collect();
-        let written = self
-            .servers
-            .get(&origin)
-            .map_or(0, |server| server.disk.stream.len());
+        let Some(log) = self.servers.get(&origin).map(|server| &server.disk.stream) else {
+            return;
+        };
+        let written = log.len();
         let slowest = self.climate.delay_max_ms;
         loop {
-            let delay = self.rng.between(1, slowest);
             let now = self.now;
             let Some(stream) = self.streams.get_mut(&(origin, to)) else {
                 return;
@@ -92,6 +88,13 @@ impl World {
                 return;
             }
             stream.sent += 1;
+            if log
+                .get(stream.sent - 1)
+                .is_some_and(|item| is_foreign(*item, origin))
+            {
+                continue;
+            }
+            let delay = self.rng.between(1, slowest);
             stream.last_arrival = stream.last_arrival.max(now + delay);
             let lsn = Lsn(stream.sent as u64);
             let event = Event::Stream {
@@ -138,6 +141,7 @@ impl World {
                 self.input(to, Input::StreamOutcome { gid, decision });
             }
             StreamItem::Prepare(gid) => self.on_prepare(to, gid, lsn, deps),
+            StreamItem::Marker(_) | StreamItem::Fence(_) => {}
         }
     }
 
@@ -145,10 +149,13 @@ impl World {
         let Some(server) = self.servers.get_mut(&node) else {
             return;
         };
-        let refused = server
+        // Its record says what has become of it. Of what it has recovered a node has none.
+        let decision = server
             .written_record(gid)
-            .is_some_and(|record| record.decision == Some(Decision::Abort));
-        let known = server.disk.prepared.contains(&gid) || server.disk.finished.contains_key(&gid);
+            .filter(|_| gid.members.contains(node))
+            .and_then(|record| record.decision);
+        let refused = decision == Some(Decision::Abort);
+        let known = server.disk.prepared.contains(&gid) || decision == Some(Decision::Commit);
         let Some(memory) = &mut server.memory else {
             return;
         };
@@ -161,18 +168,15 @@ impl World {
         if refused {
             return self.vote(node, gid, lsn, Vote::No(refusal("it was refused before")));
         }
-        memory.applying.insert(
-            gid,
-            Applying {
-                lsn,
-                deps,
-                holds_lock: false,
-            },
-        );
-        self.start_apply(node, gid);
+        let applying = Applying {
+            lsn,
+            deps,
+            holds_lock: false,
+        };
+        self.admit(node, gid, applying);
     }
 
-    fn vote(&mut self, node: NodeId, gid: Gid, lsn: Lsn, vote: Vote) {
+    pub fn vote(&mut self, node: NodeId, gid: Gid, lsn: Lsn, vote: Vote) {
         if let Some(memory) = self.memory_mut(node) {
             memory.applying.remove(&gid);
         }
@@ -237,6 +241,7 @@ impl World {
         let behind = applying
             .deps
             .iter()
+            .filter(|(node, _)| gid.members.contains(*node))
             .any(|(node, csn)| memory.core.settled(*node) < *csn);
         if behind || applying.holds_lock {
             return;
@@ -297,6 +302,13 @@ impl World {
         let Some(applying) = memory.applying.get(&gid) else {
             return;
         };
+        if !memory
+            .members
+            .as_ref()
+            .is_none_or(|members| members.applies(gid))
+        {
+            return self.set_aside_old(node);
+        }
         let lsn = applying.lsn;
         if fails {
             memory.locks.remove(&key);
@@ -304,6 +316,9 @@ impl World {
         }
         server.flush_all(checker);
         server.disk.prepared.insert(gid);
+        if server.disk.members.is_some() {
+            server.disk.stream.push(StreamItem::Prepare(gid));
+        }
         checker.on_prepared(node, gid, None);
         if let Some(memory) = &mut server.memory {
             memory.applying.remove(&gid);
@@ -321,8 +336,30 @@ impl World {
         );
     }
 
+    /// What was skipped, or will never be sent, has to be forgotten all the same.
+    fn place_the_unplaced(&mut self, node: NodeId) {
+        let Some(memory) = self.memory(node) else {
+            return;
+        };
+        let unplaced: Vec<Gid> = memory.core.unplaced(self.now, 500).collect();
+        for gid in unplaced {
+            let origin = gid.coordinator;
+            let up = self
+                .streams
+                .get(&(origin, node))
+                .is_some_and(|stream| stream.up);
+            if up {
+                let lsn = self.stream_end(origin);
+                self.input(node, Input::PrepareBefore { gid, lsn });
+            }
+        }
+    }
+
     pub fn store_marks(&mut self, node: NodeId) {
         let life = self.life(node);
+        if self.changing {
+            self.place_the_unplaced(node);
+        }
         for origin in self.configured.without(node).iter() {
             let Some(stream) = self
                 .servers
@@ -354,6 +391,14 @@ impl World {
     }
 }
 
-fn refusal(reason: &str) -> Refusal {
+/// Whether an ordinary stream leaves it out.
+fn is_foreign(item: StreamItem, origin: NodeId) -> bool {
+    match item {
+        StreamItem::Prepare(gid) | StreamItem::Outcome(gid, _) => gid.coordinator != origin,
+        StreamItem::Marker(_) | StreamItem::Fence(_) => false,
+    }
+}
+
+pub(crate) fn refusal(reason: &str) -> Refusal {
     Refusal::retry("could not serialize access", reason)
 }

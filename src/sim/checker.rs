@@ -19,6 +19,7 @@
 //! | EXACTLY-ONCE | no transaction is applied twice |
 //! | TRUTH | what clients were told is what happened |
 
+use crate::members_checker::MembersChecker;
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{Accept, Ballot, Decision, Gid, Message, NodeId, NodeSet, Record, Verdict, Vote};
@@ -52,6 +53,7 @@ pub(crate) struct Checker {
     seen_at_prepare: BTreeMap<Gid, BTreeSet<Gid>>,
     /// What clients heard; `None` for *unknown*.
     pub told: BTreeMap<Gid, Option<Decision>>,
+    pub members: MembersChecker,
     violation: Option<Violation>,
 }
 
@@ -69,6 +71,7 @@ impl Checker {
             refused: BTreeSet::new(),
             seen_at_prepare: BTreeMap::new(),
             told: BTreeMap::new(),
+            members: MembersChecker::default(),
             violation: None,
         }
     }
@@ -94,6 +97,7 @@ impl Checker {
     /// A PREPARE is durable. On the coordinator, `seen` is what its transaction can have read.
     pub fn on_prepared(&mut self, node: NodeId, gid: Gid, seen: Option<BTreeSet<Gid>>) {
         self.prepared_once.entry(gid).or_default().insert(node);
+        self.on_prepare_logged(node, gid);
         if let Some(seen) = seen {
             self.seen_at_prepare.insert(gid, seen);
         }
@@ -101,6 +105,16 @@ impl Checker {
         self.demand(!again, "EXACTLY-ONCE", || {
             format!("{gid} is prepared at {node} after it was committed there")
         });
+    }
+
+    pub fn prepared_gids(&self) -> impl Iterator<Item = Gid> + '_ {
+        self.prepared_once.keys().copied()
+    }
+
+    pub fn is_committed(&self, gid: Gid) -> bool {
+        self.outcomes
+            .get(&gid)
+            .is_some_and(|(decision, _)| *decision == Decision::Commit)
     }
 
     pub fn was_prepared(&self, node: NodeId, gid: Gid) -> bool {
@@ -138,12 +152,13 @@ impl Checker {
         });
         if decision == Decision::Commit {
             self.demand_all_prepared(gid, node);
+            self.demand_order_of_generations(gid);
         }
     }
 
     fn demand_all_prepared(&mut self, gid: Gid, node: NodeId) {
         let prepared = self.prepared_once.get(&gid).copied().unwrap_or_default();
-        let missing = self.configured.difference(prepared);
+        let missing = gid.members.difference(prepared);
         self.demand(missing.is_empty(), "I2", || {
             format!("{gid} goes to commit at {node}, {missing} never prepared it")
         });
@@ -289,7 +304,7 @@ impl Checker {
         for bits in 0..=self.configured.bits() {
             let quorum = NodeSet::from_bits(bits);
             if quorum.is_subset(self.configured) && quorum.len() == majority {
-                let led = leads_to_commit(gid.coordinator, self.configured, quorum, evidence);
+                let led = leads_to_commit(gid.coordinator, gid.members, quorum, evidence);
                 self.demand(led, "I9", || {
                     format!("{gid} was answered as committed, {quorum} would abort: {evidence:?}")
                 });

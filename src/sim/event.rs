@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use protocol::membership::{MembershipInput, Presence};
 use protocol::{Decision, Gid, Lsn, Message, Millis, NodeId};
+use protocol::{GenerationNum, Grant};
 
 /// Everything that happens to a node carries the node's life, and ends with it.
 #[derive(Clone, Debug, Hash)]
@@ -108,6 +110,49 @@ pub(crate) enum Event {
         peer: NodeId,
         link: u32,
     },
+    /// Something for a node's membership.
+    Members {
+        node: NodeId,
+        life: u32,
+        input: MembershipInput,
+    },
+    /// The membership's record has reached the disk.
+    MembersStored {
+        node: NodeId,
+        life: u32,
+    },
+    WriteMarker {
+        node: NodeId,
+        life: u32,
+        num: GenerationNum,
+    },
+    /// Time for heartbeats.
+    Beat {
+        node: NodeId,
+        life: u32,
+    },
+    Heartbeat {
+        link: u32,
+        from: NodeId,
+        to: NodeId,
+        beat: Beat,
+    },
+    /// The next transaction of the donor.
+    Recover {
+        node: NodeId,
+        life: u32,
+        from: NodeId,
+        number: u64,
+    },
+}
+
+/// What a heartbeat carries.
+#[derive(Clone, Debug, Hash)]
+pub(crate) struct Beat {
+    pub sent: Millis,
+    pub epoch: u32,
+    pub presence: Presence,
+    pub grants: Vec<Grant>,
 }
 
 #[derive(Clone, Copy, Debug, Hash)]

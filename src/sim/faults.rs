@@ -1,5 +1,6 @@
 //! What goes wrong: crashes, cuts, lost messages, interrupted and vanishing sessions.
 
+use protocol::membership::MembershipInput;
 use protocol::{Effects, Input, Message, Millis, NodeId};
 
 use crate::event::{Event, SessionStep};
@@ -138,6 +139,7 @@ impl World {
         server.start(config, locks, now, &mut out);
         let marks = server.disk.marks.clone();
         self.carry_out(node, &mut out);
+        self.start_members(node);
         for (origin, lsn) in marks {
             self.input(node, Input::MarkPassed { origin, lsn });
         }
@@ -199,6 +201,7 @@ impl World {
             .is_some_and(|current| current.number == link)
         {
             self.input(node, Input::LinkDown { peer });
+            self.members(node, MembershipInput::LinkDown { peer });
         }
     }
 
@@ -213,12 +216,18 @@ impl World {
         for (node, peer) in [(a, b), (b, a)] {
             let epoch = self.life(peer);
             self.input(node, Input::LinkUp { peer, epoch });
+            self.members(node, MembershipInput::LinkUp { peer });
         }
     }
 
     pub fn deliver(&mut self, link: u32, from: NodeId, to: NodeId, msg: Message) {
         let current = self.links.get(&pair(from, to)).copied().unwrap_or_default();
-        if current.up && current.number == link {
+        if !current.up || current.number != link {
+            return;
+        }
+        if let Message::Membership(msg) = msg {
+            self.members(to, MembershipInput::Message { from, msg });
+        } else {
             self.input(to, Input::Message { from, msg });
         }
     }

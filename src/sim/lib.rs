@@ -13,6 +13,8 @@ mod checker;
 mod cluster;
 mod event;
 mod faults;
+mod members;
+mod members_checker;
 pub mod model;
 mod rng;
 mod server;
@@ -22,3 +24,4 @@ mod world;
 
 pub use checker::Violation;
 pub use storm::{Report, SeedFailure, Summary, run_seed, run_seed_with, run_seeds, trace_seed};
+pub use storm::{run_changing_seed, trace_changing_seed};

@@ -20,6 +20,10 @@ fn main() -> ExitCode {
         .collect();
     let holds = match (arguments.first().map(String::as_str), numbers.as_deref()) {
         (Some("seeds"), Some([nodes, first, last])) => seeds(*nodes as u8, *first, *last),
+        (Some("members"), Some([nodes, first, last])) => members(*nodes as u8, *first, *last),
+        (Some("trace-members"), Some([nodes, seed])) => {
+            shown(sim::trace_changing_seed(*seed, *nodes as u8))
+        }
         (Some("trace"), Some([nodes, seed])) => trace(*nodes as u8, *seed),
         (Some("model"), Some([])) => model(MODEL_STEPS),
         (Some("model"), Some([steps])) => model(*steps as usize),
@@ -54,8 +58,33 @@ fn seeds(nodes: u8, first: u64, last: u64) -> bool {
     }
 }
 
+fn members(nodes: u8, first: u64, last: u64) -> bool {
+    let (mut committed, mut generations, mut recovered) = (0, 0, 0);
+    for seed in first..last {
+        match sim::run_changing_seed(seed, nodes, None) {
+            Ok(report) => {
+                committed += report.committed;
+                generations += report.generations;
+                recovered += report.recovered;
+            }
+            Err(failure) => {
+                println!("{failure}\nrepeat it with: sim trace-members {nodes} {seed}");
+                return false;
+            }
+        }
+    }
+    println!(
+        "{} seeds with {nodes} nodes: {committed} committed in {generations} generations, {recovered} recovered; all invariants hold",
+        last - first
+    );
+    true
+}
+
 fn trace(nodes: u8, seed: u64) -> bool {
-    let (lines, result) = sim::trace_seed(seed, nodes);
+    shown(sim::trace_seed(seed, nodes))
+}
+
+fn shown((lines, result): (Vec<String>, Result<sim::Report, sim::SeedFailure>)) -> bool {
     for line in lines {
         println!("{line}");
     }

@@ -3,8 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::checker::Checker;
+use crate::members::Members;
+use protocol::membership::MembershipRecord;
 use protocol::{
-    Config, Core, Csn, Decision, Effect, Effects, Gid, Lsn, Millis, NodeId, Record, Recovered,
+    Config, Core, Csn, Decision, Effect, Effects, GenerationNum, Gid, Lsn, Millis, NodeId, Record,
+    Recovered,
 };
 
 /// What a node's stream carries, in WAL order; its place, counted from one, is its LSN.
@@ -12,6 +15,10 @@ use protocol::{
 pub(crate) enum StreamItem {
     Prepare(Gid),
     Outcome(Gid, Decision),
+    /// What is older than this generation lies before it.
+    Marker(GenerationNum),
+    /// A recovering node: transactions of generations up to this one may follow.
+    Fence(GenerationNum),
 }
 
 /// Written to WAL, in order. Reaches the disk at the next flush, or not at all.
@@ -30,7 +37,8 @@ pub(crate) struct Disk {
     pub prepared: BTreeSet<Gid>,
     pub finished: BTreeMap<Gid, Decision>,
     pub marks: BTreeMap<NodeId, Lsn>,
-    /// Own transactions only: what the output plugin lets through.
+    pub members: Option<MembershipRecord>,
+    /// This node's WAL. The ordinary stream shows what is its own; without membership nothing else is in it.
     pub stream: Vec<StreamItem>,
 }
 
@@ -65,6 +73,8 @@ pub(crate) struct Memory {
     /// Up to where each origin's stream has been received, and which PREPAREs in it have been dealt with.
     pub received: BTreeMap<NodeId, Lsn>,
     pub dealt: BTreeSet<(NodeId, Lsn)>,
+    /// Membership and what belongs to it; none when all nodes are members for ever.
+    pub members: Option<Members>,
 }
 
 #[derive(Clone, Debug)]
@@ -127,6 +137,7 @@ impl Server {
             locks,
             received: BTreeMap::new(),
             dealt: BTreeSet::new(),
+            members: None,
         });
     }
 
@@ -218,9 +229,22 @@ impl Server {
     /// A PREPARE is safe when it is prepared here, finished here, or refused. Outcomes need no rule: their PREPARE goes before them,
     /// and what is prepared here will be finished by the core.
     fn is_safe(&self, origin: NodeId, lsn: Lsn, item: StreamItem, memory: &Memory) -> bool {
-        let StreamItem::Prepare(gid) = item else {
-            return true;
+        let gid = match item {
+            StreamItem::Prepare(gid) if gid.coordinator == origin => gid,
+            StreamItem::Marker(num) | StreamItem::Fence(num) => {
+                return self
+                    .disk
+                    .members
+                    .is_none_or(|record| num <= record.online_in);
+            }
+            _ => return true,
         };
+        if self.disk.members.is_some_and(|record| {
+            let over = gid.generation < record.online_in;
+            gid.generation < record.recovered_to || (over && !gid.members.contains(self.node))
+        }) {
+            return true;
+        }
         let kept = self.disk.prepared.contains(&gid) || self.disk.finished.contains_key(&gid);
         let refused = self
             .written_record(gid)

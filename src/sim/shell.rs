@@ -1,6 +1,6 @@
 //! What the shell around a core does: inputs of all kinds, sessions, finishes. Streams and applies are in `apply`.
 
-use protocol::{Decision, GenerationNum, Gid, Input, NodeId, Outcome, Vote};
+use protocol::{Decision, Gid, Input, NodeId, Outcome, Vote};
 
 use crate::event::{ApplyStep, Event, SessionStep};
 use crate::server::{Session, StreamItem};
@@ -30,7 +30,18 @@ impl World {
             } => {
                 self.on_stream(connection, origin, to, lsn, deps);
             }
-            Event::Loop { node, life, .. }
+            Event::Heartbeat {
+                link,
+                from,
+                to,
+                beat,
+            } => self.on_heartbeat(link, from, to, &beat),
+            Event::Members { node, life, .. }
+            | Event::MembersStored { node, life }
+            | Event::WriteMarker { node, life, .. }
+            | Event::Beat { node, life }
+            | Event::Recover { node, life, .. }
+            | Event::Loop { node, life, .. }
             | Event::Prepared { node, life, .. }
             | Event::Tick { node, life }
             | Event::Flushed { node, life, .. }
@@ -56,6 +67,7 @@ impl World {
             Event::LinkDown { peer, link, .. } => self.lose_link(node, peer, link),
             Event::Tick { .. } => {
                 self.input(node, Input::Tick);
+                self.tick_members(node);
                 self.agenda
                     .plan(self.now + TICK_MS, Event::Tick { node, life });
             }
@@ -65,6 +77,11 @@ impl World {
                 }
                 self.open_gates(node, upto);
             }
+            Event::Members { input, .. } => self.members(node, input),
+            Event::MembersStored { .. } => self.members_stored(node),
+            Event::WriteMarker { num, .. } => self.write_marker(node, num),
+            Event::Beat { .. } => self.beat(node, true),
+            Event::Recover { from, number, .. } => self.recover_step(node, from, number),
             Event::Session { gid, step, .. } => self.on_session(node, gid, step),
             Event::Finish { gid, decision, .. } => self.finish(node, gid, decision),
             Event::LookUp { gid, .. } => self.look_up(node, gid),
@@ -97,11 +114,14 @@ impl World {
         let life = self.life(node);
         self.xids += 1;
         let started_at = (self.now * 1_000 + self.xids) as i64;
+        let Some(generation) = self.open_generation(node) else {
+            return;
+        };
         let gid = Gid {
             coordinator: node,
             xid: self.xids,
-            generation: GenerationNum(1),
-            members: self.configured,
+            generation: generation.num,
+            members: generation.members,
             started_at,
         };
         let Some(memory) = self.memory_mut(node) else {
@@ -161,6 +181,9 @@ impl World {
 
     fn prepare_own(&mut self, node: NodeId, gid: Gid) {
         let life = self.life(node);
+        if !self.may_prepare(node, gid) {
+            return self.drop_session(node, gid);
+        }
         let Some((server, checker)) = self.disk(node) else {
             return;
         };
@@ -249,9 +272,13 @@ impl World {
                 format!("{gid} changes at {node}")
             });
             checker.on_finished(node, gid, decision);
-            if gid.coordinator == node {
+            if gid.coordinator == node || server.disk.members.is_some() {
                 server.disk.stream.push(StreamItem::Outcome(gid, decision));
                 self.pump_all(node);
+            }
+            if decision == Decision::Commit {
+                let key = key.unwrap_or(0);
+                self.checker.on_row_committed(node, key, gid);
             }
         } else {
             let finished = server.disk.finished.contains_key(&gid);

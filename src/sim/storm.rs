@@ -9,6 +9,7 @@ use protocol::{Decision, Fault, Millis, Source};
 use crate::checker::Violation;
 use crate::event::Event;
 use crate::world::World;
+use protocol::membership::MembershipFault;
 
 const STORM_MS: Millis = 3_000;
 /// How long a healed cluster may take to end and forget everything.
@@ -25,6 +26,10 @@ pub struct Report {
     pub unknown: u64,
     /// Commits of the coordinators by how they came to know them.
     pub committed_by: BTreeMap<Source, u64>,
+    /// Generations in which somebody came online after a start of the cluster.
+    pub generations: u64,
+    /// Transactions that came through a donor.
+    pub recovered: u64,
 }
 
 /// A seed whose run broke an invariant. The same seed and number of nodes repeat the run.
@@ -101,12 +106,45 @@ pub fn trace_seed(seed: u64, nodes: u8) -> (Vec<String>, Result<Report, SeedFail
     (world.log.unwrap_or_default(), result)
 }
 
+/// Runs one seed in which members change: who is lost is left out, who comes back recovers and is taken in.
+pub fn run_changing_seed(
+    seed: u64,
+    nodes: u8,
+    fault: Option<MembershipFault>,
+) -> Result<Report, SeedFailure> {
+    run(&mut changing(seed, nodes, fault, false)).map_err(|violation| SeedFailure {
+        seed,
+        nodes,
+        violation,
+    })
+}
+
+/// Like [`trace_seed`], with members that change.
+pub fn trace_changing_seed(seed: u64, nodes: u8) -> (Vec<String>, Result<Report, SeedFailure>) {
+    let mut world = changing(seed, nodes, None, true);
+    let result = run(&mut world).map_err(|violation| SeedFailure {
+        seed,
+        nodes,
+        violation,
+    });
+    (world.log.unwrap_or_default(), result)
+}
+
+fn changing(seed: u64, nodes: u8, fault: Option<MembershipFault>, log: bool) -> World {
+    let mut world = World::new(seed, nodes, None, log);
+    world.changing = true;
+    world.members_fault = fault;
+    world
+}
+
 fn run(world: &mut World) -> Result<Report, Violation> {
     world.plan_storm(STORM_MS);
     world.run_until(world.now + STORM_MS);
     world.heal();
     world.run_until(world.now + CALM_MS);
     demand_end(world);
+    world.demand_all_online();
+    world.checker.demand_one_order();
     demand_progress(world);
     world.checker.demand_truth();
     match world.checker.violation() {
@@ -192,5 +230,7 @@ fn report(world: &World) -> Report {
         aborted: count(Some(Decision::Abort)),
         unknown: count(None),
         committed_by: world.committed_by.clone(),
+        generations: world.generations.len() as u64,
+        recovered: world.recovered,
     }
 }

@@ -1,10 +1,12 @@
 //! The simulated cluster: time, network, and the shells around the cores.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
+use protocol::membership::MembershipFault;
 use protocol::{
-    Config, Effect, Effects, Fault, Gid, Input, Message, Millis, NodeId, NodeSet, Source,
+    Config, Effect, Effects, Fault, GenerationNum, Gid, Input, Message, Millis, NodeId, NodeSet,
+    Source,
 };
 
 use crate::checker::{Checker, Evidence};
@@ -51,6 +53,12 @@ pub(crate) struct World {
     pub checker: Checker,
     pub climate: Climate,
     pub fault: Option<Fault>,
+    /// Whether members change.
+    pub changing: bool,
+    pub members_fault: Option<MembershipFault>,
+    /// Generations in which somebody came online.
+    pub generations: BTreeSet<GenerationNum>,
+    pub recovered: u64,
     pub xids: u64,
     pub committed_by: BTreeMap<Source, u64>,
     digest: DefaultHasher,
@@ -76,6 +84,10 @@ impl World {
             plans: BTreeMap::new(),
             checker: Checker::new(configured),
             fault,
+            changing: false,
+            members_fault: None,
+            generations: BTreeSet::new(),
+            recovered: 0,
             xids: 0,
             committed_by: BTreeMap::new(),
             digest: DefaultHasher::new(),
@@ -283,7 +295,7 @@ impl World {
         }
     }
 
-    fn send(&mut self, from: NodeId, to: NodeId, msg: Message) {
+    pub fn send(&mut self, from: NodeId, to: NodeId, msg: Message) {
         self.checker.on_sent(from, &msg);
         if from == to {
             let life = self.life(from);

@@ -496,10 +496,9 @@ fn admit(gid: Gid, name: &[u8]) -> Option<Answer> {
     // Of a user's own, the number is that of whoever decoded it.
     let users = !name.starts_with(b"mtm-");
     loop {
-        let standing = shared().standing.get();
-        match standing.admit(gid) {
+        match shared().admit(gid) {
             Admission::Apply => return None,
-            _ if users && standing.phase == Phase::Online => return None,
+            _ if users && shared().standing.get().phase == Phase::Online => return None,
             Admission::Refuse => return Some(Answer::No),
             Admission::Skip => return Some(Answer::Nothing),
             Admission::SetAside => return Some(Answer::SetAside),

@@ -352,7 +352,7 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
     applier.finish().map_err(ApplyFailure::from)?;
     hit(Failpoint::ApplyBeforePrepare);
     barrier::enter();
-    if !job.is_users() && shared().standing.get().admit(job.gid) != Admission::Apply {
+    if !job.is_users() && shared().admit(job.gid) != Admission::Apply {
         barrier::leave();
         return Err(ApplyFailure::generation_over());
     }

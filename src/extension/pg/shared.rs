@@ -8,7 +8,7 @@ use super::queue::{Queue, Ring};
 use super::raw;
 use crate::latency::Latencies;
 use pgrx::pg_sys;
-use protocol::membership::{Phase, Standing};
+use protocol::membership::{Admission, Phase, Standing};
 use protocol::{Csn, Decision, Generation, GenerationNum, Gid, NodeId, NodeSet, Refusal};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{
@@ -664,6 +664,14 @@ impl Shared {
     /// The last generation that this node was online in.
     pub fn online_in(&self) -> GenerationNum {
         self.standing.get().online_in
+    }
+
+    /// What to do with a PREPARE of another node that is not prepared here and has no outcome on record.
+    pub fn admit(&self, gid: Gid) -> Admission {
+        match self.node_id() {
+            Some(node) => self.standing.get().admit(node, gid),
+            None => Admission::Hold,
+        }
     }
 
     /// The node to recover from.

@@ -234,9 +234,10 @@ impl Membership {
         self.recovery.source()
     }
 
-    /// What to do with a PREPARE of another node that is not prepared here.
+    /// What to do with a PREPARE of another node that is not prepared here and has no outcome on record. Before [`MembershipEffect::Open`] is
+    /// carried out nothing is applied, refused or skipped: until then these answers mean to hold.
     pub fn admit(&self, gid: Gid) -> Admission {
-        self.standing().admit(gid)
+        self.standing().admit(self.config.node, gid)
     }
 
     /// Whether the mark of a peer's stream may pass a marker or fence of this number.

@@ -7,7 +7,7 @@
 use super::effect::{MembershipEffect, MembershipEffects, MembershipEvent};
 use super::switch::Stage;
 use super::{Membership, Presence};
-use crate::types::{NodeId, NodeSet};
+use crate::types::{GenerationNum, NodeId, NodeSet};
 
 /// The recovery of this node, if it needs one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -15,6 +15,8 @@ pub(crate) struct Recovery {
     source: Option<NodeId>,
     level: bool,
     failed: NodeSet,
+    /// The highest marker before which everything is here.
+    reached: GenerationNum,
 }
 
 impl Recovery {
@@ -26,6 +28,14 @@ impl Recovery {
         if self.source == Some(from) {
             self.level = level;
         }
+    }
+
+    pub fn reached(&mut self, num: GenerationNum) {
+        self.reached = self.reached.max(num);
+    }
+
+    pub fn has_reached(&self, num: GenerationNum) -> bool {
+        self.reached == num
     }
 
     pub fn lost(&mut self, from: NodeId) {

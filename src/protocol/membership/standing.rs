@@ -4,7 +4,7 @@ use super::Membership;
 use super::effect::Admission;
 use super::generation::Generation;
 use super::switch::Stage;
-use crate::types::{GenerationNum, Gid};
+use crate::types::{GenerationNum, Gid, NodeId};
 
 /// What of the membership decides on a PREPARE and on a mark.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -28,12 +28,13 @@ pub enum Phase {
 }
 
 impl Standing {
-    /// What to do with a PREPARE of another node that is not prepared here.
-    pub fn admit(&self, gid: Gid) -> Admission {
+    /// See [`Membership::admit`]; `node` is this one.
+    pub fn admit(&self, node: NodeId, gid: Gid) -> Admission {
         let current = self.current.num;
         match self.phase {
             _ if gid.generation > current => Admission::Hold,
             Phase::Online if gid.generation == current => Admission::Apply,
+            Phase::Online if !gid.members.contains(node) => Admission::Skip,
             Phase::Online if gid.generation < self.recovered_to => Admission::Skip,
             Phase::Online => Admission::Refuse,
             Phase::Outside => Admission::SetAside,

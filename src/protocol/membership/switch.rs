@@ -88,6 +88,7 @@ impl Membership {
             out.event(MembershipEvent::Excluded { generation });
         } else if !donor {
             self.stage = Stage::Recovering;
+            self.end_recovery(out);
         } else if donors == generation.members {
             self.mark(false, out);
         } else {
@@ -108,10 +109,15 @@ impl Membership {
         num: GenerationNum,
         out: &mut MembershipEffects,
     ) {
-        if self.stage == Stage::Recovering
-            && num == self.record.num()
-            && self.recovery.source() == Some(from)
-        {
+        if self.recovery.source() == Some(from) {
+            self.recovery.reached(num);
+            self.end_recovery(out);
+        }
+    }
+
+    /// The marker may have been reached before this node knew the generation.
+    fn end_recovery(&mut self, out: &mut MembershipEffects) {
+        if self.stage == Stage::Recovering && self.recovery.has_reached(self.record.num()) {
             self.mark(true, out);
         }
     }

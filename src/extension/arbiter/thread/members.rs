@@ -10,7 +10,7 @@ use crate::pg::barrier;
 use crate::pg::shared::{NodeStatus, shared};
 use protocol::membership::{
     Generation, Membership, MembershipConfig, MembershipEffect, MembershipEffects, MembershipEvent,
-    MembershipInput, MembershipRecord, Presence, Status,
+    MembershipInput, MembershipRecord, Phase, Presence, Status,
 };
 use protocol::{GenerationNum, Message, Millis, NodeId, NodeSet};
 use std::collections::VecDeque;
@@ -31,6 +31,8 @@ pub struct Members {
     /// The generation for which older transactions have to end, and whether the main thread has been asked.
     draining: Option<GenerationNum>,
     asked: bool,
+    /// The generation in which this node may prepare.
+    opened: Option<GenerationNum>,
 }
 
 impl Members {
@@ -56,6 +58,7 @@ impl Members {
             closing: None,
             draining: None,
             asked: false,
+            opened: None,
         }
     }
 
@@ -103,7 +106,21 @@ impl Arbiter {
         {
             self.carry_out_member(effect);
         }
-        shared().standing.set(&self.members.membership.standing());
+        self.show_standing();
+    }
+
+    /// Tells those who apply where this node stands; nothing of it before it is durable and carried out.
+    fn show_standing(&mut self) {
+        let mut standing = self.members.membership.standing();
+        if self.members.persisting {
+            let shown = shared().standing.get();
+            standing.online_in = shown.online_in;
+            standing.recovered_to = shown.recovered_to;
+        }
+        if standing.phase == Phase::Online && self.members.opened != Some(standing.current.num) {
+            standing.phase = Phase::Waiting;
+        }
+        shared().standing.set(&standing);
     }
 
     fn carry_out_member(&mut self, effect: MembershipEffect) {
@@ -147,6 +164,7 @@ impl Arbiter {
     fn close(&mut self, generation: Generation) {
         barrier::close();
         self.members.closing = Some(generation);
+        self.members.opened = None;
         self.members.draining = None;
         self.refresh_status();
         self.look_at_barrier();
@@ -168,8 +186,9 @@ impl Arbiter {
     }
 
     fn open(&mut self, generation: Generation) {
+        self.members.opened = Some(generation.num);
         shared().set_generation(generation.num, generation.members);
-        shared().standing.set(&self.members.membership.standing());
+        self.show_standing();
         self.input(protocol::Input::Generation { generation });
         self.input(protocol::Input::Online);
         self.main.send(ToMain::ForgetRecovered);

@@ -1,0 +1,164 @@
+//! The invariants of membership, checked by name like the others (see `checker`).
+//!
+//! | name | what must hold |
+//! |---|---|
+//! | G1 | whoever comes online in n holds every transaction of an older generation that ever commits |
+//! | G2 | on no node a transaction that ever commits is prepared behind the marker of a later generation |
+//! | G3, G9 | commits of one row are in one order on all nodes |
+//! | G4 | `last_vote >= current >= online_in`, and none goes back |
+//! | G5 | every generation has a donor, and donors are members |
+//! | G6 | two generations of one number are equal |
+//! | G7 | who voted n never comes online in m < n |
+//! | G8 | whoever is online, its generation is a majority |
+//! | LEASE | whoever serves is a member of every generation in which anybody is online |
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use protocol::membership::{Elected, Generation, MembershipRecord};
+use protocol::{GenerationNum, Gid, NodeId, NodeSet};
+
+use crate::checker::Checker;
+
+/// What the checker has seen of members.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct MembersChecker {
+    durable: BTreeMap<NodeId, MembershipRecord>,
+    elected: BTreeMap<GenerationNum, Elected>,
+    /// Generations in which somebody came online.
+    pub online: BTreeSet<Generation>,
+    /// Transactions that must never commit, with the reason.
+    doomed: BTreeMap<Gid, (&'static str, NodeId, GenerationNum)>,
+    /// The last marker on each node's WAL.
+    markers: BTreeMap<NodeId, GenerationNum>,
+    rows: BTreeMap<(u32, NodeId), Vec<Gid>>,
+}
+
+impl Checker {
+    /// A node's record has reached its disk.
+    pub fn on_members_durable(&mut self, node: NodeId, record: MembershipRecord) {
+        let num = record.num();
+        let ordered = record.last_vote.num >= num && num >= record.online_in;
+        self.demand(ordered, "G4", || format!("{node}: {record:?}"));
+        self.on_elected(record.current);
+        let before = self.members.durable.insert(node, record);
+        let Some(before) = before else { return };
+        let back = record.last_vote.num < before.last_vote.num
+            || num < before.num()
+            || record.online_in < before.online_in;
+        self.demand(!back, "G4", || {
+            format!("{node} went back from {before:?} to {record:?}")
+        });
+        let broken = record.online_in > before.online_in && record.online_in < before.last_vote.num;
+        self.demand(!broken, "G7", || {
+            format!("{node} comes online by {record:?} after {before:?}")
+        });
+    }
+
+    fn on_elected(&mut self, elected: Elected) {
+        let Elected { generation, donors } = elected;
+        let valid = !donors.is_empty() && donors.is_subset(generation.members);
+        self.demand(valid, "G5", || format!("{elected:?}"));
+        let known = *self
+            .members
+            .elected
+            .entry(generation.num)
+            .or_insert(elected);
+        self.demand(known == elected, "G6", || {
+            format!("{known:?} and {elected:?}")
+        });
+    }
+
+    /// A node comes online and holds, prepared or finished, what `holds` says.
+    pub fn on_open(
+        &mut self,
+        node: NodeId,
+        generation: Generation,
+        configured: NodeSet,
+        holds: impl Fn(Gid) -> bool,
+    ) {
+        self.members.online.insert(generation);
+        let quorum = generation.members.is_quorum_of(configured);
+        self.demand(quorum, "G8", || format!("{node} is online in {generation}"));
+        let missing: Vec<Gid> = self
+            .prepared_gids()
+            .filter(|gid| gid.generation < generation.num && !holds(*gid))
+            .collect();
+        for gid in missing {
+            self.doom(gid, ("G1", node, generation.num));
+        }
+    }
+
+    /// A marker is on a node's WAL.
+    pub fn on_marker(&mut self, node: NodeId, num: GenerationNum) {
+        let marker = self.members.markers.entry(node).or_default();
+        *marker = (*marker).max(num);
+    }
+
+    /// A PREPARE is on a node's WAL.
+    pub fn on_prepare_logged(&mut self, node: NodeId, gid: Gid) {
+        let marker = self.members.markers.get(&node).copied();
+        if let Some(num) = marker
+            && gid.generation < num
+        {
+            self.doom(gid, ("G2", node, num));
+        }
+    }
+
+    fn doom(&mut self, gid: Gid, reason: (&'static str, NodeId, GenerationNum)) {
+        self.members.doomed.entry(gid).or_insert(reason);
+        if self.is_committed(gid) {
+            self.demand_order_of_generations(gid);
+        }
+    }
+
+    pub(crate) fn demand_order_of_generations(&mut self, gid: Gid) {
+        if let Some((invariant, node, num)) = self.members.doomed.get(&gid).copied() {
+            self.demand(false, invariant, || {
+                format!(
+                    "{gid} of generation {} commits; {node} missed it when it came online in {num}",
+                    gid.generation
+                )
+            });
+        }
+    }
+
+    /// A commit of this row is visible on the node.
+    pub fn on_row_committed(&mut self, node: NodeId, row: u32, gid: Gid) {
+        self.members.rows.entry((row, node)).or_default().push(gid);
+    }
+
+    /// G3 and G9, of any two nodes: the rows' commits that both have are in one order.
+    pub fn demand_one_order(&mut self) {
+        let rows = self.members.rows.clone();
+        for ((row, node), order) in &rows {
+            let others = rows
+                .range((*row, *node)..)
+                .take_while(|((other, _), _)| other == row);
+            for ((_, other), theirs) in others {
+                let both = |gid: &&Gid| order.contains(gid) && theirs.contains(gid);
+                let mine: Vec<&Gid> = order.iter().filter(both).collect();
+                let its: Vec<&Gid> = theirs.iter().filter(both).collect();
+                self.demand(mine == its, "G9", || {
+                    format!("row {row}: {node} has {order:?}, {other} has {theirs:?}")
+                });
+            }
+        }
+    }
+
+    /// A node could answer a read now.
+    pub fn on_serving(&mut self, node: NodeId) {
+        let without = self
+            .members
+            .online
+            .iter()
+            .rev()
+            .find(|generation| !generation.members.contains(node))
+            .copied();
+        let Some(without) = without else { return };
+        let own = self.members.durable.get(&node);
+        let back = own.is_some_and(|record| record.online_in > without.num);
+        self.demand(back, "LEASE", || {
+            format!("{node} serves while others are online in {without}")
+        });
+    }
+}
