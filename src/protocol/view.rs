@@ -142,6 +142,7 @@ fn missing(txn: &Txn, config: &Config) -> NodeSet {
         return resolver.silent(config.configured);
     }
     match &txn.own {
+        Some(own) if own.committing => NodeSet::EMPTY.with(config.node),
         Some(own) if own.proposed => config.configured.difference(own.precommits),
         Some(own) => config.peers().difference(own.yes),
         None => NodeSet::EMPTY.with(txn.gid().coordinator),
