@@ -12,7 +12,7 @@
 
 use super::process::{self, Wait};
 use super::shared::{self, outcome, stage};
-use super::{fixed_text::FixedText, raw, twophase};
+use super::{fixed_text::FixedText, raw, senders, twophase};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit, hit_in_backend};
 use crate::guc;
@@ -331,6 +331,7 @@ unsafe fn prepare_under(
         before_prepare();
         hit_in_backend(Failpoint::BackendBeforePrepare);
         raw::CommitTransactionCommand();
+        senders::wake();
         raw::StartTransactionCommand();
         session
     }

@@ -26,6 +26,7 @@ pub mod records;
 pub mod remote;
 pub mod report;
 pub mod rows;
+pub mod senders;
 pub mod sequences;
 pub mod settings;
 pub mod shared;
