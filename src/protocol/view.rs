@@ -142,6 +142,7 @@ fn missing(txn: &Txn, config: &Config) -> NodeSet {
         return resolver.silent(config.configured);
     }
     match &txn.own {
+        Some(own) if own.committing => NodeSet::EMPTY.with(config.node),
         Some(own) if own.proposed => txn.gid().members.difference(own.precommits),
         Some(own) => txn.gid().participants().difference(own.yes),
         None => NodeSet::EMPTY.with(txn.gid().coordinator),

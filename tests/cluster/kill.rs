@@ -236,9 +236,13 @@ fn await_finish(cluster: &Cluster, n: u64) -> Result<()> {
     })
 }
 
+/// Every node, by its own word: a node that starts refuses even reads for a while.
 fn await_online(cluster: &Cluster) -> Result<()> {
-    let mut session = Session::new(cluster.connect(0)?);
-    wait_for("the cluster to be online", LIMIT, || {
-        Ok(session.text("SELECT status FROM mtm.status()")? == "online")
-    })
+    for node in 0..cluster.nodes.len() {
+        let mut session = Session::new(cluster.connect(node)?);
+        wait_for("the cluster to be online", LIMIT, || {
+            Ok(session.text("SELECT status FROM mtm.status()")? == "online")
+        })?;
+    }
+    Ok(())
 }

@@ -7,13 +7,13 @@ use crate::arbiter::event::{LocalEvent, submit};
 use crate::arbiter::{MARK_ROWS, body_of, number_in};
 use crate::cluster::{Identity, slot_name};
 use crate::failpoint::{Failpoint, hit};
-use crate::pg::locks;
 use crate::pg::process::{self, SocketWait, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::remote::Connection;
 use crate::pg::shared::{self, NodeShared, shared};
 use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
+use crate::pg::{locks, senders};
 use protocol::membership::{Admission, Phase};
 use protocol::{Decision, Gid, Lsn, NodeId, Record, Refusal, Vote};
 use std::collections::BTreeSet;
@@ -31,7 +31,10 @@ const POSITION_PATIENCE: Duration = Duration::from_secs(5);
 const STATUS_INTERVAL: Duration = Duration::from_millis(200);
 /// The same while the peer asks for an answer.
 const STATUS_INTERVAL_ASKED: Duration = Duration::from_millis(10);
-/// The same while no transaction has come, only WAL that concerns nobody here: storing a mark makes WAL too, and the peers would keep each other
+/// How often the receiver makes the walsenders of its own server go on, while transactions come (see `pg::senders`). The more they lag, the more has to
+/// be read when this node has a transaction of its own.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+/// How often the mark is stored while no transaction has come, only WAL that concerns nobody here: storing a mark makes WAL too, and the peers would keep each other
 /// awake.
 const STATUS_INTERVAL_IDLE: Duration = Duration::from_secs(5);
 /// How often the peer is asked how far its WAL goes, when nothing else has come; well below any sensible wal_sender_timeout.
@@ -82,6 +85,8 @@ struct Receiver {
     of_users: BTreeSet<String>,
     stored_at: Instant,
     told_at: Instant,
+    /// When the walsenders of this server were last looked after.
+    looked_at: Instant,
     seen: Lsn,
     /// Losses of the peer when this process began.
     losses: u64,
@@ -198,6 +203,7 @@ impl Receiver {
             of_users,
             stored_at: Instant::now(),
             told_at: Instant::now(),
+            looked_at: Instant::now(),
             seen: stored,
             losses: node.losses.load(Ordering::Acquire),
             reply_wanted: true,
@@ -243,6 +249,10 @@ impl Receiver {
             }
             if self.confirm_now || self.told_at.elapsed() >= STATUS_INTERVAL {
                 self.tell(stream);
+            }
+            if self.looked_at.elapsed() >= LOOK_INTERVAL {
+                self.looked_at = Instant::now();
+                senders::wake_if_behind();
             }
         }
     }

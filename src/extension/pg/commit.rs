@@ -12,7 +12,7 @@
 
 use super::process::{self, Wait};
 use super::shared::{self, outcome, stage};
-use super::{barrier, fixed_text::FixedText, gate, raw, twophase};
+use super::{barrier, fixed_text::FixedText, gate, raw, senders, twophase};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit, hit_in_backend};
 use crate::guc;
@@ -340,6 +340,7 @@ unsafe fn prepare_under(
         hit_in_backend(Failpoint::BackendBeforePrepare);
         raw::CommitTransactionCommand();
         barrier::leave();
+        senders::wake();
         raw::StartTransactionCommand();
         session
     }

@@ -28,6 +28,7 @@ pub mod recovered;
 pub mod remote;
 pub mod report;
 pub mod rows;
+pub mod senders;
 pub mod sequences;
 pub mod settings;
 pub mod shared;

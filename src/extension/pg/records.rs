@@ -5,7 +5,7 @@
 //! WAL record for many rows of a page, and crash recovery, base backups, standbys and promotion come for free. The tables are
 //! read through the buffers, never by a snapshot.
 
-use super::process;
+use super::{process, senders};
 use pgrx::{Spi, pg_sys};
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -170,7 +170,7 @@ pub fn flush(lsn: protocol::Lsn) {
     // SAFETY: the first raises only PANIC on I/O failure; the second waits outside of any critical section, returns at once without
     // synchronous standbys, and wants interrupts held: one that it served would leave this process in its queue.
     unsafe {
-        pg_sys::XLogFlush(lsn.0);
+        senders::flushing_quietly(|| pg_sys::XLogFlush(lsn.0));
         pg_sys::InterruptHoldoffCount += 1;
         pg_sys::SyncRepWaitForLSN(lsn.0, false);
         pg_sys::InterruptHoldoffCount -= 1;

@@ -516,6 +516,8 @@ pub struct Shared {
     pub monitor: ProcCell,
     /// The monitor sleeps until somebody applies again.
     pub monitor_idle: AtomicBool,
+    /// Something was flushed of which the walsenders were not told.
+    pub senders_lag: AtomicBool,
     /// Some receiver sleeps until a worker becomes idle.
     pub worker_awaited: AtomicBool,
     pub finisher: ProcCell,
