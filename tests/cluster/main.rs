@@ -4,8 +4,6 @@
 
 use std::process::ExitCode;
 
-use xtask::suite::Size;
-
 mod bulk;
 mod crash;
 mod failover;
@@ -22,7 +20,7 @@ mod nemesis;
 mod refusals;
 
 fn main() -> ExitCode {
-    let mut cases = [
+    let cases = [
         refusals::cases(),
         intruder::cases(),
         load::cases(),
@@ -36,8 +34,5 @@ fn main() -> ExitCode {
         growth::cases(),
     ]
     .concat();
-    if Size::chosen() == Size::Long {
-        cases.extend(nemesis::storms());
-    }
     multimaster_tests::run_own(cases)
 }
