@@ -255,8 +255,9 @@ impl World {
         let aside = std::mem::take(&mut members.aside);
         self.input(node, Input::Generation { generation });
         self.input(node, Input::Online);
+        // As if it came again: it may have been refused meanwhile.
         for (gid, applying) in aside {
-            self.admit(node, gid, applying);
+            self.on_prepare(node, gid, applying.lsn, applying.deps);
         }
         self.check_serving();
     }
@@ -276,6 +277,10 @@ impl World {
             Some(members) => members.membership.admit(gid),
         };
         let lsn = applying.lsn;
+        self.note(|| format!("  {node:?} {admission:?} {gid:?} at {lsn}"));
+        let Some(memory) = self.memory_mut(node) else {
+            return;
+        };
         match admission {
             Admission::Apply => {
                 memory.applying.insert(gid, applying);

@@ -327,8 +327,8 @@ impl Membership {
             .with(node);
         let from = configured.difference(promised);
         if self.withheld != from {
-            // Whom it was promised until now may have got a promise since the last tick.
-            self.unbound = self.unbound.intersection(self.withheld);
+            // Who may be promised now, or might until now, is bound until a tick says otherwise.
+            self.unbound = self.unbound.intersection(self.withheld).intersection(from);
             self.withheld = from;
             out.push(MembershipEffect::Withhold { from });
         }
