@@ -426,7 +426,12 @@ impl World {
             })
             .collect();
         for node in serving {
-            self.checker.on_serving(node);
+            let Some(server) = self.servers.get(&node) else {
+                continue;
+            };
+            let disk = &server.disk;
+            let holds = |gid: Gid| disk.prepared.contains(&gid) || disk.finished.contains_key(&gid);
+            self.checker.on_serving(node, holds);
         }
     }
 
