@@ -145,7 +145,7 @@ impl World {
         }
     }
 
-    fn on_prepare(&mut self, node: NodeId, gid: Gid, lsn: Lsn, deps: Vec<(NodeId, Csn)>) {
+    pub fn on_prepare(&mut self, node: NodeId, gid: Gid, lsn: Lsn, deps: Vec<(NodeId, Csn)>) {
         let Some(server) = self.servers.get_mut(&node) else {
             return;
         };
@@ -179,6 +179,9 @@ impl World {
     pub fn vote(&mut self, node: NodeId, gid: Gid, lsn: Lsn, vote: Vote) {
         if let Some(memory) = self.memory_mut(node) {
             memory.applying.remove(&gid);
+            if let Some(members) = &mut memory.members {
+                members.aside.remove(&gid);
+            }
         }
         self.tell_vote(node, gid, lsn, vote);
     }

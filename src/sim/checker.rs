@@ -287,6 +287,9 @@ impl Checker {
 
     pub fn on_told(&mut self, gid: Gid, outcome: Option<Decision>) {
         self.told.insert(gid, outcome);
+        if outcome == Some(Decision::Commit) {
+            self.on_answered(gid);
+        }
     }
 
     /// Whose clients heard *committed*.

@@ -126,8 +126,16 @@ impl World {
     }
 
     fn queue_effects(&mut self, node: NodeId, mut out: MembershipEffects) {
+        let configured = self.configured;
         if let Some(members) = self.members_mut(node) {
-            members.queue.extend(out.drain());
+            for effect in out.drain() {
+                if let MembershipEffect::Withhold { from } = effect {
+                    let kept = configured.difference(from);
+                    members.leases.withhold_from_all_but(kept);
+                } else {
+                    members.queue.push_back(effect);
+                }
+            }
         }
         self.carry_on(node);
     }
@@ -144,7 +152,7 @@ impl World {
     }
 
     fn perform_members(&mut self, node: NodeId, effect: MembershipEffect) {
-        let (life, configured) = (self.life(node), self.configured);
+        let life = self.life(node);
         match effect {
             MembershipEffect::Persist(record) => {
                 if let Some(members) = self.members_mut(node) {
@@ -153,12 +161,6 @@ impl World {
                 self.later(1, 8, Event::MembersStored { node, life });
             }
             MembershipEffect::Send { to, msg } => self.send(node, to, Message::Membership(msg)),
-            MembershipEffect::Withhold { from } => {
-                if let Some(members) = self.members_mut(node) {
-                    let kept = configured.difference(from);
-                    members.leases.withhold_from_all_but(kept);
-                }
-            }
             MembershipEffect::Close { generation } => self.close(node, generation),
             MembershipEffect::Drain { num } => {
                 if let Some(members) = self.members_mut(node) {
@@ -177,7 +179,7 @@ impl World {
                 }
             }
             MembershipEffect::Beat => self.beat(node, false),
-            MembershipEffect::Event(_) => {}
+            MembershipEffect::Event(_) | MembershipEffect::Withhold { .. } => {}
         }
     }
 
@@ -253,8 +255,9 @@ impl World {
         let aside = std::mem::take(&mut members.aside);
         self.input(node, Input::Generation { generation });
         self.input(node, Input::Online);
+        // As if it came again: it may have been refused meanwhile.
         for (gid, applying) in aside {
-            self.admit(node, gid, applying);
+            self.on_prepare(node, gid, applying.lsn, applying.deps);
         }
         self.check_serving();
     }
@@ -274,6 +277,10 @@ impl World {
             Some(members) => members.membership.admit(gid),
         };
         let lsn = applying.lsn;
+        self.note(|| format!("  {node:?} {admission:?} {gid:?} at {lsn}"));
+        let Some(memory) = self.memory_mut(node) else {
+            return;
+        };
         match admission {
             Admission::Apply => {
                 memory.applying.insert(gid, applying);
@@ -419,7 +426,12 @@ impl World {
             })
             .collect();
         for node in serving {
-            self.checker.on_serving(node);
+            let Some(server) = self.servers.get(&node) else {
+                continue;
+            };
+            let disk = &server.disk;
+            let holds = |gid: Gid| disk.prepared.contains(&gid) || disk.finished.contains_key(&gid);
+            self.checker.on_serving(node, holds);
         }
     }
 

@@ -10,9 +10,9 @@
 //! | G6 | two generations of one number are equal |
 //! | G7 | who voted n never comes online in m < n |
 //! | G8 | whoever is online, its generation is a majority |
-//! | LEASE | whoever serves is a member of every generation in which anybody is online |
+//! | LEASE | whoever serves holds, prepared or finished, every commit that was answered |
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use protocol::membership::{Elected, Generation, MembershipRecord};
 use protocol::{GenerationNum, Gid, NodeId, NodeSet};
@@ -24,13 +24,14 @@ use crate::checker::Checker;
 pub(crate) struct MembersChecker {
     durable: BTreeMap<NodeId, MembershipRecord>,
     elected: BTreeMap<GenerationNum, Elected>,
-    /// Generations in which somebody came online.
-    pub online: BTreeSet<Generation>,
     /// Transactions that must never commit, with the reason.
     doomed: BTreeMap<Gid, (&'static str, NodeId, GenerationNum)>,
     /// The last marker on each node's WAL.
     markers: BTreeMap<NodeId, GenerationNum>,
     rows: BTreeMap<(u32, NodeId), Vec<Gid>>,
+    /// Commits in the order in which clients heard of them, and how many of them each node was found to hold.
+    answered: Vec<Gid>,
+    seen: BTreeMap<NodeId, usize>,
 }
 
 impl Checker {
@@ -76,7 +77,6 @@ impl Checker {
         configured: NodeSet,
         holds: impl Fn(Gid) -> bool,
     ) {
-        self.members.online.insert(generation);
         let quorum = generation.members.is_quorum_of(configured);
         self.demand(quorum, "G8", || format!("{node} is online in {generation}"));
         let missing: Vec<Gid> = self
@@ -145,20 +145,22 @@ impl Checker {
         }
     }
 
-    /// A node could answer a read now.
-    pub fn on_serving(&mut self, node: NodeId) {
-        let without = self
-            .members
-            .online
+    /// A client has heard of this commit.
+    pub fn on_answered(&mut self, gid: Gid) {
+        self.members.answered.push(gid);
+    }
+
+    /// A node could answer a read now: it holds, prepared or finished, whatever was answered. What it held once it holds for ever.
+    pub fn on_serving(&mut self, node: NodeId, holds: impl Fn(Gid) -> bool) {
+        let seen = self.members.seen.get(&node).copied().unwrap_or(0);
+        let missing = self.members.answered[seen..]
             .iter()
-            .rev()
-            .find(|generation| !generation.members.contains(node))
+            .find(|gid| !holds(**gid))
             .copied();
-        let Some(without) = without else { return };
-        let own = self.members.durable.get(&node);
-        let back = own.is_some_and(|record| record.online_in > without.num);
-        self.demand(back, "LEASE", || {
-            format!("{node} serves while others are online in {without}")
+        let answered = self.members.answered.len();
+        self.members.seen.insert(node, answered);
+        self.demand(missing.is_none(), "LEASE", || {
+            format!("{node} serves without {missing:?}, which was answered")
         });
     }
 }

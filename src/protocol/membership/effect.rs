@@ -47,7 +47,7 @@ pub enum MembershipEffect {
     Persist(MembershipRecord),
     /// Send to a peer; dropped while there is no link.
     Send { to: NodeId, msg: MembershipMessage },
-    /// Promise nothing to these nodes from now on; all others may be promised.
+    /// Promise nothing to these nodes from now on; all others may be promised. Carried out at once, also while a record is on its way.
     Withhold { from: NodeSet },
     /// Let nobody prepare under a generation older than this, nor serve, and tell the commit core ([`crate::Input::Generation`]). Answered by
     /// `Closed`.

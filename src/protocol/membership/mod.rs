@@ -105,7 +105,7 @@ pub struct Membership {
     unbound: NodeSet,
     /// When promises of an earlier life are over.
     bound_before: Millis,
-    withheld: Option<NodeSet>,
+    withheld: NodeSet,
     leaving: bool,
     /// What was last said to be worth a heartbeat.
     shown: Presence,
@@ -138,7 +138,7 @@ impl Membership {
             } else {
                 now + config.promise_ms_max
             },
-            withheld: None,
+            withheld: NodeSet::EMPTY,
             leaving: false,
             shown: Presence::default(),
         };
@@ -181,7 +181,9 @@ impl Membership {
             MembershipInput::Level { from, level } => self.recovery.set_level(from, level),
             MembershipInput::RecoveryLost { from } => self.recovery.lost(from),
             MembershipInput::Leave => self.leaving = true,
-            MembershipInput::Tick { unbound } => self.unbound = unbound,
+            MembershipInput::Tick { unbound } => {
+                self.unbound = unbound.intersection(self.withheld);
+            }
         }
         self.settle(now, out);
     }
@@ -316,8 +318,10 @@ impl Membership {
             .intersection(self.detector.clique())
             .with(node);
         let from = configured.difference(promised);
-        if self.withheld != Some(from) {
-            self.withheld = Some(from);
+        if self.withheld != from {
+            // Who may be promised now, or might until now, is bound until a tick says otherwise.
+            self.unbound = self.unbound.intersection(self.withheld).intersection(from);
+            self.withheld = from;
             out.push(MembershipEffect::Withhold { from });
         }
     }
