@@ -18,6 +18,7 @@ mod load;
 mod minority;
 mod nemesis;
 mod refusals;
+mod split;
 
 fn main() -> ExitCode {
     let cases = [
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         bulk::cases(),
         failover::cases(),
         minority::cases(),
+        split::cases(),
         nemesis::cases(),
         crash::cases(),
         kill::cases(),
