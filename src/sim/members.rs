@@ -14,7 +14,7 @@ use crate::server::{Applying, Session, StreamItem};
 use crate::world::{World, pair};
 
 const BEAT_MS: Millis = 40;
-const LEASE_MS: Millis = 120;
+const LEASE_MS: Millis = 240;
 /// Items behind the donor at which a node takes itself for level.
 const LEVEL_ITEMS: usize = 20;
 

@@ -1,0 +1,80 @@
+//! Storms in which members change: who is lost is left out, who comes back recovers and is taken in.
+
+use protocol::membership::MembershipFault;
+use sim::run_changing_seed;
+
+fn storms_hold(nodes: u8, seeds: u64) {
+    let (mut generations, mut committed, mut recovered) = (0, 0, 0);
+    for seed in 0..seeds {
+        let report =
+            run_changing_seed(seed, nodes, None).unwrap_or_else(|failure| panic!("{failure}"));
+        generations += report.generations;
+        committed += report.committed;
+        recovered += report.recovered;
+    }
+    println!(
+        "{nodes} nodes, {seeds} seeds: {committed} committed in {generations} generations, {recovered} recovered"
+    );
+    let changed = generations > seeds && recovered > 0 && committed > 0;
+    assert!(changed, "storms in which no member changes prove nothing");
+}
+
+#[test]
+fn three_nodes_change_members() {
+    storms_hold(3, 60);
+}
+
+#[test]
+fn four_nodes_change_members() {
+    storms_hold(4, 30);
+}
+
+#[test]
+fn five_nodes_change_members() {
+    storms_hold(5, 20);
+}
+
+#[test]
+fn seven_nodes_change_members() {
+    storms_hold(7, 6);
+}
+
+/// Seeds that once broke an invariant, each for a reason of its own.
+#[test]
+fn old_failures_stay_away() {
+    for (nodes, seed) in [
+        (3, 0),
+        (3, 13),
+        (3, 251),
+        (5, 48),
+        (3, 293),
+        (3, 271),
+        (3, 338),
+        (4, 141),
+        (3, 597),
+        (5, 309),
+        (3, 684),
+        (3, 1007),
+    ] {
+        run_changing_seed(seed, nodes, None).unwrap_or_else(|failure| panic!("{failure}"));
+    }
+}
+
+#[test]
+fn a_seed_repeats_its_run() {
+    assert_eq!(run_changing_seed(5, 3, None), run_changing_seed(5, 3, None));
+}
+
+#[test]
+fn rules_broken_on_purpose_are_found() {
+    for fault in [
+        MembershipFault::EverybodyDonor,
+        MembershipFault::VoteForgotten,
+        MembershipFault::MajorityOnly,
+        MembershipFault::PromiseIgnored,
+    ] {
+        let found = (0..1_000).find_map(|seed| run_changing_seed(seed, 3, Some(fault)).err());
+        let found = found.unwrap_or_else(|| panic!("{fault:?} was not found"));
+        println!("{fault:?}: {found}");
+    }
+}
