@@ -51,6 +51,8 @@ impl Core {
             };
             match (txn.record.decision, txn.announced.csn) {
                 (None, _) if txn.recovered && txn.own.is_some() => return None,
+                // Rule D2: numbered, and announced only when it is durable.
+                (None, Some(csn)) => horizon = horizon.min(csn.previous()),
                 (Some(Decision::Commit), Some(_)) if open && txn.recovered => return None,
                 (Some(Decision::Commit), Some(csn)) if open => {
                     horizon = horizon.min(csn.previous())
