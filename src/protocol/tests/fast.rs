@@ -172,3 +172,36 @@ fn a_crash_before_the_record_is_durable_is_resolved() {
     assert_eq!(bench.core.decision(gid), None);
     assert!(bench.core.transactions(0).all(|view| view.resolving));
 }
+
+/// What is being committed on the votes has a number that nobody has heard of yet: no peer may take it for finished.
+#[test]
+fn a_horizon_waits_for_the_commit() {
+    let mut bench = Bench::new(1);
+    let gid = told_to_commit(&mut bench);
+    let horizons = |bench: &mut Bench, input: Input| {
+        let mut out = protocol::Effects::new();
+        bench.core.handle(0, input, &mut out);
+        let said = |effect: &protocol::Effect| {
+            matches!(
+                effect,
+                protocol::Effect::Send {
+                    msg: Message::Horizon { .. },
+                    ..
+                }
+            )
+        };
+        out.as_slice().iter().filter(|effect| said(effect)).count()
+    };
+    let from_2 = |msg| Input::Message {
+        from: common::n(2),
+        msg,
+    };
+    assert_eq!(horizons(&mut bench, from_2(Message::AskHorizon)), 0);
+    assert_eq!(horizons(&mut bench, Input::Finished { gid }), 0);
+    let finished = Message::Finished {
+        gid,
+        decision: Decision::Commit,
+        csn: Some(protocol::Csn(protocol::Csn::start_of(1).0 + 1)),
+    };
+    assert_eq!(horizons(&mut bench, from_2(finished)), 1);
+}
