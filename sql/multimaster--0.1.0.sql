@@ -65,7 +65,10 @@ CREATE TABLE mtm.slots_made (
 );
 COMMENT ON TABLE mtm.slots_made IS 'replication slots that this server had to make again after the cluster was formed, and where they began';
 
-REVOKE ALL ON mtm.cluster, mtm.cluster_nodes, mtm.records, mtm.marks, mtm.slots_made FROM PUBLIC;
+CREATE TABLE mtm.recovered (gid text NOT NULL);
+COMMENT ON TABLE mtm.recovered IS 'transactions that this node has applied while it recovers; empty when it is online';
+
+REVOKE ALL ON mtm.cluster, mtm.cluster_nodes, mtm.records, mtm.marks, mtm.slots_made, mtm.recovered FROM PUBLIC;
 
 -- Forming a cluster.
 
@@ -173,6 +176,24 @@ CREATE FUNCTION mtm.counters(
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'counters_wrapper';
 COMMENT ON FUNCTION mtm.counters() IS 'internal: see the view mtm.stat_commits';
+
+CREATE FUNCTION mtm.latencies(
+    OUT phase text,
+    OUT peer integer,
+    OUT count bigint,
+    OUT p50 double precision,
+    OUT p95 double precision,
+    OUT p99 double precision,
+    OUT max double precision
+) RETURNS SETOF record
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'latencies_wrapper';
+COMMENT ON FUNCTION mtm.latencies() IS 'internal: see the view mtm.commit_latency';
+
+CREATE FUNCTION mtm.reset_commit_latency() RETURNS void
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'reset_commit_latency_wrapper';
+COMMENT ON FUNCTION mtm.reset_commit_latency() IS 'makes mtm.commit_latency of this node start again from nothing';
 
 -- Reads how to reach the other nodes, hence SECURITY DEFINER.
 CREATE FUNCTION mtm.transaction_status(gid text) RETURNS text
@@ -297,15 +318,19 @@ CREATE VIEW mtm.stat_commits AS
     SELECT outcome, reason, transactions FROM mtm.counters();
 COMMENT ON VIEW mtm.stat_commits IS 'transactions of this node since its start, by outcome and reason';
 
+CREATE VIEW mtm.commit_latency AS
+    SELECT phase, peer, count, p50, p95, p99, max FROM mtm.latencies();
+COMMENT ON VIEW mtm.commit_latency IS 'how long the commits of this node took since its start, by phase and peer, in milliseconds';
+
 -- Who may do what: everybody may learn the fate of a transaction whose name they know and the state of this node.
 
 GRANT USAGE ON SCHEMA mtm TO PUBLIC;
 
 REVOKE ALL ON FUNCTION
     mtm.without_secrets(text), mtm.peer_states(), mtm.in_flight(), mtm.recent_conflicts(), mtm.recent_events(), mtm.counters(),
-    mtm.get_nodes_state(), mtm.nodes()
+    mtm.latencies(), mtm.reset_commit_latency(), mtm.get_nodes_state(), mtm.nodes()
     FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION
-    mtm.peer_states(), mtm.in_flight(), mtm.recent_conflicts(), mtm.recent_events(), mtm.counters(), mtm.get_nodes_state(), mtm.nodes()
+    mtm.peer_states(), mtm.in_flight(), mtm.recent_conflicts(), mtm.recent_events(), mtm.counters(), mtm.latencies(), mtm.get_nodes_state(), mtm.nodes()
     TO mtm_monitor, pg_monitor;
-GRANT SELECT ON mtm.transactions, mtm.conflicts, mtm.events, mtm.stat_commits TO mtm_monitor, pg_monitor;
+GRANT SELECT ON mtm.transactions, mtm.conflicts, mtm.events, mtm.stat_commits, mtm.commit_latency TO mtm_monitor, pg_monitor;

@@ -154,10 +154,10 @@ fn ready() -> Result<Installation> {
 pub fn with_cluster(
     installation: &Installation,
     nodes: usize,
-    work: impl FnOnce(&Cluster) -> Result<()>,
+    work: impl FnOnce(&mut Cluster) -> Result<()>,
 ) -> Result<()> {
-    let cluster = Cluster::start(installation, nodes)?;
-    let outcome = cluster.init_cluster().and_then(|()| work(&cluster));
+    let mut cluster = Cluster::start(installation, nodes)?;
+    let outcome = cluster.init_cluster().and_then(|()| work(&mut cluster));
     outcome.map_err(|error| {
         cluster.keep_logs();
         anyhow!("{error:#}\n{}", cluster.log_tails(15))

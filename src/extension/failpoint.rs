@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `NAME=crash` | the whole server is killed at once, as by a power failure; `crash@N` at the N-th time |
 //! | `NAME=sleep:MS` | the process or thread waits that many milliseconds, every time |
+//! | `NAME=hold` | the process or thread waits until the setting changes |
 //! | `NAME=error` | the process raises an error, once; the network thread, which cannot, goes on |
 //! | empty | nothing |
 //!
@@ -69,6 +70,7 @@ points! {
     FinishAfterTelling "finish-after-telling" "participant",
     // Durable records.
     RecordsBeforeWrite "records-before-write" "both",
+    RecordsAfterWrite "records-after-write" "coordinator",
     RecordsBeforeFlush "records-before-flush" "both",
     RecordsBeforeAnswer "records-before-answer" "both",
     RecordsAfterAnswer "records-after-answer" "both",
@@ -97,6 +99,8 @@ points! {
     AfterAskHorizon "after-ask-horizon" "start",
     BeforeHorizon "before-horizon" "start",
     AfterHorizon "after-horizon" "start",
+    BeforeMembership "before-membership" "rare",
+    AfterMembership "after-membership" "rare",
     BeforeReply "before-reply" "coordinator",
     AfterReply "after-reply" "coordinator",
     BeforeFinishOrder "before-finish-order" "participant",
@@ -141,6 +145,7 @@ pub fn around(message: &protocol::Message) -> (Failpoint, Failpoint) {
         Query { .. } => (BeforeQuery, AfterQuery),
         AskHorizon => (BeforeAskHorizon, AfterAskHorizon),
         Horizon { .. } => (BeforeHorizon, AfterHorizon),
+        Membership(_) => (BeforeMembership, AfterMembership),
     }
 }
 
@@ -168,17 +173,21 @@ mod hits {
 #[cfg(feature = "failpoints")]
 mod hits {
     use super::Failpoint;
-    use crate::pg::failpoint::{lose_power, raise_in_backend, take};
+    use crate::pg::failpoint::{is_armed, lose_power, raise_in_backend, take};
     use std::time::Duration;
 
     /// Time for a message to leave before the server dies.
     const SENDING: Duration = Duration::from_millis(5);
+
+    /// How often something that is held looks whether it still is.
+    const LOOK: Duration = Duration::from_millis(5);
 
     /// What happens at a point.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub enum Action {
         Crash { at: u32 },
         Sleep { ms: u32 },
+        Hold,
         Error,
     }
 
@@ -186,6 +195,9 @@ mod hits {
         pub fn parse(text: &str) -> Option<Action> {
             if text == "error" {
                 return Some(Action::Error);
+            }
+            if text == "hold" {
+                return Some(Action::Hold);
             }
             if let Some(ms) = text.strip_prefix("sleep:") {
                 return ms.parse().ok().map(|ms| Action::Sleep { ms });
@@ -245,6 +257,11 @@ mod hits {
 
     fn act(point: Failpoint, action: Option<Action>) {
         match action {
+            Some(Action::Hold) => {
+                while is_armed(point) {
+                    std::thread::sleep(LOOK);
+                }
+            }
             Some(Action::Crash { .. }) => lose_power(point),
             Some(Action::Sleep { ms }) => std::thread::sleep(Duration::from_millis(u64::from(ms))),
             Some(Action::Error) | None => {}

@@ -19,7 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// The fate of a transaction named by `mtm.current_gid()` or by its whole gid.
 ///
 /// # Errors
-/// 22023 for a text that is no name of a transaction of this cluster.
+/// 22023 for a text that is no name of a transaction of this cluster; 57P03 when this node's arbiter does not answer and no other node knows.
 pub fn of(text: &str) -> TransactionStatus {
     let gid = match parse(text) {
         Some((tag, gid)) if tag == shared().cluster_tag() => gid,
@@ -29,10 +29,27 @@ pub fn of(text: &str) -> TransactionStatus {
             "A name looks like mtm-1a2b3c4d-1-1234; mtm.current_gid() gives it.",
         ),
     };
-    match at_home(gid) {
-        TransactionStatus::Unknown => elsewhere(text, gid.coordinator),
-        known => known,
+    let here = at_home(gid);
+    if let Some(known) = here.filter(|status| *status != TransactionStatus::Unknown) {
+        return known;
     }
+    match (elsewhere(text, gid.coordinator), here) {
+        (Some(known), _) => known,
+        (None, Some(unknown)) => unknown,
+        (None, None) => cannot_tell(),
+    }
+}
+
+/// "Unknown" would say that nobody has heard of the transaction.
+fn cannot_tell() -> ! {
+    crate::pg::report::raise(
+        crate::pg::report::ErrorReport::new(
+            PgSqlErrorCode::ERRCODE_CANNOT_CONNECT_NOW,
+            "the multimaster arbiter of this node does not answer",
+            function_name!(),
+        )
+        .set_hint("It may just be starting: ask again, or ask another node."),
+    )
 }
 
 fn refuse(text: &str, detail: &str) -> ! {
@@ -68,12 +85,13 @@ fn parse(text: &str) -> Option<(ClusterTag, Gid)> {
     ))
 }
 
-/// What this node knows.
-fn at_home(gid: Gid) -> TransactionStatus {
-    if shared().node_id() == Some(gid.coordinator) {
+/// What this node knows; none when its arbiter does not answer.
+fn at_home(gid: Gid) -> Option<TransactionStatus> {
+    let own = shared().node_id() == Some(gid.coordinator);
+    if own {
         match outcome::of_own_transaction(gid.xid) {
-            Some(Decision::Commit) => return TransactionStatus::Committed,
-            Some(Decision::Abort) => return TransactionStatus::Aborted,
+            Some(Decision::Commit) => return Some(TransactionStatus::Committed),
+            Some(Decision::Abort) => return Some(TransactionStatus::Aborted),
             None => {}
         }
     }
@@ -84,30 +102,26 @@ fn at_home(gid: Gid) -> TransactionStatus {
         })
     });
     match fate {
-        Some(Fate::Decided(Decision::Commit)) => TransactionStatus::Committed,
-        Some(Fate::Decided(Decision::Abort)) => TransactionStatus::Aborted,
-        Some(Fate::InFlight) => TransactionStatus::InProgress,
-        Some(Fate::Unknown) | None
-            if outcome::is_running(gid.xid) && shared().node_id() == Some(gid.coordinator) =>
-        {
-            TransactionStatus::InProgress
+        Some(Fate::Decided(Decision::Commit)) => Some(TransactionStatus::Committed),
+        Some(Fate::Decided(Decision::Abort)) => Some(TransactionStatus::Aborted),
+        Some(Fate::InFlight) => Some(TransactionStatus::InProgress),
+        Some(Fate::Unknown) | None if own && outcome::is_running(gid.xid) => {
+            Some(TransactionStatus::InProgress)
         }
-        Some(Fate::Unknown) | None => TransactionStatus::Unknown,
+        Some(Fate::Unknown) => Some(TransactionStatus::Unknown),
+        None => None,
     }
 }
 
-/// What the others know, the coordinator first. Nodes that cannot be reached are left out.
-fn elsewhere(text: &str, coordinator: NodeId) -> TransactionStatus {
-    let Ok(Some(identity)) = Identity::load() else {
-        return TransactionStatus::Unknown;
-    };
+/// What the others know, the coordinator first; none when nobody does. Nodes that cannot be reached are left out.
+fn elsewhere(text: &str, coordinator: NodeId) -> Option<TransactionStatus> {
+    let identity = Identity::load().ok().flatten()?;
     let mut nodes: Vec<_> = identity.peers().collect();
     nodes.sort_by_key(|node| node.id != coordinator);
     nodes
         .into_iter()
         .filter_map(|node| ask(&node.conninfo, text))
         .find(|status| *status != TransactionStatus::Unknown)
-        .unwrap_or(TransactionStatus::Unknown)
 }
 
 /// Asks one node what it knows itself.
@@ -132,7 +146,7 @@ fn ask(conninfo: &str, text: &str) -> Option<TransactionStatus> {
 fn local_transaction_status(gid: &str) -> String {
     let status = match parse(gid) {
         Some((tag, gid)) if tag == shared().cluster_tag() => at_home(gid),
-        _ => TransactionStatus::Unknown,
+        _ => Some(TransactionStatus::Unknown),
     };
-    status.as_str().to_owned()
+    status.unwrap_or_else(|| cannot_tell()).as_str().to_owned()
 }

@@ -7,6 +7,7 @@ use std::ffi::CString;
 use std::time::Duration;
 
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
+use pgrx::prelude::*;
 
 use crate::pg::settings;
 
@@ -17,11 +18,23 @@ static HEARTBEAT_SEND_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(200);
 static HEARTBEAT_RECV_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(2000);
 static MAX_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(32);
 static WAIT_PEER_COMMITS: GucSetting<bool> = GucSetting::<bool>::new(true);
+static COMMIT_MODE: GucSetting<CommitMode> = GucSetting::<CommitMode>::new(CommitMode::Fast);
 static MIN_RECOVERY_LAG: GucSetting<i32> = GucSetting::<i32>::new(100);
 static MAX_RECOVERY_LAG: GucSetting<i32> = GucSetting::<i32>::new(1024 * 1024);
 static CONFLICT_GRACE: GucSetting<i32> = GucSetting::<i32>::new(10);
 static MINORITY_READS: GucSetting<bool> = GucSetting::<bool>::new(false);
 static INIT_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(60);
+
+/// How a commit is decided; `docs/protocol.md` tells when each is possible.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PostgresGucEnum)]
+enum CommitMode {
+    /// By the votes of all members, where at most four nodes are configured: one round trip.
+    #[name = c"fast"]
+    Fast,
+    /// By a majority of durable precommits: two round trips.
+    #[name = c"e3pc"]
+    E3pc,
+}
 
 /// Bounds of `multimaster.max_workers`: shared memory and background worker slots are reserved for that many.
 pub const MAX_WORKERS_RANGE: std::ops::RangeInclusive<i32> = 2..=512;
@@ -110,6 +123,14 @@ fn register_commit() {
         GucContext::Userset,
         GucFlags::default(),
     );
+    GucRegistry::define_enum_guc(
+        c"multimaster.commit_mode",
+        c"How a commit is decided: in one round trip to the other nodes (fast), or in two (e3pc).",
+        c"With more than four nodes every commit takes two.",
+        &COMMIT_MODE,
+        GucContext::Userset,
+        GucFlags::default(),
+    );
     GucRegistry::define_bool_guc(
         c"multimaster.minority_reads",
         c"Lets this session read on a node that is not part of a working majority.",
@@ -184,6 +205,11 @@ pub fn max_workers() -> usize {
 /// Whether COMMIT waits until the peers have committed too.
 pub fn wait_peer_commits() -> bool {
     WAIT_PEER_COMMITS.get()
+}
+
+/// Whether COMMIT is to be decided on the votes alone, where the number of nodes allows it.
+pub fn commits_fast() -> bool {
+    COMMIT_MODE.get() == CommitMode::Fast
 }
 
 /// Whether plain reads are allowed on a node that must not answer from its tables.

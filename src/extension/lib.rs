@@ -11,6 +11,7 @@ pub mod decode;
 pub mod failpoint;
 mod fate;
 pub mod guc;
+mod latency;
 pub mod pg;
 mod state;
 pub mod views;

@@ -3,13 +3,17 @@
 use crate::arbiter::event::{Conflict, Ended, InFlight, LocalEvent, MemberEvent, Question, submit};
 use crate::decode::Environment;
 use crate::fate;
+use crate::latency::{Phase, Summary};
+use crate::pg::report::{self, ErrorReport};
 use crate::pg::shared::{NODES, NodeStatus, shared};
 use crate::pg::{board, commit, locks};
 use crate::views::{
-    ConflictRow, CounterRow, EventRow, NodeStateRow, Source, StatusRow, TransactionRow,
+    ConflictRow, CounterRow, EventRow, LatencyRow, NodeStateRow, Source, StatusRow, TransactionRow,
     TransactionStatus,
 };
-use protocol::{Csn, Decision, NodeId};
+use pgrx::prelude::*;
+use protocol::{Csn, NodeId};
+use serde::de::DeserializeOwned;
 use std::sync::atomic::Ordering;
 
 /// The source of the views.
@@ -67,18 +71,26 @@ impl Source for SharedSource {
             .map(|node| i32::from(node.get()))
             .collect();
         let node = shared.node_id();
+        let members: Vec<i32> = node_ids()
+            .filter(|id| shared.current().members.contains(*id))
+            .map(|id| i32::from(id.get()))
+            .collect();
         StatusRow {
             node_id: node.map(|node| i32::from(node.get())),
             name: node.map(|node| format!("n{}", node.get())),
             status: shared.status().name().to_owned(),
             members_online: if shared.status() == NodeStatus::Online {
-                all.clone()
+                members.clone()
             } else {
-                connected.clone()
+                members
+                    .iter()
+                    .copied()
+                    .filter(|id| connected.contains(id))
+                    .collect()
             },
             connected,
             generation: node.map(|_| i64::from(shared.generation().0)),
-            members: all.clone(),
+            members,
             configured: all,
             cluster_id: node.map(|_| cluster_id()),
         }
@@ -89,16 +101,8 @@ impl Source for SharedSource {
     }
 
     fn transactions(&self) -> Vec<TransactionRow> {
-        let rows: Option<Vec<InFlight>> = board::ask_arbiter(|number| {
-            submit(&LocalEvent::Ask {
-                number,
-                question: Question::Transactions,
-            })
-        });
-        rows.unwrap_or_default()
-            .into_iter()
-            .map(transaction_row)
-            .collect()
+        let rows: Vec<InFlight> = ask(Question::Transactions);
+        rows.into_iter().map(transaction_row).collect()
     }
 
     fn conflicts(&self) -> Vec<ConflictRow> {
@@ -125,12 +129,7 @@ impl Source for SharedSource {
     }
 
     fn counters(&self) -> Vec<CounterRow> {
-        let decided: Option<Vec<Ended>> = board::ask_arbiter(|number| {
-            submit(&LocalEvent::Ask {
-                number,
-                question: Question::Counters,
-            })
-        });
+        let decided: Vec<Ended> = ask(Question::Counters);
         let counters = &shared().counters;
         let local = [
             ("in doubt", "the client was told 08007", &counters.unknown),
@@ -162,12 +161,21 @@ impl Source for SharedSource {
                 reason: Some(reason.to_owned()),
                 transactions: counter.load(Ordering::Relaxed) as i64,
             });
-        decided
-            .unwrap_or_default()
-            .into_iter()
-            .map(ended_row)
-            .chain(local)
+        decided.into_iter().map(ended_row).chain(local).collect()
+    }
+
+    fn latencies(&self) -> Vec<LatencyRow> {
+        let peers = node_ids().filter(|node| shared().node_id() != Some(*node));
+        let peers: Vec<NodeId> = peers.collect();
+        shared()
+            .latencies
+            .all(peers.iter().copied())
+            .map(latency_row)
             .collect()
+    }
+
+    fn reset_latencies(&self) {
+        shared().latencies.reset();
     }
 
     fn transaction_status(&self, gid: &str) -> TransactionStatus {
@@ -177,6 +185,26 @@ impl Source for SharedSource {
     fn current_gid(&self) -> Option<String> {
         commit::identifying_text()
     }
+}
+
+/// Asks the arbiter for rows; there are none in a server that belongs to no cluster.
+///
+/// Raises 57P03 when it does not answer: an empty view would say that there is nothing.
+fn ask<T: DeserializeOwned>(question: Question) -> Vec<T> {
+    if shared().node_id().is_none() {
+        return Vec::new();
+    }
+    let rows = board::ask_arbiter(|number| submit(&LocalEvent::Ask { number, question }));
+    rows.unwrap_or_else(|| {
+        report::raise(
+            ErrorReport::new(
+                PgSqlErrorCode::ERRCODE_CANNOT_CONNECT_NOW,
+                "the multimaster arbiter of this node does not answer",
+                function_name!(),
+            )
+            .set_hint("It may just be starting; see mtm.status() for this node's state."),
+        )
+    })
 }
 
 fn transaction_row(row: InFlight) -> TransactionRow {
@@ -191,7 +219,7 @@ fn transaction_row(row: InFlight) -> TransactionRow {
         coordinator: i32::from(row.gid.coordinator.get()),
         role: role.to_owned(),
         state: row.state,
-        ballot: Some(row.ballot),
+        ballot: row.ballot,
         started_at: Some(row.gid.started_at),
         missing: row
             .missing
@@ -202,16 +230,30 @@ fn transaction_row(row: InFlight) -> TransactionRow {
 }
 
 fn ended_row(ended: Ended) -> CounterRow {
-    let outcome = match (ended.own, ended.decision) {
-        (true, Decision::Commit) => "committed",
-        (true, Decision::Abort) => "aborted",
-        (false, Decision::Commit) => "committed for another node",
-        (false, Decision::Abort) => "aborted for another node",
-    };
     CounterRow {
-        outcome: outcome.to_owned(),
+        outcome: ended.outcome,
         reason: Some(ended.reason),
         transactions: ended.count as i64,
+    }
+}
+
+/// `s.t` out of `table "s.t"`.
+fn relation_name(target: &str) -> Option<String> {
+    let name = target.strip_prefix("table \"")?.strip_suffix('"')?;
+    Some(name.to_owned())
+}
+
+fn latency_row((phase, peer, summary): (Phase, Option<NodeId>, Summary)) -> LatencyRow {
+    let ms = |us: f64| (summary.count > 0).then_some(us / 1000.0);
+    let [p50, p95, p99] = summary.percentiles_us.map(ms);
+    LatencyRow {
+        phase: phase.name().to_owned(),
+        peer: peer.map(|peer| i32::from(peer.get())),
+        count: summary.count as i64,
+        p50_ms: p50,
+        p95_ms: p95,
+        p99_ms: p99,
+        max_ms: ms(summary.max_us as f64),
     }
 }
 
@@ -225,7 +267,7 @@ fn conflict_row(row: Conflict) -> ConflictRow {
         happened_at: row.happened_at,
         kind: row.kind,
         node_id: i32::from(row.node.get()),
-        relation: Some(relation.to_owned()).filter(|name| !name.is_empty()),
+        relation: relation_name(relation),
         key,
         loser: row.loser.map(|gid| gid.text(tag)),
         winner: row.winner.map(|gid| gid.text(tag)),
@@ -234,18 +276,21 @@ fn conflict_row(row: Conflict) -> ConflictRow {
 
 fn node_row(node: NodeId) -> NodeStateRow {
     let state = shared().node(node);
-    let delays = state.vote_delays.load(Ordering::Relaxed);
+    let votes = shared().latencies.votes_of(node);
     let is_self = shared().node_id() == Some(node);
     let heard = state.heartbeats.load(Ordering::Relaxed);
     let all: u32 = node_ids().map(|id| 1u32 << (id.get() - 1)).sum();
     NodeStateRow {
         id: i32::from(node.get()),
-        enabled: true,
+        enabled: shared().current().members.contains(node),
         connected: is_connected(node),
         stopped: false,
-        catch_up: false,
-        avg_trans_delay_us: (delays > 0)
-            .then(|| (state.vote_delay_us.load(Ordering::Relaxed) / delays) as i64),
+        catch_up: is_self
+            && matches!(
+                shared().status(),
+                NodeStatus::Recovery | NodeStatus::Catchup
+            ),
+        avg_trans_delay_us: (votes.count > 0).then_some(votes.mean_us as i64),
         last_status_change: Some(state.last_change_us.load(Ordering::Relaxed))
             .filter(|at| *at != 0),
         receiver_pid: Some(state.receiver.pid()).filter(|pid| *pid != 0),

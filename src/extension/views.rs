@@ -102,6 +102,20 @@ pub struct CounterRow {
     pub transactions: i64,
 }
 
+/// How long one phase of this node's commits took.
+#[derive(Debug, Clone, Default)]
+pub struct LatencyRow {
+    pub phase: String,
+    /// The node that was waited for; missing for all of them together.
+    pub peer: Option<i32>,
+    pub count: i64,
+    /// Milliseconds; missing where nothing was counted.
+    pub p50_ms: Option<f64>,
+    pub p95_ms: Option<f64>,
+    pub p99_ms: Option<f64>,
+    pub max_ms: Option<f64>,
+}
+
 /// Fate of a transaction as far as this node can tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TransactionStatus {
@@ -132,6 +146,8 @@ pub trait Source: Sync {
     fn conflicts(&self) -> Vec<ConflictRow>;
     fn events(&self) -> Vec<EventRow>;
     fn counters(&self) -> Vec<CounterRow>;
+    fn latencies(&self) -> Vec<LatencyRow>;
+    fn reset_latencies(&self);
     fn transaction_status(&self, gid: &str) -> TransactionStatus;
     /// Name of the running transaction; missing outside a cluster.
     fn current_gid(&self) -> Option<String>;
@@ -308,6 +324,31 @@ fn counters() -> TableIterator<
 > {
     let rows = source().counters().into_iter();
     TableIterator::new(rows.map(|row| (row.outcome, row.reason, row.transactions)))
+}
+
+#[pg_extern]
+fn latencies() -> TableIterator<
+    'static,
+    (
+        name!(phase, String),
+        name!(peer, Option<i32>),
+        name!(count, i64),
+        name!(p50, Option<f64>),
+        name!(p95, Option<f64>),
+        name!(p99, Option<f64>),
+        name!(max, Option<f64>),
+    ),
+> {
+    TableIterator::new(source().latencies().into_iter().map(|row| {
+        (
+            row.phase, row.peer, row.count, row.p50_ms, row.p95_ms, row.p99_ms, row.max_ms,
+        )
+    }))
+}
+
+#[pg_extern]
+fn reset_commit_latency() {
+    source().reset_latencies();
 }
 
 #[pg_extern]

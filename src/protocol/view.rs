@@ -93,7 +93,7 @@ pub struct TransactionView {
     pub resolving: bool,
     /// Since this node knows of it, or since its restart.
     pub age_ms: u64,
-    /// Nodes whose vote, precommit, answer or finish this node waits for.
+    /// Nodes whose vote, precommit, answer or finish this node waits for; itself when it has to finish.
     pub missing: NodeSet,
 }
 
@@ -136,14 +136,26 @@ fn state(txn: &Txn) -> State {
 
 fn missing(txn: &Txn, config: &Config) -> NodeSet {
     if txn.record.decision.is_some() {
-        return txn.announced.unacked;
+        return unfinished(txn, config);
     }
     if let Some(resolver) = &txn.resolution.running {
         return resolver.silent(config.configured);
     }
     match &txn.own {
+        Some(own) if own.committing => NodeSet::EMPTY.with(config.node),
         Some(own) if own.proposed => txn.gid().members.difference(own.precommits),
         Some(own) => txn.gid().participants().difference(own.yes),
         None => NodeSet::EMPTY.with(txn.gid().coordinator),
+    }
+}
+
+/// Of a decided transaction: who has not finished it; where nobody has to tell this node so, who tells that all have.
+fn unfinished(txn: &Txn, config: &Config) -> NodeSet {
+    let coordinator = txn.gid().coordinator;
+    let peers = txn.announced.unacked;
+    match txn.local {
+        Local::Prepared => peers.with(config.node),
+        _ if peers.is_empty() && coordinator != config.node => NodeSet::EMPTY.with(coordinator),
+        _ => peers,
     }
 }

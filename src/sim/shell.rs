@@ -1,6 +1,6 @@
 //! What the shell around a core does: inputs of all kinds, sessions, finishes. Streams and applies are in `apply`.
 
-use protocol::{Decision, Gid, Input, NodeId, Outcome, Vote};
+use protocol::{Decision, Fault, Gid, Input, NodeId, Outcome, Vote};
 
 use crate::event::{ApplyStep, Event, SessionStep};
 use crate::server::{Session, StreamItem};
@@ -158,7 +158,7 @@ impl World {
                         gid,
                         wait_peers: true,
                         // Both ways of deciding, side by side.
-                        fast: gid.xid.is_multiple_of(2),
+                        fast: self.decides_fast(gid),
                     },
                 );
             }
@@ -177,6 +177,11 @@ impl World {
             }
             _ => {}
         }
+    }
+
+    /// Every second transaction; with a fault in the precommits none, since those are what has to be seen then.
+    fn decides_fast(&self, gid: Gid) -> bool {
+        self.fault != Some(Fault::UndurableAccept) && gid.xid.is_multiple_of(2)
     }
 
     fn prepare_own(&mut self, node: NodeId, gid: Gid) {
@@ -232,6 +237,10 @@ impl World {
             Outcome::Abort(_) => Decision::Abort,
         };
         memory.sessions.insert(gid, Session::Finishing(decision));
+        if decision == Decision::Commit && !self.decides_fast(gid) {
+            // A majority of precommits decides, whatever becomes of the backend.
+            self.demand_commits_survive(&[gid]);
+        }
         self.later(
             1,
             10,

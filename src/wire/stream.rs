@@ -3,7 +3,7 @@
 //! One logical-decoding output message carries one or more *frames* (a small transaction is a single message, so that it costs one
 //! send and one receive). A message never spans two transactions: it either belongs to one transaction (its first message
 //! [begins](Message::begins) with `Begin`, its last one [ends](Message::ends) with `Prepare`) or consists of frames that belong to none
-//! (`CommitPrepared`, `RollbackPrepared`, `FinishUser`).
+//! (`CommitPrepared`, `RollbackPrepared`, `FinishUser`, `Marker`).
 //!
 //! ```text
 //! message = version u8, flags u8, frame...
@@ -27,7 +27,9 @@ mod row;
 mod tests;
 
 pub use bytes::{Malformed, Text};
-pub use frame::{Begin, Deps, OldRow, Prepare, Prepared, StreamFrame, Truncate, UserFinish};
+pub use frame::{
+    Begin, Deps, Marker, OldRow, Prepare, Prepared, StreamFrame, Truncate, UserFinish,
+};
 pub use message::{Frames, Message, MessageWriter, OldRowWriter, STREAM_VERSION};
 pub use relation::{
     Column, Columns, Relation, RelationId, RelationKind, ReplicaIdentity, ValueFormat,

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use postgres::error::{DbError, SqlState};
 use postgres::{Client, SimpleQueryMessage};
 
-use crate::cluster::{Cluster, explain, stop_servers_on_signal};
+use crate::cluster::{Cluster, explain, stop_servers_on_signal, wait_for};
 use crate::installation::{MAJOR, Source};
 use crate::{checks, extension, screen, setup};
 
@@ -23,10 +23,10 @@ pub fn run() -> Result<()> {
     let installation = screen::step("building the extension (minutes the first time)", || {
         extension::build(&Source::packaged()?)
     })?;
-    let cluster = screen::step("starting three PostgreSQL servers", || {
+    let mut cluster = screen::step("starting three PostgreSQL servers", || {
         Cluster::start(&installation, 3)
     })?;
-    let outcome = show(&cluster);
+    let outcome = show(&mut cluster);
     if outcome.is_err() {
         cluster.keep_logs();
         eprintln!("{}", cluster.log_tails(20));
@@ -34,7 +34,7 @@ pub fn run() -> Result<()> {
     outcome
 }
 
-fn show(cluster: &Cluster) -> Result<()> {
+fn show(cluster: &mut Cluster) -> Result<()> {
     screen::heading("Three servers become one cluster");
     for node in &cluster.nodes {
         screen::say(format!(
@@ -51,7 +51,53 @@ fn show(cluster: &Cluster) -> Result<()> {
     every_node_reads_what_any_node_wrote(&mut clients)?;
     two_clients_want_one_row(&mut clients)?;
     nodes_of_the_cluster(&mut clients[0])?;
+    drop(clients);
+    a_node_is_lost_and_returns(cluster)?;
     all_copies_are_equal(cluster)
+}
+
+/// Node (from 0) that is killed.
+const LOST: usize = 2;
+/// How long the others may take to go on, and the lost one to return.
+const PATIENCE: Duration = Duration::from_secs(60);
+const MEMBERS: &str = "SELECT id, is_member, is_online FROM mtm.nodes()";
+
+fn a_node_is_lost_and_returns(cluster: &mut Cluster) -> Result<()> {
+    screen::heading("A node is lost, the others go on, it comes back");
+    screen::say(format!("kill -9 of every process of {}", name(LOST)));
+    cluster.nodes[LOST].kill()?;
+    let lost = Instant::now();
+    let sql = "INSERT INTO account VALUES (4, 'Barbara', 100)";
+    let mut first = cluster.connect(0)?;
+    screen::statement("node1", sql);
+    wait_for("a commit without the lost node", PATIENCE, || {
+        Ok(first.batch_execute(sql).is_ok())
+    })?;
+    screen::good(format!(
+        "committed {} ms after the loss, by itself",
+        lost.elapsed().as_millis()
+    ));
+    show_members(&mut first)?;
+    let started = Instant::now();
+    cluster.nodes[LOST].start()?;
+    wait_for("the lost node to be online", PATIENCE, || {
+        let status = cluster
+            .connect(LOST)
+            .and_then(|mut client| query(&mut client, "SELECT status FROM mtm.status()"));
+        Ok(status.is_ok_and(|status| status == "online"))
+    })?;
+    screen::good(format!(
+        "{} is online again {} ms after it was started",
+        name(LOST),
+        started.elapsed().as_millis()
+    ));
+    show_members(&mut first)
+}
+
+fn show_members(client: &mut Client) -> Result<()> {
+    screen::statement("node1", MEMBERS);
+    screen::answer(query(client, MEMBERS)?);
+    Ok(())
 }
 
 fn every_node_reads_what_any_node_wrote(clients: &mut [Client]) -> Result<()> {

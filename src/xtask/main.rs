@@ -8,7 +8,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use xtask::suite::{self, Options, Size};
-use xtask::{bench, demo, installation, setup, simulate};
+use xtask::{bench, demo, installation, profile, setup, simulate, trace};
 
 /// Set-up, demonstration, tests and benchmarks of multimaster.
 #[derive(Parser)]
@@ -24,6 +24,8 @@ enum Task {
     Setup,
     /// Show a cluster of three nodes at work
     Demo,
+    /// Show the course of one transaction through three servers
+    Trace,
     /// Run all tests
     Test {
         /// Smaller sizes, for continuous integration
@@ -73,12 +75,22 @@ enum Task {
         #[arg(long, value_name = "NAME")]
         only: Option<String>,
     },
+    /// Draw a flame graph of each kind of process of a loaded cluster, with perf
+    Profile {
+        /// Clients of pgbench's simple update
+        #[arg(long, default_value_t = 8)]
+        clients: u32,
+        /// How long samples are taken
+        #[arg(long, default_value_t = 10)]
+        seconds: u32,
+    },
 }
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Task::Setup => setup::run(installation::MAJOR),
         Task::Demo => demo::run(),
+        Task::Trace => trace::run(),
         Task::Test { ci, assert } => suite::run(&Options {
             size: if ci { Size::Ci } else { Size::Full },
             with_assertions: assert,
@@ -104,6 +116,7 @@ fn main() -> ExitCode {
             };
             bench::run(&if quick { options.quick() } else { options })
         }
+        Task::Profile { clients, seconds } => profile::run(profile::Options { clients, seconds }),
     };
     exit_code(result)
 }

@@ -249,11 +249,14 @@ fn die_while_resolving(
     bail!("the failpoint was not passed")
 }
 
-/// Kills the coordinator and starts the resolver again that has died at the point; false when there was nothing to resolve.
+/// Lets the coordinator die with every vote given and nothing proposed, so that there is something to resolve, and starts the resolver again that
+/// has died at the point; false when another node was faster.
 fn lose_coordinator(cluster: &mut Cluster, name: &str) -> Result<bool> {
     let before = deaths(&cluster.nodes[PARTICIPANT], name);
     arm(&cluster.nodes[PARTICIPANT], &format!("{name}=crash"))?;
-    cluster.nodes[COORDINATOR].kill()?;
+    // It may be gone before it can say that it is armed.
+    let armed = arm(&cluster.nodes[COORDINATOR], "before-precommit=crash");
+    await_death(cluster, COORDINATOR, false).and(armed.or(Ok(())))?;
     let resolver = &mut cluster.nodes[PARTICIPANT];
     if wait_for("a resolver", START_HIT_LIMIT, || Ok(!resolver.is_running())).is_err() {
         arm(resolver, "")?;

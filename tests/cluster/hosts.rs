@@ -21,6 +21,9 @@ pub struct Hosts {
     pub network: Network,
 }
 
+/// Room on the disk of a node that runs full.
+pub const DISK_BYTES: u64 = 1024 * 1024 * 1024;
+
 /// Makes a cluster of hosts and does `work` with it; keeps the logs when that fails.
 ///
 /// # Errors
@@ -28,7 +31,28 @@ pub struct Hosts {
 pub fn with_hosts(
     installation: &Installation,
     nodes: usize,
-    extra: &[(&str, &str)],
+    work: impl FnOnce(&mut Hosts) -> Result<()>,
+) -> Result<()> {
+    make(installation, nodes, None, work)
+}
+
+/// The same with a disk of so many bytes for each node.
+///
+/// # Errors
+/// As [`with_hosts`].
+pub fn with_hosts_and_disks(
+    installation: &Installation,
+    nodes: usize,
+    disk_bytes: u64,
+    work: impl FnOnce(&mut Hosts) -> Result<()>,
+) -> Result<()> {
+    make(installation, nodes, Some(disk_bytes), work)
+}
+
+fn make(
+    installation: &Installation,
+    nodes: usize,
+    disk_bytes: Option<u64>,
     work: impl FnOnce(&mut Hosts) -> Result<()>,
 ) -> Result<()> {
     if let Some(reason) = Network::unavailable() {
@@ -44,7 +68,8 @@ pub fn with_hosts(
         spec.address = network.address(node);
         spec.namespace = Some(network.namespace(node));
         spec.settings.extend(member_settings(nodes));
-        spec.settings.extend(settings(extra));
+        spec.disk_bytes = disk_bytes;
+        spec.settings.extend(settings(&[("max_wal_size", "256MB")]));
     }
     let cluster = Cluster::start_servers(installation, &specs)?;
     let mut hosts = Hosts { cluster, network };

@@ -61,6 +61,7 @@ fn hostile_bytes() -> Vec<(&'static str, Vec<u8>)> {
 
 fn strangers_at_the_arbiter_port_change_nothing(installation: &Installation) -> Result<()> {
     with_cluster(installation, 3, |cluster| {
+        let cluster: &Cluster = cluster;
         let mut session = Session::new(cluster.connect(0)?);
         session.run("CREATE TABLE t (id serial PRIMARY KEY, node int)")?;
         let done = AtomicBool::new(false);

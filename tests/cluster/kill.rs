@@ -118,7 +118,7 @@ fn processes(cluster: &Cluster, node: usize, kind: &str) -> Result<Vec<String>> 
 }
 
 /// SIGKILL: the postmaster then ends all other processes of the server and starts it again.
-fn kill_process(cluster: &Cluster, node: usize, kind: &str) -> Result<()> {
+pub fn kill_process(cluster: &Cluster, node: usize, kind: &str) -> Result<()> {
     let victims = processes(cluster, node, kind)?;
     signal_kill(&victims[0])
 }
@@ -134,7 +134,7 @@ fn terminate(cluster: &Cluster, node: usize, kind: &str) -> Result<()> {
 }
 
 /// Its children notice, one after the other.
-fn kill_postmaster(cluster: &mut Cluster, node: usize) -> Result<()> {
+pub fn kill_postmaster(cluster: &mut Cluster, node: usize) -> Result<()> {
     let pid = cluster.nodes[node]
         .postmaster()
         .context("the server does not run")?;
@@ -145,7 +145,7 @@ fn kill_postmaster(cluster: &mut Cluster, node: usize) -> Result<()> {
     cluster.nodes[node].start()
 }
 
-fn kill_all(cluster: &mut Cluster) -> Result<()> {
+pub fn kill_all(cluster: &mut Cluster) -> Result<()> {
     for node in &mut cluster.nodes {
         node.kill()?;
     }
@@ -236,9 +236,13 @@ fn await_finish(cluster: &Cluster, n: u64) -> Result<()> {
     })
 }
 
+/// Every node, by its own word: a node that starts refuses even reads for a while.
 fn await_online(cluster: &Cluster) -> Result<()> {
-    let mut session = Session::new(cluster.connect(0)?);
-    wait_for("the cluster to be online", LIMIT, || {
-        Ok(session.text("SELECT status FROM mtm.status()")? == "online")
-    })
+    for node in 0..cluster.nodes.len() {
+        let mut session = Session::new(cluster.connect(node)?);
+        wait_for("the cluster to be online", LIMIT, || {
+            Ok(session.text("SELECT status FROM mtm.status()")? == "online")
+        })?;
+    }
+    Ok(())
 }

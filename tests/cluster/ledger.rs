@@ -25,6 +25,24 @@ const REFUSED_PAUSE: Duration = Duration::from_millis(10);
 /// How long the cluster may take to be whole again.
 const WHOLE_LIMIT: Duration = Duration::from_secs(60);
 
+/// Four sums that are equal in every snapshot.
+pub const SUMS: &str = "SELECT (SELECT sum(balance) FROM account), (SELECT sum(balance) FROM teller), (SELECT sum(balance) FROM branch),
+            (SELECT coalesce(sum(delta), 0) FROM history)";
+
+/// Whether the answer to [`SUMS`] is right.
+///
+/// # Errors
+/// When it is not.
+pub fn check_equal(sums: &str) -> Result<()> {
+    let mut each = sums.split('|');
+    let first = each.next();
+    ensure!(
+        each.all(|sum| Some(sum) == first),
+        "accounts, tellers, branches and history sum up to {sums}"
+    );
+    Ok(())
+}
+
 /// Tells clients of all rounds apart.
 static CLIENTS: AtomicU64 = AtomicU64::new(1);
 
@@ -218,16 +236,7 @@ fn await_whole(cluster: &Cluster) -> Result<()> {
 }
 
 fn check_sums(session: &mut Session) -> Result<()> {
-    let sums = session.text(
-        "SELECT (SELECT sum(balance) FROM account), (SELECT sum(balance) FROM teller), (SELECT sum(balance) FROM branch),
-            (SELECT coalesce(sum(delta), 0) FROM history)",
-    )?;
-    let mut each = sums.split('|');
-    let first = each.next();
-    ensure!(
-        each.all(|sum| Some(sum) == first),
-        "accounts, tellers, branches and history sum up to {sums}"
-    );
+    check_equal(&session.text(SUMS)?)?;
     let tallies = session.text(
         "SELECT client, t.n, k.n FROM tally t FULL JOIN (SELECT client, count(*) AS n FROM history GROUP BY 1) k USING (client)
          WHERE coalesce(t.n, 0) <> coalesce(k.n, 0)",
@@ -316,7 +325,13 @@ fn transact(session: &mut Client, client: u64, number: u64, dice: &mut Dice) -> 
         gid: None,
         answer: Answer::Refused,
     };
-    attempt.gid = begin(session);
+    // Both ways of deciding, side by side.
+    let mode = if number.is_multiple_of(2) {
+        "fast"
+    } else {
+        "e3pc"
+    };
+    attempt.gid = begin(session, mode);
     let (account, teller, branch) = (
         1 + dice.below(ACCOUNTS),
         1 + dice.below(TELLERS),
@@ -338,9 +353,11 @@ fn transact(session: &mut Client, client: u64, number: u64, dice: &mut Dice) -> 
 }
 
 /// Begins a transaction and learns its name.
-fn begin(session: &mut Client) -> Option<String> {
+fn begin(session: &mut Client, mode: &str) -> Option<String> {
     let messages = session
-        .simple_query("BEGIN; SELECT mtm.current_gid()")
+        .simple_query(&format!(
+            "BEGIN; SET LOCAL multimaster.commit_mode = '{mode}'; SELECT mtm.current_gid()"
+        ))
         .ok()?;
     messages.iter().find_map(|message| match message {
         SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),

@@ -6,15 +6,19 @@ use std::process::ExitCode;
 
 mod bulk;
 mod crash;
-mod durable;
+mod failover;
+mod growth;
 mod hosts;
 mod intruder;
 mod kill;
 mod ledger;
 mod life;
+mod lists;
 mod load;
 mod minority;
+mod nemesis;
 mod refusals;
+mod split;
 
 fn main() -> ExitCode {
     let cases = [
@@ -23,10 +27,13 @@ fn main() -> ExitCode {
         load::cases(),
         life::cases(),
         bulk::cases(),
+        failover::cases(),
         minority::cases(),
+        split::cases(),
+        nemesis::cases(),
         crash::cases(),
         kill::cases(),
-        durable::cases(),
+        growth::cases(),
     ]
     .concat();
     multimaster_tests::run_own(cases)

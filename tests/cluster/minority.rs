@@ -1,5 +1,7 @@
 //! What clients of a node see that is not part of a working majority.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use multimaster_tests::{OwnCase, Session, cases};
 use xtask::cluster::wait_for;
@@ -9,14 +11,17 @@ use xtask::installation::Installation;
 use crate::hosts::{Hosts, PATIENCE, with_hosts};
 
 pub fn cases() -> Vec<OwnCase> {
-    cases![minority_refuses_what_touches_data]
+    cases![
+        minority_refuses_what_touches_data,
+        a_stopped_node_shows_nothing_stale
+    ]
 }
 
 /// Nothing is served there: drivers reconnect on it.
 const CANNOT_CONNECT_NOW: &str = "57P03";
 
 fn minority_refuses_what_touches_data(installation: &Installation) -> Result<()> {
-    with_hosts(installation, 3, &[], |hosts| {
+    with_hosts(installation, 3, |hosts| {
         let mut open = hosts.session(2)?;
         open.run("CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t VALUES (1, 1)")?;
         open.run(
@@ -113,4 +118,43 @@ fn sends_clients_on(hosts: &Hosts) -> Result<()> {
         .text("SHOW default_transaction_read_only")?;
     ensure!(read_only == "on", "a session there says {read_only}");
     Ok(())
+}
+
+/// A node that was stopped in the middle of everything does not know that the others went on: its lease has run out.
+fn a_stopped_node_shows_nothing_stale(installation: &Installation) -> Result<()> {
+    with_hosts(installation, 3, |hosts| {
+        hosts
+            .session(0)?
+            .run("CREATE TABLE t (n int); INSERT INTO t VALUES (0)")?;
+        let rounds = 5;
+        for round in 1..=rounds {
+            let mut reader = hosts.session(2)?;
+            reader.run("SELECT * FROM t")?;
+            hosts.cluster.nodes[2].freeze()?;
+            let written = write(hosts, round);
+            // Asked while it cannot answer: it does as soon as it can.
+            let asked = std::thread::spawn(move || reader.text("SELECT n FROM t"));
+            std::thread::sleep(Duration::from_millis(200));
+            hosts.cluster.nodes[2].thaw()?;
+            written?;
+            match asked.join() {
+                Ok(Ok(seen)) => ensure!(
+                    seen == round.to_string(),
+                    "read {seen} after {round} was committed"
+                ),
+                Ok(Err(_)) => {}
+                Err(_) => anyhow::bail!("the reader panicked"),
+            }
+            hosts.await_status(2, "online")?;
+        }
+        Ok(())
+    })
+}
+
+/// Writes on the first node as soon as it goes on without the third.
+fn write(hosts: &Hosts, number: u32) -> Result<()> {
+    let mut writer = hosts.session(0)?;
+    wait_for("a commit without the stopped node", PATIENCE, || {
+        Ok(writer.run(&format!("UPDATE t SET n = {number}")).is_ok())
+    })
 }

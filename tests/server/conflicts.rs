@@ -36,13 +36,13 @@ fn table(rig: &Rig) -> Result<()> {
 }
 
 /// What a COMMIT came to.
-enum Outcome {
+pub enum Outcome {
     Committed,
     Refused(Box<DbError>),
 }
 
 /// Both scripts run, then both COMMITs at the same moment.
-fn fight(rig: &Rig, scripts: [(usize, &str); 2]) -> Result<[Outcome; 2]> {
+pub fn fight(rig: &Rig, scripts: [(usize, &str); 2]) -> Result<[Outcome; 2]> {
     let start = Barrier::new(2);
     let run = |(node, script): (usize, &str)| -> Result<Outcome> {
         let mut session = rig.session(node)?;

@@ -7,5 +7,7 @@ pub mod feed;
 pub mod finish;
 pub mod progress;
 pub mod receiver;
+pub mod recovery;
 pub mod rows;
+mod stream_message;
 pub mod worker;

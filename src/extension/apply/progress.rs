@@ -1,6 +1,7 @@
 //! The mark: up to where a peer's stream never has to be sent again (architecture.md, "Exactly once").
 
-use protocol::Lsn;
+use protocol::membership::Standing;
+use protocol::{GenerationNum, Lsn};
 use std::collections::VecDeque;
 
 /// A transaction that was handed to a worker.
@@ -75,6 +76,33 @@ impl Progress {
     }
 }
 
+/// Positions that the mark must not pass before this node is online in a generation: what lies behind may reach it through a donor only, who
+/// has it from there on.
+#[derive(Default)]
+pub struct Fences(VecDeque<(Lsn, GenerationNum)>);
+
+impl Fences {
+    /// The mark stays at `at` until this node is online in the generation or a later one. In order of the stream.
+    pub fn put(&mut self, at: Lsn, generation: GenerationNum) {
+        // One before it of the same or a later generation holds for longer.
+        let covered = self.0.back().is_some_and(|(_, last)| *last >= generation);
+        if !covered {
+            self.0.push_back((at, generation));
+        }
+    }
+
+    /// The mark, cut back to the first fence that stands.
+    pub fn limit(&mut self, mark: Lsn, standing: Standing) -> Lsn {
+        while let Some((at, generation)) = self.0.front() {
+            if !standing.may_pass(*generation) {
+                return mark.min(*at);
+            }
+            self.0.pop_front();
+        }
+        mark
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -88,6 +116,22 @@ mod tests {
         assert_eq!(progress.advance(|worker| u64::from(worker == 1)), Lsn(10));
         assert_eq!(progress.advance(|_| 1), Lsn(35));
         assert!(progress.is_idle());
+    }
+
+    #[test]
+    fn mark_stays_before_what_comes_through_a_donor() {
+        let online = |num| Standing {
+            online_in: GenerationNum(num),
+            ..Standing::default()
+        };
+        let mut fences = Fences::default();
+        fences.put(Lsn(20), GenerationNum(3));
+        fences.put(Lsn(30), GenerationNum(3));
+        fences.put(Lsn(40), GenerationNum(4));
+        assert_eq!(fences.limit(Lsn(15), online(2)), Lsn(15));
+        assert_eq!(fences.limit(Lsn(50), online(2)), Lsn(20));
+        assert_eq!(fences.limit(Lsn(50), online(3)), Lsn(40));
+        assert_eq!(fences.limit(Lsn(50), online(4)), Lsn(50));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The receiver: reads one peer's stream, hands transactions to apply workers, confirms what is safe.
 
 use super::feed::{self, Feed};
-use super::progress::Progress;
+use super::progress::{Fences, Progress};
+use super::stream_message::{DATA_HEADER_BYTES, number, status_message};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::arbiter::{MARK_ROWS, body_of, number_in};
 use crate::cluster::{Identity, slot_name};
@@ -12,8 +13,9 @@ use crate::pg::remote::Connection;
 use crate::pg::shared::{self, NodeShared, shared};
 use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
-use crate::pg::{clock, locks};
-use protocol::{Decision, Gid, Lsn, NodeId, Record, Vote};
+use crate::pg::{locks, senders};
+use protocol::membership::{Admission, Phase};
+use protocol::{Decision, Gid, Lsn, NodeId, Record, Refusal, Vote};
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -21,13 +23,18 @@ use wire::stream::{Message, StreamFrame};
 
 /// Pause before a peer that does not fit is tried again.
 const REFUSED_PAUSE_MS: u64 = 5000;
+/// How often a receiver looks whether a transaction may be applied now.
+const HOLD_PAUSE: Duration = Duration::from_millis(10);
 /// How long the peer is given to tell the end of its WAL.
 const POSITION_PATIENCE: Duration = Duration::from_secs(5);
 /// How often the mark is stored and the peer is told, while it moves.
 const STATUS_INTERVAL: Duration = Duration::from_millis(200);
 /// The same while the peer asks for an answer.
 const STATUS_INTERVAL_ASKED: Duration = Duration::from_millis(10);
-/// The same while no transaction has come, only WAL that concerns nobody here: storing a mark makes WAL too, and the peers would keep each other
+/// How often the receiver makes the walsenders of its own server go on, while transactions come (see `pg::senders`). The more they lag, the more has to
+/// be read when this node has a transaction of its own.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+/// How often the mark is stored while no transaction has come, only WAL that concerns nobody here: storing a mark makes WAL too, and the peers would keep each other
 /// awake.
 const STATUS_INTERVAL_IDLE: Duration = Duration::from_secs(5);
 /// How often the peer is asked how far its WAL goes, when nothing else has come; well below any sensible wal_sender_timeout.
@@ -38,8 +45,6 @@ const ASK_INTERVAL: Duration = Duration::from_secs(1);
 /// cluster that would cost each stream three messages that nobody needs. What is said about flushed and applied WAL, on which the slot
 /// and the peer's shutdown depend, is always the truth.
 const UNSAID_BYTES: u64 = 16 * 1024 * 1024;
-/// Header of a data message of the replication protocol: kind, start, end, time.
-const DATA_HEADER_BYTES: usize = 25;
 
 /// What is done with the transaction that is just being received.
 enum Current {
@@ -47,9 +52,21 @@ enum Current {
     Feeding(Feed),
     /// It came before: its frames are dropped, and a vote that is still wanted is sent again.
     Skipping {
-        prepared: bool,
         gid: Gid,
+        answer: Answer,
     },
+}
+
+/// What is said about a transaction that is skipped, when it has passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    /// It is prepared here: yes, again.
+    Yes,
+    /// Its generation is over.
+    No,
+    Nothing,
+    /// It comes through a donor: the mark stays before it.
+    SetAside,
 }
 
 /// State of one stream.
@@ -58,6 +75,7 @@ struct Receiver {
     node: &'static NodeShared,
     marks: DurableTable,
     progress: Progress,
+    fences: Fences,
     stored: Lsn,
     current: Current,
     /// Transactions of this peer that this server knows already; what is not in here and comes is new.
@@ -67,6 +85,8 @@ struct Receiver {
     of_users: BTreeSet<String>,
     stored_at: Instant,
     told_at: Instant,
+    /// When the walsenders of this server were last looked after.
+    looked_at: Instant,
     seen: Lsn,
     /// Losses of the peer when this process began.
     losses: u64,
@@ -175,6 +195,7 @@ impl Receiver {
             node,
             marks,
             progress: Progress::new(stored),
+            fences: Fences::default(),
             stored,
             current: Current::None,
             prepared,
@@ -182,6 +203,7 @@ impl Receiver {
             of_users,
             stored_at: Instant::now(),
             told_at: Instant::now(),
+            looked_at: Instant::now(),
             seen: stored,
             losses: node.losses.load(Ordering::Acquire),
             reply_wanted: true,
@@ -227,6 +249,10 @@ impl Receiver {
             }
             if self.confirm_now || self.told_at.elapsed() >= STATUS_INTERVAL {
                 self.tell(stream);
+            }
+            if self.looked_at.elapsed() >= LOOK_INTERVAL {
+                self.looked_at = Instant::now();
+                senders::wake_if_behind();
             }
         }
     }
@@ -290,10 +316,16 @@ impl Receiver {
         hit(Failpoint::ReceiverBegins);
         let prepared = self.prepared.contains(&gid);
         let of_user = !self.of_users.is_empty() && self.of_users.remove(&begin.name.to_string());
-        self.current = if prepared || of_user || self.ended.contains(&gid) {
-            Current::Skipping { prepared, gid }
+        let answer = if prepared {
+            Some(Answer::Yes)
+        } else if of_user || self.ended.contains(&gid) {
+            Some(Answer::Nothing)
         } else {
-            Current::Feeding(Feed::claim(|| ()))
+            admit(gid, begin.name.as_bytes())
+        };
+        self.current = match answer {
+            Some(answer) => Current::Skipping { gid, answer },
+            None => Current::Feeding(Feed::claim(|| ())),
         };
     }
 
@@ -310,14 +342,20 @@ impl Receiver {
                 hit(Failpoint::ReceiverHands);
                 feed.end();
             }
-            Current::Skipping { prepared, gid } => {
+            Current::Skipping { gid, answer } => {
                 hit(Failpoint::ReceiverSkips);
-                if prepared {
-                    submit(&LocalEvent::Voted {
-                        gid,
-                        vote: Vote::Yes,
-                        lsn: at,
-                    });
+                let vote = match answer {
+                    Answer::Yes => Some(Vote::Yes),
+                    Answer::No => Some(Vote::No(generation_over())),
+                    Answer::Nothing => None,
+                    Answer::SetAside => {
+                        // The mark may be anywhere before the transaction's end.
+                        self.fences.put(Lsn(at.0.saturating_sub(1)), gid.generation);
+                        None
+                    }
+                };
+                if let Some(vote) = vote {
+                    submit(&LocalEvent::Voted { gid, vote, lsn: at });
                 }
                 self.progress.pass(at);
             }
@@ -339,6 +377,9 @@ impl Receiver {
                     let beyond = Lsn(finish.lsn.0 + 1);
                     self.finish_user(finish.name.as_bytes(), finish.commit, beyond);
                     self.confirm_now = true;
+                }
+                Ok(StreamFrame::Marker(marker)) => {
+                    self.fences.put(marker.lsn, marker.generation);
                 }
                 Ok(_) => pgrx::error!(
                     "multimaster receiver of node {}: a change outside of a transaction",
@@ -401,7 +442,7 @@ impl Receiver {
                 self.stored
             );
         }
-        mark
+        self.fences.limit(mark, shared().standing.get())
     }
 
     /// Stores the mark if it has moved, and tells the peer.
@@ -458,6 +499,32 @@ impl Receiver {
             lsn: mark,
         });
     }
+}
+
+/// Waits until it is known what to do with a transaction that is new here; none when it is to be applied.
+fn admit(gid: Gid, name: &[u8]) -> Option<Answer> {
+    // Of a user's own, the number is that of whoever decoded it.
+    let users = !name.starts_with(b"mtm-");
+    loop {
+        match shared().admit(gid) {
+            Admission::Apply => return None,
+            _ if users && shared().standing.get().phase == Phase::Online => return None,
+            Admission::Refuse => return Some(Answer::No),
+            Admission::Skip => return Some(Answer::Nothing),
+            Admission::SetAside => return Some(Answer::SetAside),
+            Admission::Hold => {
+                process::wait_latch(HOLD_PAUSE, Wait::Stream);
+                process::check_interrupts();
+            }
+        }
+    }
+}
+
+fn generation_over() -> Refusal {
+    Refusal::retry(
+        "the set of working nodes changed while the transaction was on its way",
+        "",
+    )
 }
 
 /// Where the peer's WAL ends, and up to where its slot for this node has been confirmed.
@@ -532,22 +599,4 @@ fn ends_of(conninfo: &str, slot: &str) -> Result<Ends, String> {
         }),
         _ => Err("the peer did not tell where its WAL ends".to_owned()),
     }
-}
-
-/// A standby status update: written, flushed and applied positions, time, no reply wanted.
-fn status_message(written: Lsn, stored: Lsn) -> Vec<u8> {
-    let mut message = vec![b'r'];
-    message.extend_from_slice(&written.0.max(stored.0).to_be_bytes());
-    message.extend_from_slice(&stored.0.to_be_bytes());
-    message.extend_from_slice(&stored.0.to_be_bytes());
-    message.extend_from_slice(&clock::now_us().to_be_bytes());
-    message.push(0);
-    message
-}
-
-/// Big-endian number of a replication message.
-fn number(message: &[u8], at: usize) -> u64 {
-    let mut bytes = [0; 8];
-    bytes.copy_from_slice(&message[at..at + 8]);
-    u64::from_be_bytes(bytes)
 }

@@ -4,10 +4,12 @@ use super::finish;
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit};
 use crate::pg::apply_error::{ApplyFailure, attempt};
+use crate::pg::barrier;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::DurableTable;
 use crate::pg::shared::{self, WorkerSlot, shared, worker};
 use crate::pg::{ddl, locks, rows, sequences, twophase};
+use protocol::membership::Admission;
 use protocol::{Csn, Gid, Lsn, NodeId, Refusal, Vote};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -63,6 +65,7 @@ pub fn main(index: usize) {
     process::at_exit(leave);
     process::connect_to_cluster();
     process::tag_as_applied();
+    rows::tell_waits_to(show_target);
     let records = process::in_transaction(|| DurableTable::open(c"records", 0));
     shared::ring(index).reset();
     slot.jobs_done
@@ -88,12 +91,20 @@ pub fn main(index: usize) {
     }
 }
 
+/// Shows whom it may concern which row this process waits for: the monitor names it to those who must give way.
+fn show_target(target: &str) {
+    if let Some(slot) = shared::workers().get(MY_SLOT.load(Ordering::Relaxed)) {
+        slot.target.set(&Refusal::retry("", target));
+    }
+}
+
 /// Leaves the slot in a state in which nobody waits for this process.
 fn leave() {
     let Some(slot) = shared::workers().get(MY_SLOT.load(Ordering::Relaxed)) else {
         return;
     };
     finish::leave();
+    barrier::leave();
     // From here on no receiver can claim it.
     let state = slot.state.swap(worker::STARTING, Ordering::AcqRel);
     match slot.gid.get() {
@@ -138,6 +149,7 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
         ended: false,
     };
     PREPARED.store(false, Ordering::Relaxed);
+    slot.target.clear();
     slot.applying.fetch_add(1, Ordering::AcqRel);
     process::forget_cancel();
     let mut job = None;
@@ -146,6 +158,7 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
     if result.is_err() {
         rows::forget_all();
         process::abort_transaction();
+        barrier::leave();
     }
     if let Some(job) = job {
         // An error behind the PREPARE takes nothing back: what is durably prepared has voted yes.
@@ -338,7 +351,13 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
     };
     applier.finish().map_err(ApplyFailure::from)?;
     hit(Failpoint::ApplyBeforePrepare);
+    barrier::enter();
+    if !job.is_users() && shared().admit(job.gid) != Admission::Apply {
+        barrier::leave();
+        return Err(ApplyFailure::generation_over());
+    }
     twophase::prepare(&job.name);
+    barrier::leave();
     PREPARED.store(true, Ordering::Relaxed);
     hit(Failpoint::ApplyAfterPrepare);
     Ok(Applied::Prepared)

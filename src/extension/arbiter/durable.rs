@@ -1,7 +1,7 @@
 //! Order between durable records and what may be seen of them.
 //!
 //! The core says `Persist` before an effect that shows the new state to somebody. Effects of the same transaction wait here until the record
-//! is on disk; other transactions are not held back. Records are written by the arbiter's main thread in batches, one flush for all.
+//! is on disk, or only in WAL where a flush follows anyway; other transactions are not held back. Records are written by the arbiter's main thread in batches, one flush for all.
 
 use crate::pg::records::{BODY_BYTES, Body};
 use protocol::{Effect, Gid};
@@ -54,6 +54,8 @@ impl Tuples {
 #[derive(Default)]
 pub struct Batch {
     pub writes: Vec<(u32, Body)>,
+    /// Transactions whose effects wait until their record is in WAL.
+    pub written: Vec<Gid>,
     /// Transactions whose effects wait for the flush; empty when none does.
     pub waiting: Vec<Gid>,
 }
@@ -83,6 +85,13 @@ impl DurableOrder {
     pub fn persist(&mut self, gid: Gid, tuple: u32, body: Body) {
         self.batch.writes.push((tuple, body));
         self.batch.waiting.push(gid);
+        self.held.entry(gid).or_default();
+    }
+
+    /// Adds a record that has to precede the later effects of the transaction in WAL.
+    pub fn write_before(&mut self, gid: Gid, tuple: u32, body: Body) {
+        self.batch.writes.push((tuple, body));
+        self.batch.written.push(gid);
         self.held.entry(gid).or_default();
     }
 

@@ -2,7 +2,7 @@
 
 use crate::pg::process::{self, Wait};
 use crate::pg::shared::{EVENT_BYTES, FINISH_BYTES, shared};
-use protocol::{Decision, Gid, Lsn, NodeId, NodeSet, Vote};
+use protocol::{Decision, GenerationNum, Gid, Lsn, NodeId, NodeSet, Vote};
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -11,10 +11,12 @@ use std::time::Duration;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum LocalEvent {
     /// The backend `backend` has durably prepared its transaction and waits. `wait_peers`: it will also wait for the peers' commits.
+    /// `fast`: it wants one round trip where the number of nodes allows it.
     Committing {
         gid: Gid,
         backend: u32,
         wait_peers: bool,
+        fast: bool,
     },
     /// An apply worker prepared a peer's transaction durably, or could not. `lsn` is the PREPARE's end in the peer's WAL.
     Voted { gid: Gid, vote: Vote, lsn: Lsn },
@@ -34,6 +36,12 @@ pub enum LocalEvent {
     Abandoned { gid: Gid },
     /// A view asks; the answer goes to the board under this number.
     Ask { number: u64, question: Question },
+    /// In the recovery stream of `from`, everything before its marker of the generation is applied and flushed here.
+    MarkerReached { from: NodeId, num: GenerationNum },
+    /// Whether this node is level with its donor but for a small rest.
+    RecoveryLevel { from: NodeId, level: bool },
+    /// The recovery stream of `from` has ended.
+    RecoveryLost { from: NodeId },
     /// The stored mark of a peer's stream has reached this position.
     MarkStored { node: NodeId, lsn: Lsn },
 }
@@ -54,19 +62,17 @@ pub enum Question {
 pub struct InFlight {
     pub gid: Gid,
     pub state: String,
-    pub ballot: String,
+    /// The highest promised, if any.
+    pub ballot: Option<String>,
     pub resolving: bool,
     pub age_ms: u64,
     pub missing: NodeSet,
 }
 
-/// How many transactions the core has seen end in one way since its start.
+/// A line of `mtm.stat_commits`: how many transactions this arbiter has seen end in one way.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ended {
-    /// Of this node's clients, not of another node's.
-    pub own: bool,
-    pub decision: Decision,
-    /// Who or what decided, in words.
+    pub outcome: String,
     pub reason: String,
     pub count: u64,
 }

@@ -3,6 +3,7 @@
 //! Its tokio thread (`thread`) runs the protocol core; this file is the main thread, the only one that calls PostgreSQL: it makes durable records,
 //! looks into pg_xact, starts the other workers, reads the configuration and writes the log. It decides nothing.
 
+mod counters;
 pub mod durable;
 pub mod event;
 mod finishing;
@@ -10,6 +11,7 @@ mod net_config;
 pub mod slots;
 mod start;
 mod thread;
+mod trace;
 mod user_votes;
 
 pub use start::{MARK_ROWS, body_of, find, number_in};
@@ -19,7 +21,7 @@ use crate::guc;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::{self, NodeStatus, shared, worker};
-use crate::pg::{outcome, thread as os_thread};
+use crate::pg::{outcome, recovered, thread as os_thread};
 use net_config::{NetSettings, millis};
 use protocol::{Gid, NodeId};
 use std::sync::atomic::Ordering;
@@ -106,6 +108,7 @@ impl MainThread {
         while !network.is_finished() {
             process::wait_latch(LOOK_AROUND, Wait::Work);
             self.serve();
+            self.tell_flushed();
             // If this thread stalls, the node has to look dead: nobody would write its records.
             if self.alive_at.elapsed() >= SIGN_OF_LIFE {
                 self.alive_at = Instant::now();
@@ -144,14 +147,33 @@ impl MainThread {
     /// Does everything the tokio thread asked for; all records of one round share one flush.
     fn serve(&mut self) {
         let mut writes = Vec::new();
+        let mut written = Vec::new();
         let mut waiting = Vec::new();
         while let Ok(request) = self.requests.try_recv() {
             match request {
                 ToMain::Write(batch) => {
                     writes.extend(batch.writes);
+                    written.extend(batch.written);
                     waiting.extend(batch.waiting);
                 }
                 ToMain::LookUp(gid) => self.look_up(gid),
+                ToMain::WriteMembership(record) => {
+                    start::write_membership(record);
+                    let _ = self.replies.send(FromMain::MembershipDurable);
+                }
+                ToMain::WriteMarker(num) => {
+                    process::in_transaction(|| recovered::write_marker(num));
+                    let _ = self.replies.send(FromMain::MarkerWritten(num));
+                }
+                ToMain::LookForOlder(num) => {
+                    let drained = !start::holds_older(num);
+                    let _ = self.replies.send(FromMain::Drained { num, drained });
+                }
+                ToMain::ForgetRecovered => process::in_transaction(recovered::clear),
+                ToMain::Log(LogRecord {
+                    level: LogLevel::Debug,
+                    text,
+                }) => pgrx::debug1!("multimaster: {text}"),
                 ToMain::Log(LogRecord {
                     level: LogLevel::Info,
                     text,
@@ -168,12 +190,24 @@ impl MainThread {
         hit(Failpoint::RecordsBeforeWrite);
         // Of two records of one transaction only the later counts; a stable sort keeps their order.
         let end = process::in_transaction(|| self.records.write(&mut writes));
+        if !written.is_empty() {
+            hit(Failpoint::RecordsAfterWrite);
+            let _ = self.replies.send(FromMain::Recorded(written));
+        }
         if !waiting.is_empty() {
             hit(Failpoint::RecordsBeforeFlush);
             records::flush(end);
             hit(Failpoint::RecordsBeforeAnswer);
-            let _ = self.replies.send(FromMain::Durable(waiting));
+            let _ = self.replies.send(FromMain::Recorded(waiting));
             hit(Failpoint::RecordsAfterAnswer);
+        }
+    }
+
+    /// Heartbeats say how far this server's WAL is.
+    fn tell_flushed(&self) {
+        if let Some(node) = shared().node_id() {
+            let flushed = &shared().node(node).flushed;
+            flushed.store(records::flushed().0, Ordering::Relaxed);
         }
     }
 

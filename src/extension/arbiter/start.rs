@@ -10,10 +10,12 @@ use crate::cluster::Identity;
 use crate::cluster::identity::ClusterState;
 use crate::failpoint::{Failpoint, hit};
 use crate::guc;
+use crate::pg::outcome::next_xid;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
-use crate::pg::shared::shared;
+use crate::pg::shared::{self, outcome, shared};
 use crate::pg::{catalog_scan, ddl, locks, sequences};
+use protocol::membership::{Generation, MembershipRecord};
 use protocol::{
     Config, Core, Effects, GenerationNum, Gid, Lsn, NodeId, NodeSet, Record, Recovered,
 };
@@ -26,11 +28,10 @@ use tokio::sync::mpsc;
 const EPOCH_ROW: u32 = 0;
 /// A finder that has not answered by then is started again.
 const FINDER_PATIENCE: Duration = Duration::from_secs(5);
+/// Row with the membership's record.
+const MEMBERS_ROW: u32 = 17;
 /// Rows of `mtm.marks`.
-pub const MARK_ROWS: u32 = 17;
-/// Configured nodes form the one generation there is until membership can change.
-const FIRST_GENERATION: GenerationNum = GenerationNum(1);
-
+pub const MARK_ROWS: u32 = 18;
 /// Waits until it is known which database is a cluster's.
 ///
 /// A process can attach to one database only, once, and the marker can only be read by one that is attached to some database. So two helpers
@@ -127,6 +128,8 @@ pub struct RecoveredState {
 pub struct Decider {
     pub core: Core,
     pub tuples: Tuples,
+    /// What the membership remembers; none in a new cluster.
+    pub membership: Option<MembershipRecord>,
     /// Number of this start.
     pub epoch: u32,
     /// What the core wants done first.
@@ -136,6 +139,8 @@ pub struct Decider {
 /// Reads the durable records and the prepared transactions, starts a new epoch and publishes the identity.
 pub fn recover(identity: &Identity) -> RecoveredState {
     event::await_finishes();
+    await_committing_backends();
+    let first_xid = next_xid();
     // Prepared transactions first: a finish writes its record before, so what is not prepared has its record by then.
     let prepared: Vec<Gid> = locks::prepared_names()
         .values()
@@ -163,9 +168,10 @@ pub fn recover(identity: &Identity) -> RecoveredState {
         process::in_transaction(|| !slots::missing(identity).is_empty()),
         Ordering::Release,
     );
-    publish(identity);
+    let membership = read_membership();
+    publish(identity, membership);
     repeat_marks(identity.node_id);
-    let config = config(identity, epoch);
+    let config = config(identity, membership, epoch, first_xid);
     let tuples = Tuples::new(found.iter().map(|(gid, (tuple, _))| (*gid, *tuple)));
     let mut effects = Effects::new();
     let core = Core::new(config, recovered(&found, &prepared), 0, &mut effects);
@@ -173,10 +179,27 @@ pub fn recover(identity: &Identity) -> RecoveredState {
         decider: Decider {
             core,
             tuples,
+            membership,
             epoch,
             effects,
         },
         records,
+    }
+}
+
+/// Backends that an earlier life told to commit. With rule D2 their COMMIT PREPARED is the decision: nobody may resolve what they are about to
+/// decide. They wait for nobody, so this takes no longer than a flush.
+fn await_committing_backends() {
+    let committing = |slot: &shared::BackendSlot| {
+        !slot.user_prepare.load(Ordering::Relaxed)
+            && slot
+                .gid
+                .get()
+                .is_some_and(|gid| slot.outcome(gid.xid) == outcome::COMMIT)
+    };
+    while shared::backends().iter().any(committing) {
+        process::wait_latch(Duration::from_millis(5), Wait::Work);
+        process::check_interrupts();
     }
 }
 
@@ -214,20 +237,63 @@ fn recovered(found: &BTreeMap<Gid, (u32, Record)>, prepared: &[Gid]) -> Vec<Reco
     all.into_values().collect()
 }
 
-fn config(identity: &Identity, epoch: u32) -> Config {
+fn config(
+    identity: &Identity,
+    membership: Option<MembershipRecord>,
+    epoch: u32,
+    first_xid: u64,
+) -> Config {
     let configured = identity.nodes.iter().map(|node| node.id).collect();
+    let current = current(configured, membership);
     Config {
         node: identity.node_id,
         configured,
-        members: configured,
-        generation: FIRST_GENERATION,
+        members: current.members,
+        generation: current.num,
         epoch,
+        first_xid,
         resolve_after_ms: millis(guc::heartbeat_recv_timeout()),
         resolve_step_ms: 200,
         resend_after_ms: 500,
         give_up_after_ms: 5000,
         fault: None,
     }
+}
+
+/// The membership's record; none in a new cluster. One that cannot be right stops the node.
+fn read_membership() -> Option<MembershipRecord> {
+    let body = process::in_transaction(|| {
+        DurableTable::open(c"marks", MARK_ROWS).read_all()[MEMBERS_ROW as usize]
+    });
+    if body == [0; records::BODY_BYTES] {
+        return None;
+    }
+    match MembershipRecord::from_bytes(&body) {
+        Ok(record) => Some(record),
+        Err(error) => pgrx::error!("multimaster cannot read its record of members: {error}"),
+    }
+}
+
+/// The generation that this node knows.
+fn current(configured: NodeSet, membership: Option<MembershipRecord>) -> Generation {
+    let record = membership.unwrap_or(MembershipRecord::first(configured));
+    record.current.generation
+}
+
+/// Writes and flushes the membership's record.
+pub fn write_membership(record: records::Body) {
+    let end = process::in_transaction(|| {
+        DurableTable::open(c"marks", MARK_ROWS).write(&mut [(MEMBERS_ROW, record)])
+    });
+    records::flush(end);
+}
+
+/// Whether a transaction of an older generation is prepared here. Users' own do not count: nobody knows when they end.
+pub fn holds_older(num: GenerationNum) -> bool {
+    locks::prepared_names()
+        .values()
+        .filter_map(|name| Gid::parse(name))
+        .any(|(_, gid)| gid.generation < num)
 }
 
 /// At the first start of this node in its cluster: tables get a replica identity, sequences their share. Again after a crash in between.
@@ -266,7 +332,7 @@ pub fn body_of(number: u64) -> records::Body {
     body
 }
 
-fn publish(identity: &Identity) {
+fn publish(identity: &Identity, membership: Option<MembershipRecord>) {
     let shared = shared();
     for node in &identity.nodes {
         shared
@@ -277,13 +343,9 @@ fn publish(identity: &Identity) {
     shared.cluster_id[0].store((identity.cluster_id >> 64) as u64, Ordering::Release);
     shared.cluster_id[1].store(identity.cluster_id as u64, Ordering::Release);
     shared.tag.store(identity.tag.0, Ordering::Release);
-    let configured: NodeSet = identity.nodes.iter().map(|node| node.id).collect();
-    shared
-        .members
-        .store(u32::from(configured.bits()), Ordering::Release);
-    shared
-        .generation
-        .store(FIRST_GENERATION.0, Ordering::Release);
+    let configured = identity.nodes.iter().map(|node| node.id).collect();
+    let current = current(configured, membership);
+    shared.set_generation(current.num, current.members);
     shared
         .node
         .store(u32::from(identity.node_id.get()), Ordering::Release);
@@ -358,6 +420,14 @@ impl Children {
             0,
             shared.finisher.is_set(),
         );
+        if let Some(donor) = shared.recover_from() {
+            self.keep(
+                "multimaster recovery",
+                "multimaster_recovery_main",
+                i32::from(donor.get()),
+                shared.recovery.is_set(),
+            );
+        }
         for peer in peers {
             let name = format!("multimaster receiver {}", peer.get());
             let running = shared.node(*peer).receiver.is_set();

@@ -4,21 +4,26 @@
 //! thread (durable batches, look-ups); what the core wants done goes out the same ways. Nothing is decided here.
 
 mod answers;
+mod delays;
 mod effects;
 mod lease;
 mod links;
 mod main_link;
+mod members;
 
 pub use main_link::{FromMain, HeartbeatTimes, LogLevel, LogRecord, MainLink, ToMain};
 
+use super::counters::Refusals;
 use super::durable::{DurableOrder, Tuples};
 use super::event::{self, LocalEvent};
 use super::finishing::Finishing;
 use super::start::Decider;
+use super::trace;
 use super::user_votes::{UserTally, UserVotes};
 use crate::failpoint::{Failpoint, hit_in_thread};
 use crate::pg::shared::{self, EVENT_BYTES, outcome, shared};
 use crate::pg::thread as os_thread;
+use delays::Stages;
 use mesh::{MeshEvent, MeshHandle};
 use protocol::{Core, Effects, Gid, Input, Lsn, Message, Millis, NodeId, NodeSet, Refusal};
 use std::collections::{BTreeMap, VecDeque};
@@ -55,14 +60,28 @@ pub struct Arbiter {
     linked: NodeSet,
     peer_views: BTreeMap<NodeId, NodeSet>,
     leases: lease::LeaseKeeper,
+    members: members::Members,
     /// Heartbeat times of the peers, as they say.
     peer_times: BTreeMap<NodeId, Option<HeartbeatTimes>>,
+    refusals: Refusals,
 }
 
 #[derive(Clone, Copy)]
 struct Waiting {
     backend: u32,
-    since: Instant,
+    /// It also waits until the peers have finished.
+    wait_peers: bool,
+    stages: Stages,
+}
+
+impl Waiting {
+    fn begin(backend: u32, wait_peers: bool) -> Waiting {
+        Waiting {
+            backend,
+            wait_peers,
+            stages: Stages::begin(),
+        }
+    }
 }
 
 impl Arbiter {
@@ -75,6 +94,7 @@ impl Arbiter {
         timing: HeartbeatTimes,
     ) -> Arbiter {
         let silence = Duration::from_millis(timing.recv_ms);
+        let members = members::Members::new(node, configured, decider.membership, 0);
         let leases = lease::LeaseKeeper::new(node, decider.epoch, configured, timing, &mesh);
         Arbiter {
             node,
@@ -94,7 +114,9 @@ impl Arbiter {
             linked: NodeSet::default(),
             peer_views: BTreeMap::new(),
             leases,
+            members,
             peer_times: BTreeMap::new(),
+            refusals: Refusals::default(),
         }
     }
 
@@ -109,6 +131,7 @@ impl Arbiter {
         self.carry_out(first.drain());
         hit_in_thread(Failpoint::StartAfterEffects);
         self.adopt_waiting_backends();
+        self.carry_out_members();
         let wake = os_thread::wake_readiness()?;
         // An earlier life of this process may have died between draining the descriptor and saying so.
         accept_wakes();
@@ -129,12 +152,16 @@ impl Arbiter {
                     }
                 }
                 message = from_main.recv() => match message {
-                    Some(FromMain::Stop) | None => return Ok(()),
+                    Some(FromMain::Stop) | None => {
+                        self.say_goodbye().await;
+                        return Ok(());
+                    }
                     Some(message) => self.on_main(message),
                 },
                 _ = tick.tick() => self.on_tick(),
             }
             self.take_events();
+            self.look_at_barrier();
             self.settle();
         }
     }
@@ -143,17 +170,12 @@ impl Arbiter {
     fn adopt_waiting_backends(&mut self) {
         for (index, slot) in shared::backends().iter().enumerate() {
             if let Some(gid) = slot.gid.get()
-                && slot.outcome.load(Ordering::Acquire) == outcome::WAITING
+                && slot.outcome(gid.xid) == outcome::WAITING
             {
                 if slot.user_prepare.load(Ordering::Relaxed) {
                     // Its votes died with that life. Nobody may act on it before its user does, so it can still be rolled back.
-                    self.waiting.insert(
-                        gid,
-                        Waiting {
-                            backend: index as u32,
-                            since: Instant::now(),
-                        },
-                    );
+                    self.waiting
+                        .insert(gid, Waiting::begin(index as u32, false));
                     self.answer_user(gid, UserTally::Refused(votes_lost()));
                     continue;
                 }
@@ -161,6 +183,7 @@ impl Arbiter {
                     gid,
                     backend: index as u32,
                     wait_peers: true,
+                    fast: false,
                 });
             }
         }
@@ -207,20 +230,21 @@ impl Arbiter {
     }
 
     fn on_local(&mut self, event: LocalEvent) {
+        self.trace(|| trace::event(&event));
         match event {
             LocalEvent::Committing {
                 gid,
                 backend,
                 wait_peers,
+                fast,
             } => {
-                self.waiting.insert(
+                self.waiting
+                    .insert(gid, Waiting::begin(backend, wait_peers));
+                self.input(Input::Committing {
                     gid,
-                    Waiting {
-                        backend,
-                        since: Instant::now(),
-                    },
-                );
-                self.input(Input::Committing { gid, wait_peers });
+                    wait_peers,
+                    fast,
+                });
             }
             LocalEvent::Voted { gid, vote, lsn } => self.input(Input::Voted {
                 gid,
@@ -228,13 +252,7 @@ impl Arbiter {
                 prepare_lsn: lsn,
             }),
             LocalEvent::UserPreparing { gid, backend } => {
-                self.waiting.insert(
-                    gid,
-                    Waiting {
-                        backend,
-                        since: Instant::now(),
-                    },
-                );
+                self.waiting.insert(gid, Waiting::begin(backend, false));
                 self.user_votes
                     .expect(gid, self.configured.without(self.node));
             }
@@ -258,6 +276,9 @@ impl Arbiter {
                 self.waiting.remove(&gid);
                 self.input(Input::Abandoned { gid });
             }
+            LocalEvent::MarkerReached { .. }
+            | LocalEvent::RecoveryLevel { .. }
+            | LocalEvent::RecoveryLost { .. } => self.on_recovery(&event),
             LocalEvent::Ask { number, question } => self.answer(number, &question),
             LocalEvent::MarkStored { node, lsn } => {
                 self.input(Input::MarkPassed { origin: node, lsn })
@@ -267,8 +288,9 @@ impl Arbiter {
 
     fn on_main(&mut self, message: FromMain) {
         match message {
-            FromMain::Durable(gids) => {
+            FromMain::Recorded(gids) => {
                 for gid in gids {
+                    self.trace(|| Some((gid, "record is durable".to_owned())));
                     let (held, emptied) = self.order.release(gid);
                     if emptied {
                         self.tuples.free(gid);
@@ -284,12 +306,35 @@ impl Arbiter {
                 self.leases.reconfigure(timing);
                 self.reconfigure(timing);
             }
+            FromMain::MembershipDurable => self.on_member_record(),
+            FromMain::MarkerWritten(num) => self.on_marker_written(num),
+            FromMain::Drained { num, drained } => self.on_drained(num, drained),
             FromMain::Alive => self.mesh.speak_for(Some(self.silence)),
             FromMain::Stop => {}
         }
     }
 
+    /// Tells a step of a transaction, while somebody wants to read it.
+    fn trace(&self, step: impl FnOnce() -> Option<(Gid, String)>) {
+        if !trace::enabled() {
+            return;
+        }
+        if let Some((gid, text)) = step() {
+            let line = trace::line(self.node, shared().cluster_tag(), gid, &text);
+            self.main.log(LogLevel::Debug, line);
+        }
+    }
+
+    /// The same for a message and whom it comes from or goes to.
+    fn trace_message(&self, msg: &Message, direction: &str, peer: NodeId) {
+        self.trace(|| {
+            let text = format!("{} {direction} n{}", trace::message(msg), peer.get());
+            Some((msg.gid()?, text))
+        });
+    }
+
     fn on_tick(&mut self) {
+        self.tick_members();
         self.refresh_status();
         self.input(Input::Tick);
         self.place();

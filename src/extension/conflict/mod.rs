@@ -16,7 +16,7 @@ use crate::pg::clock;
 use crate::pg::locks::{self, Holder, LockSnapshot};
 use crate::pg::process::{self, Wait};
 use crate::pg::shared::{self, WorkerSlot, shared, stage, worker};
-use protocol::{Gid, Refusal};
+use protocol::{Gid, NodeId, Refusal};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -193,9 +193,9 @@ impl Monitor {
                     "canceling transaction because it blocks a committing transaction of node {}",
                     gid.coordinator.get()
                 );
-                let detail = target_detail(slot);
-                if locks::cancel_running(holder, &Refusal::retry(message, detail.as_str())) {
-                    remember("running", None, Some(gid), &detail);
+                let target = awaited_row(slot);
+                if locks::cancel_running(holder, &Refusal::retry(message, place_of(&target))) {
+                    remember("running", None, Some(gid), &target);
                 }
             }
             Blocker::UserPrepared(name) if self.grace_is_over(index, transaction, holder) => {
@@ -251,12 +251,22 @@ pub fn remember(kind: &str, loser: Option<Gid>, winner: Option<Gid>, target: &st
     });
 }
 
-/// What the worker was doing when it met the lock, for the victim's DETAIL.
-fn target_detail(slot: &WorkerSlot) -> String {
+/// The row that the worker waits for, as `table "s.t", key (...)`; empty when it waits for something else.
+fn awaited_row(slot: &WorkerSlot) -> String {
     slot.target
         .get()
         .map(|refusal| refusal.detail().to_owned())
         .unwrap_or_default()
+}
+
+/// The same, for the victim's DETAIL.
+fn place_of(target: &str) -> String {
+    let node = shared().node_id().map_or(0, NodeId::get);
+    if target.is_empty() {
+        format!("On node {node}.")
+    } else {
+        format!("On node {node}, {target}.")
+    }
 }
 
 /// Makes a worker give up the transaction it applies; it votes no with the refusal.

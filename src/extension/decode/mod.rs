@@ -14,7 +14,7 @@ mod options;
 mod plain;
 
 pub use environment::{Environment, environment, set_environment};
-pub use options::same_major;
+pub use options::{RECOVERY, recovers, same_major};
 pub use plain::travels_raw;
 
 /// Prefix of a transactional logical message whose payload becomes a `Ddl` frame.
@@ -23,6 +23,11 @@ pub const DDL_PREFIX: &std::ffi::CStr = c"mtm-ddl";
 pub const SEQUENCE_PREFIX: &std::ffi::CStr = c"mtm-seq";
 /// Prefix of a non-transactional logical message: a user's COMMIT or ROLLBACK PREPARED, see `wire::stream::UserFinish`.
 pub const FINISH_PREFIX: &std::ffi::CStr = c"mtm-finish";
+
+/// Prefix of a non-transactional logical message: a generation begins here, see `wire::stream::Marker`.
+pub const MARKER_PREFIX: &std::ffi::CStr = c"mtm-marker";
+/// Prefix of the first message of a transaction that was applied while this node recovered: its gid as text. It committed without PREPARE.
+pub const RECOVERED_PREFIX: &std::ffi::CStr = c"mtm-recovered";
 
 /// Schema of the extension; nothing in it is replicated.
 pub const OWN_SCHEMA: &[u8] = b"mtm";

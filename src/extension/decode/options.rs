@@ -11,6 +11,16 @@ pub fn same_major(publications: &str, major: u32) -> bool {
         .all(|named| named == major)
 }
 
+/// What a receiver names that recovers: it wants the transactions of all nodes, each when it commits.
+pub const RECOVERY: &str = "recovery";
+
+/// Whether the receiver that named these publications recovers.
+pub fn recovers(publications: &str) -> bool {
+    publications
+        .split(|c: char| !c.is_ascii_alphanumeric())
+        .any(|name| name == RECOVERY)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -22,5 +32,11 @@ mod tests {
         assert!(same_major("\"multimaster\",\"pg15\"", 15));
         assert!(!same_major("\"pg16\"", 15));
         assert!(same_major("pgx, pg_15", 15));
+    }
+
+    #[test]
+    fn recovery_is_asked_for_by_name() {
+        assert!(recovers("\"recovery\""));
+        assert!(!recovers("\"multimaster\",\"pg15\""));
     }
 }

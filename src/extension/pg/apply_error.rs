@@ -26,6 +26,16 @@ impl ApplyFailure {
         }
     }
 
+    /// The set of members has changed while the transaction was applied.
+    pub fn generation_over() -> ApplyFailure {
+        ApplyFailure {
+            sqlstate: *b"40001",
+            message: "the set of working nodes has changed".to_owned(),
+            detail: String::new(),
+            target: None,
+        }
+    }
+
     fn caught(error: &CaughtError) -> ApplyFailure {
         let (CaughtError::PostgresError(report)
         | CaughtError::ErrorReport(report)

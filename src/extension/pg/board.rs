@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// Longest answer, bytes; a longer one is cut by whoever answers.
 pub const ANSWER_BYTES: usize = 256 * 1024;
 /// How long a view waits for its turn and for the answer.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Entries remembered.
 const ENTRIES: usize = 256;
 /// Longest encoded entry, bytes; longer ones are not remembered.

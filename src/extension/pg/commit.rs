@@ -12,17 +12,18 @@
 
 use super::process::{self, Wait};
 use super::shared::{self, outcome, stage};
-use super::{barrier, fixed_text::FixedText, raw, twophase};
+use super::{barrier, fixed_text::FixedText, gate, raw, senders, twophase};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit, hit_in_backend};
 use crate::guc;
+use crate::latency::Phase;
 use pgrx::{PgLogLevel, pg_sys};
-use protocol::{GenerationNum, Gid};
+use protocol::Gid;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char};
 use std::fmt::Write;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Longest name PostgreSQL allows for a prepared transaction, without the terminating zero (`GIDSIZE` - 1 of access/twophase.h).
 const GID_TEXT_MAX: usize = 199;
@@ -147,27 +148,39 @@ fn text_of(gid: Gid) -> FixedText<{ GID_TEXT_MAX + 1 }> {
 pub unsafe fn commit_globally() {
     let Some(gid) = current_gid() else { return };
     let name = text_of(gid);
+    let latencies = &shared::shared().latencies;
+    let begun = Instant::now();
     // SAFETY: the sequence of the module's head, each call as its own code path in xact.c makes it.
     unsafe {
         IN_SEQUENCE.set(true);
+        // What SET LOCAL has set ends with the PREPARE.
+        let (wait_peers, fast) = (guc::wait_peer_commits(), guc::commits_fast());
+        let life = shared::shared().epoch.load(Ordering::Acquire);
         // From the moment the PREPARE can be seen, an error leaves the transaction to the arbiter.
-        let session = prepare_under(name.as_ptr(), Preparing::Commit, gid.generation, || {
+        let session = prepare_under(gid, name.as_ptr(), Preparing::Commit, || {
             UNFINISHED.set(Some(gid));
         });
-        let wait_peers = guc::wait_peer_commits();
+        latencies.note(Phase::Prepare, begun.elapsed());
         hit_in_backend(Failpoint::BackendAfterPrepare);
-        announce(gid, wait_peers);
+        announce(gid, wait_peers, fast);
         hit_in_backend(Failpoint::BackendAfterAnnouncing);
         match await_outcome(gid) {
             outcome::COMMIT => {
                 hit_in_backend(Failpoint::BackendBeforeCommit);
+                let decided = Instant::now();
                 finish(name.as_ptr(), true);
+                let finished = Instant::now();
+                latencies.note(Phase::Commit, finished - decided);
                 hit_in_backend(Failpoint::BackendAfterCommit);
                 UNFINISHED.set(None);
+                // First, since an arbiter that starts waits for the slot and takes no events meanwhile.
+                shared::my_backend().gid.set(None);
                 submit(&LocalEvent::Finished { gid });
                 if wait_peers {
-                    await_peers(gid);
+                    await_peers(gid, life);
+                    latencies.note(Phase::PeerCommit, finished.elapsed());
                 }
+                latencies.note(Phase::Total, begun.elapsed());
                 shared::shared()
                     .counters
                     .commits
@@ -221,7 +234,7 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
     unsafe {
         IN_SEQUENCE.set(true);
         // The votes are counted from the moment the PREPARE can be seen.
-        prepare_under(name, Preparing::User, gid.generation, || {
+        prepare_under(gid, name, Preparing::User, || {
             USER_PREPARING.set(Some(gid));
             shared::my_backend()
                 .user_prepare
@@ -233,6 +246,7 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
             });
         });
         let result = await_outcome(gid);
+        shared::my_backend().gid.set(None);
         USER_PREPARING.set(None);
         leave();
         match result {
@@ -297,15 +311,15 @@ pub unsafe fn forget_late_cancel() {
 ///
 /// `before_prepare` runs right before the PREPARE; it must not raise.
 unsafe fn prepare_under(
+    gid: Gid,
     name: *const c_char,
     preparing: Preparing,
-    generation: GenerationNum,
     before_prepare: impl FnOnce(),
 ) -> SessionWork {
     // SAFETY: see commit_globally.
     unsafe {
         raw::PrepareTransactionBlock(name);
-        refuse_unless_online();
+        gate::await_online();
         loop {
             raw::AfterTriggerFireDeferred();
             if preparing == Preparing::User || !raw::PreCommit_Portals(false) {
@@ -320,14 +334,15 @@ unsafe fn prepare_under(
         mark_decodable();
         // Until here, deferred triggers may have waited for anybody: to the conflict rule the transaction was still running.
         claim_commit();
-        reset_outcome();
-        if barrier::enter() != generation {
+        reset_outcome(gid);
+        if barrier::enter() != gid.generation {
             refuse_changed_generation();
         }
         before_prepare();
         hit_in_backend(Failpoint::BackendBeforePrepare);
         raw::CommitTransactionCommand();
         barrier::leave();
+        senders::wake();
         raw::StartTransactionCommand();
         session
     }
@@ -410,19 +425,20 @@ unsafe fn holds_notify_lock() -> bool {
     unsafe { pg_sys::LockHeldByMe(&tag, pg_sys::AccessExclusiveLock as i32) }
 }
 
-fn reset_outcome() {
+fn reset_outcome(gid: Gid) {
     let slot = shared::my_backend();
-    slot.outcome.store(outcome::WAITING, Ordering::Relaxed);
+    slot.await_outcome(gid.xid);
     slot.user_prepare.store(false, Ordering::Relaxed);
 }
 
 /// Tells the arbiter that the PREPARE is durable and that this backend waits.
-fn announce(gid: Gid, wait_peers: bool) {
+fn announce(gid: Gid, wait_peers: bool, fast: bool) {
     shared::my_backend().gid.set(Some(gid));
     submit(&LocalEvent::Committing {
         gid,
         backend: shared::my_backend_index(),
         wait_peers,
+        fast,
     });
 }
 
@@ -432,7 +448,7 @@ fn await_outcome(gid: Gid) -> u32 {
     let slot = shared::my_backend();
     let mut reported = false;
     let result = loop {
-        match slot.outcome.load(Ordering::Acquire) {
+        match slot.outcome(gid.xid) {
             outcome::WAITING => {}
             known => break known,
         }
@@ -446,15 +462,20 @@ fn await_outcome(gid: Gid) -> u32 {
         }
         process::wait_latch(LOOK_AROUND, Wait::Votes);
     };
-    slot.gid.set(None);
+    if result != outcome::COMMIT {
+        slot.gid.set(None);
+    }
     result
 }
 
-/// Waits until every member has finished the transaction too. An interrupt ends this wait: the commit is done either way.
-fn await_peers(gid: Gid) {
-    let slot = shared::my_backend();
-    while slot.peers_finished.load(Ordering::Acquire) != gid.xid && !process::interrupt_pending() {
-        if shared::shared().status() != shared::NodeStatus::Online {
+/// Waits until every member has finished the transaction too. An interrupt ends this wait, and so does the end of the arbiter's `life` in which
+/// the commit began, since the next one does not know who waits: the commit is done either way.
+fn await_peers(gid: Gid, life: u32) {
+    let (slot, shared) = (shared::my_backend(), shared::shared());
+    while !slot.have_peers_finished(gid.xid) && !process::interrupt_pending() {
+        if shared.status() != shared::NodeStatus::Online
+            || shared.epoch.load(Ordering::Acquire) != life
+        {
             break;
         }
         process::wait_latch(LOOK_AROUND, Wait::PeerCommits);
@@ -495,31 +516,6 @@ unsafe fn refuse_changed_generation() {
             c"the set of working nodes has changed during the commit",
             c"",
             c"The transaction was rolled back; run it again.",
-        )
-    };
-}
-
-/// Refuses to begin a commit that cannot get its votes.
-unsafe fn refuse_unless_online() {
-    let status = shared::shared().status();
-    if status == shared::NodeStatus::Online {
-        return;
-    }
-    let mut message = FixedText::<256>::new();
-    let mut detail = FixedText::<256>::new();
-    let _ = write!(message, "this node is {} and cannot commit", status.name());
-    let _ = write!(
-        detail,
-        "Nodes it is connected with: {}.",
-        shared::connected_nodes()
-    );
-    // SAFETY: as raise_refusal.
-    unsafe {
-        raise(
-            pgrx::PgSqlErrorCode::ERRCODE_CANNOT_CONNECT_NOW as i32,
-            message.as_c_str(),
-            detail.as_c_str(),
-            c"Nothing was committed. See mtm.status() for this node's state.",
         )
     };
 }

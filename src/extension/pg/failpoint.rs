@@ -17,6 +17,7 @@ static FAILPOINTS: GucSetting<Option<CString>> =
 const CRASH: u32 = 1;
 const SLEEP: u32 = 2;
 const ERROR: u32 = 3;
+const HOLD: u32 = 4;
 
 /// The armed point, in shared memory.
 #[repr(C)]
@@ -95,11 +96,17 @@ fn arm(value: &str) {
     let (action, count) = match action {
         Action::Crash { at } => (CRASH, i64::from(at)),
         Action::Sleep { ms } => (SLEEP, i64::from(ms)),
+        Action::Hold => (HOLD, 1),
         Action::Error => (ERROR, 1),
     };
     armed.action.store(action, Ordering::SeqCst);
     armed.count.store(count, Ordering::SeqCst);
     armed.point.store(point as u32 + 1, Ordering::SeqCst);
+}
+
+/// Whether something is still to happen at the point.
+pub fn is_armed(point: Failpoint) -> bool {
+    shared::shared().failpoint.point.load(Ordering::SeqCst) == point as u32 + 1
 }
 
 /// What has to happen now that the point is passed. Callable from any thread.
@@ -112,6 +119,7 @@ pub fn take(point: Failpoint) -> Option<Action> {
         SLEEP => Some(Action::Sleep {
             ms: armed.count.load(Ordering::SeqCst) as u32,
         }),
+        HOLD => Some(Action::Hold),
         _ if armed.count.fetch_sub(1, Ordering::SeqCst) != 1 => None,
         CRASH => Some(Action::Crash { at: 1 }),
         _ => Some(Action::Error),

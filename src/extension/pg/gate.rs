@@ -146,13 +146,38 @@ unsafe fn await_service(reads_only: bool) {
     }
     let begun = Instant::now();
     while !serves() {
-        if !shared::shared().serving() || begun.elapsed() >= guc::heartbeat_recv_timeout() {
+        let shared = shared::shared();
+        let settling = shared.serving() || shared.status() == NodeStatus::Switching;
+        if !settling || begun.elapsed() >= guc::heartbeat_recv_timeout() {
             // SAFETY: as check_query.
             unsafe { refuse() };
         }
         process::wait_latch(LOOK_AROUND, Wait::Work);
         // SAFETY: as check_query.
         unsafe { raw::check_for_interrupts() };
+    }
+}
+
+/// Waits while it is being found out who goes on with this node; raises when this node cannot commit.
+///
+/// # Safety
+/// As [`check_query`].
+pub unsafe fn await_online() {
+    let begun = Instant::now();
+    loop {
+        let settling = match shared::shared().status() {
+            NodeStatus::Online => return,
+            NodeStatus::Degraded | NodeStatus::Switching => true,
+            _ => false,
+        };
+        // SAFETY: as the caller promises.
+        unsafe {
+            if !settling || begun.elapsed() >= guc::heartbeat_recv_timeout() {
+                refuse();
+            }
+            process::wait_latch(LOOK_AROUND, Wait::Work);
+            raw::check_for_interrupts();
+        }
     }
 }
 

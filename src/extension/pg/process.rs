@@ -288,6 +288,25 @@ pub fn begin_transaction() {
     }
 }
 
+/// Commits the transaction of [`begin_transaction`].
+pub fn commit_transaction() {
+    // SAFETY: in a transaction begun by StartTransactionCommand.
+    unsafe { pg_sys::CommitTransactionCommand() };
+}
+
+/// Commits of this process do not wait for the disk: what a crash loses comes again.
+pub fn commit_asynchronously() {
+    // SAFETY: zero-terminated literals; outside of any transaction.
+    unsafe {
+        pg_sys::SetConfigOption(
+            c"synchronous_commit".as_ptr(),
+            c"off".as_ptr(),
+            pg_sys::GucContext::PGC_SUSET,
+            pg_sys::GucSource::PGC_S_OVERRIDE,
+        );
+    }
+}
+
 /// Aborts whatever transaction is open and forgets a cancel that was meant for it.
 pub fn abort_transaction() {
     // SAFETY: legal in every transaction state; clears plain flags of this process.

@@ -75,6 +75,9 @@ unsafe extern "C-unwind" {
         wait_event: u32,
     ) -> c_int;
 
+    // replication/walsender.h
+    pub fn WalSndWakeup();
+
     // tcop/tcopprot.h: signal handlers
     pub fn die(signal: c_int);
     pub fn StatementCancelHandler(signal: c_int);

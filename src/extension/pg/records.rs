@@ -5,7 +5,7 @@
 //! WAL record for many rows of a page, and crash recovery, base backups, standbys and promotion come for free. The tables are
 //! read through the buffers, never by a snapshot.
 
-use super::process;
+use super::{process, senders};
 use pgrx::{Spi, pg_sys};
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -170,11 +170,23 @@ pub fn flush(lsn: protocol::Lsn) {
     // SAFETY: the first raises only PANIC on I/O failure; the second waits outside of any critical section, returns at once without
     // synchronous standbys, and wants interrupts held: one that it served would leave this process in its queue.
     unsafe {
-        pg_sys::XLogFlush(lsn.0);
+        senders::flushing_quietly(|| pg_sys::XLogFlush(lsn.0));
         pg_sys::InterruptHoldoffCount += 1;
         pg_sys::SyncRepWaitForLSN(lsn.0, false);
         pg_sys::InterruptHoldoffCount -= 1;
     }
+}
+
+/// Makes everything durable that this server has written so far.
+pub fn flush_all() {
+    // SAFETY: reads shared memory.
+    flush(protocol::Lsn(unsafe { pg_sys::GetXLogInsertRecPtr() }));
+}
+
+/// Up to where this server's WAL is durable.
+pub fn flushed() -> protocol::Lsn {
+    // SAFETY: reads shared memory; the timeline is not asked for.
+    protocol::Lsn(unsafe { pg_sys::GetFlushRecPtr(std::ptr::null_mut()) })
 }
 
 fn my_database() -> pg_sys::Oid {

@@ -6,7 +6,9 @@
 use super::board::{Board, RecentLog};
 use super::queue::{Queue, Ring};
 use super::raw;
+use crate::latency::Latencies;
 use pgrx::pg_sys;
+use protocol::membership::{Admission, Phase, Standing};
 use protocol::{Csn, Decision, Generation, GenerationNum, Gid, NodeId, NodeSet, Refusal};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{
@@ -36,6 +38,14 @@ pub enum NodeStatus {
     Online = 2,
     /// Some member cannot be reached: writes wait or are refused.
     Degraded = 3,
+    /// A new generation begins: in a moment it is online or not a member.
+    Switching = 4,
+    /// A member that is not level yet: the others wait for it.
+    Recovery = 5,
+    /// Not a member; replays what it has missed.
+    Catchup = 6,
+    /// Not a member, and nobody to recover from is seen.
+    Minority = 7,
 }
 
 impl NodeStatus {
@@ -44,6 +54,10 @@ impl NodeStatus {
             1 => NodeStatus::Starting,
             2 => NodeStatus::Online,
             3 => NodeStatus::Degraded,
+            4 => NodeStatus::Switching,
+            5 => NodeStatus::Recovery,
+            6 => NodeStatus::Catchup,
+            7 => NodeStatus::Minority,
             _ => NodeStatus::Disabled,
         }
     }
@@ -55,6 +69,10 @@ impl NodeStatus {
             NodeStatus::Starting => "starting",
             NodeStatus::Online => "online",
             NodeStatus::Degraded => "degraded",
+            NodeStatus::Switching => "switching",
+            NodeStatus::Recovery => "recovery",
+            NodeStatus::Catchup => "catchup",
+            NodeStatus::Minority => "minority",
         }
     }
 }
@@ -171,6 +189,68 @@ impl GidCell {
     }
 }
 
+/// Where the node stands: written by the tokio thread, read by all who apply.
+#[repr(C)]
+#[derive(Default)]
+pub struct StandingCell {
+    /// Odd while it is being written.
+    version: AtomicU32,
+    num: AtomicU32,
+    members: AtomicU32,
+    online_in: AtomicU32,
+    recovered_to: AtomicU32,
+    phase: AtomicU32,
+}
+
+/// In the order of their numbers in [`StandingCell`]; zeroed memory says `Waiting`.
+const PHASES: [Phase; 4] = [
+    Phase::Waiting,
+    Phase::Online,
+    Phase::Recovering,
+    Phase::Outside,
+];
+
+impl StandingCell {
+    /// Tokio thread only.
+    pub fn set(&self, standing: &Standing) {
+        let phase = PHASES.iter().position(|phase| *phase == standing.phase);
+        self.version.fetch_add(1, Ordering::AcqRel);
+        self.num.store(standing.current.num.0, Ordering::Relaxed);
+        self.members.store(
+            u32::from(standing.current.members.bits()),
+            Ordering::Relaxed,
+        );
+        self.online_in
+            .store(standing.online_in.0, Ordering::Relaxed);
+        self.recovered_to
+            .store(standing.recovered_to.0, Ordering::Relaxed);
+        self.phase
+            .store(phase.unwrap_or(0) as u32, Ordering::Relaxed);
+        self.version.fetch_add(1, Ordering::Release);
+    }
+
+    pub fn get(&self) -> Standing {
+        loop {
+            let before = self.version.load(Ordering::Acquire);
+            let phase = self.phase.load(Ordering::Relaxed) as usize;
+            let standing = Standing {
+                current: Generation {
+                    num: GenerationNum(self.num.load(Ordering::Relaxed)),
+                    members: NodeSet::from_bits(self.members.load(Ordering::Relaxed) as u16),
+                },
+                online_in: GenerationNum(self.online_in.load(Ordering::Relaxed)),
+                recovered_to: GenerationNum(self.recovered_to.load(Ordering::Relaxed)),
+                phase: PHASES.get(phase).copied().unwrap_or_default(),
+            };
+            std::sync::atomic::fence(Ordering::Acquire);
+            if before.is_multiple_of(2) && before == self.version.load(Ordering::Relaxed) {
+                return standing;
+            }
+            std::hint::spin_loop();
+        }
+    }
+}
+
 /// A refusal handed from one process to another; the state word beside it says whose it is.
 #[repr(C)]
 pub struct RefusalCell {
@@ -191,6 +271,11 @@ impl RefusalCell {
         self.length.store(length as u32, Ordering::Release);
     }
 
+    /// Stores that there is none.
+    pub fn clear(&self) {
+        self.length.store(0, Ordering::Release);
+    }
+
     pub fn get(&self) -> Option<Refusal> {
         let length = self.length.load(Ordering::Acquire) as usize;
         // SAFETY: see the Sync implementation; the length was published after the bytes.
@@ -209,6 +294,14 @@ pub mod outcome {
     pub const UNKNOWN: u32 = 3;
 }
 
+/// Room of the word of `outcome` beside the xid.
+const OUTCOME_BITS: u32 = 2;
+const OUTCOME_MASK: u64 = (1 << OUTCOME_BITS) - 1;
+
+const fn outcome_word(xid: u64, code: u32) -> u64 {
+    (xid << OUTCOME_BITS) | code as u64
+}
+
 /// Where a backend's transaction stands for the conflict rule.
 pub mod stage {
     /// Nothing special: running, or no transaction.
@@ -225,10 +318,10 @@ pub mod stage {
 #[repr(C, align(64))]
 pub struct BackendSlot {
     pub stage: AtomicU32,
-    /// Written by the tokio thread, reset by the backend before it announces its commit.
-    pub outcome: AtomicU32,
+    /// The `xid` of the transaction that it is about and a word of `outcome`: an answer that comes late never reaches another transaction.
+    outcome: AtomicU64,
     /// `xid` of the last transaction of this backend that every member is known to have finished.
-    pub peers_finished: AtomicU64,
+    peers_finished: AtomicU64,
     pub gid: GidCell,
     /// In the middle of a PREPARE: see `barrier`.
     pub preparing: AtomicBool,
@@ -239,6 +332,45 @@ pub struct BackendSlot {
 }
 
 impl BackendSlot {
+    /// The backend begins to wait for the outcome of its transaction.
+    pub fn await_outcome(&self, xid: u64) {
+        self.outcome
+            .store(outcome_word(xid, outcome::WAITING), Ordering::Release);
+    }
+
+    /// How the backend's transaction `xid` stands; waiting if the slot is about another one.
+    pub fn outcome(&self, xid: u64) -> u32 {
+        let word = self.outcome.load(Ordering::Acquire);
+        let code = (word & OUTCOME_MASK) as u32;
+        if word == outcome_word(xid, code) {
+            code
+        } else {
+            outcome::WAITING
+        }
+    }
+
+    /// Answers the backend; false when it does not wait for this transaction (any more).
+    pub fn tell_outcome(&self, xid: u64, code: u32) -> bool {
+        self.outcome
+            .compare_exchange(
+                outcome_word(xid, outcome::WAITING),
+                outcome_word(xid, code),
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            )
+            .is_ok()
+    }
+
+    /// Every member has finished the backend's transaction `xid`. An earlier one of the same slot may be told of later.
+    pub fn tell_peers_finished(&self, xid: u64) {
+        self.peers_finished.fetch_max(xid, Ordering::AcqRel);
+    }
+
+    /// Whether every member is known to have finished the backend's transaction `xid`.
+    pub fn have_peers_finished(&self, xid: u64) -> bool {
+        self.peers_finished.load(Ordering::Acquire) >= xid
+    }
+
     /// Claims the backend's running transaction as a victim of the conflict rule; false when it has begun to commit.
     ///
     /// While it is being marked, the backend can neither begin to commit nor leave the transaction. So `still_running` is the truth about the
@@ -343,7 +475,7 @@ pub struct WorkerSlot {
     pub refusal: RefusalCell,
     /// The transaction that `cancel` is for the benefit of.
     pub winner: GidCell,
-    /// Table and key the worker is about to write, as the detail of a refusal; for a victim's DETAIL.
+    /// Table and key of the row the worker waits for, as the detail of a refusal; written before it waits, read while it does.
     pub target: RefusalCell,
     /// Waits until `settled` has reached what its transaction depends on.
     pub waits_for_order: AtomicBool,
@@ -372,15 +504,14 @@ pub struct NodeShared {
     pub mark: AtomicU64,
     /// End of its WAL when our receiver last connected: everything this server knew by then lies before it.
     pub peer_end: AtomicU64,
+    /// End of its flushed WAL, as its last heartbeat said; this node's own for this node.
+    pub flushed: AtomicU64,
     /// Last WAL position seen in its stream.
     pub received: AtomicU64,
     pub connectivity: AtomicU32,
     pub heartbeats: AtomicU64,
     /// Microseconds since 2000-01-01.
     pub last_change_us: AtomicI64,
-    /// Sum and number of commit delays waited for this node's vote, microseconds.
-    pub vote_delay_us: AtomicU64,
-    pub vote_delays: AtomicU64,
 }
 
 /// Counters of outcomes, since the server started.
@@ -432,9 +563,18 @@ pub struct Shared {
     pub monitor: ProcCell,
     /// The monitor sleeps until somebody applies again.
     pub monitor_idle: AtomicBool,
+    /// Something was flushed of which the walsenders were not told.
+    pub senders_lag: AtomicBool,
     /// Some receiver sleeps until a worker becomes idle.
     pub worker_awaited: AtomicBool,
     pub finisher: ProcCell,
+    pub recovery: ProcCell,
+    /// The node to recover from; 0 for none.
+    pub recover_from: AtomicU32,
+    /// Bytes of the donor's WAL that have not been applied yet.
+    pub recovery_lag: AtomicU64,
+    /// Where this node stands, for those who apply.
+    pub standing: StandingCell,
     /// True while an event has been queued that the tokio thread has not looked at: no second write to the eventfd is needed.
     pub wake_pending: AtomicBool,
     /// Orders to finish that some process has taken and not carried out yet.
@@ -443,6 +583,7 @@ pub struct Shared {
     pub finish_cursor: AtomicU32,
     pub nodes: [NodeShared; NODES],
     pub counters: Counters,
+    pub latencies: Latencies,
     pub board: Board,
     pub conflicts: RecentLog,
     pub member_events: RecentLog,
@@ -560,6 +701,31 @@ impl Shared {
 
     pub fn generation(&self) -> GenerationNum {
         GenerationNum(self.generation.load(Ordering::Acquire))
+    }
+
+    /// A new generation. The members first: see [`Shared::current`].
+    pub fn set_generation(&self, num: GenerationNum, members: NodeSet) {
+        self.members
+            .store(u32::from(members.bits()), Ordering::Release);
+        self.generation.store(num.0, Ordering::Release);
+    }
+
+    /// The last generation that this node was online in.
+    pub fn online_in(&self) -> GenerationNum {
+        self.standing.get().online_in
+    }
+
+    /// What to do with a PREPARE of another node that is not prepared here and has no outcome on record.
+    pub fn admit(&self, gid: Gid) -> Admission {
+        match self.node_id() {
+            Some(node) => self.standing.get().admit(node, gid),
+            None => Admission::Hold,
+        }
+    }
+
+    /// The node to recover from.
+    pub fn recover_from(&self) -> Option<NodeId> {
+        NodeId::new(self.recover_from.load(Ordering::Acquire) as u8)
     }
 
     /// The generation with its members. They are changed before the number, behind a closed barrier.

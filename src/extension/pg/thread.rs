@@ -1,6 +1,7 @@
 //! The arbiter's own thread, beside PostgreSQL's main thread.
 
 use super::shared;
+use pgrx::pg_sys;
 use std::os::fd::{AsRawFd, RawFd};
 use tokio::io::unix::AsyncFd;
 
@@ -21,6 +22,12 @@ pub fn spawn_without_signals<T: Send + 'static>(
         libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
         handle.expect("the system can start one thread")
     }
+}
+
+/// Whether the server log takes messages of level DEBUG1. For the arbiter's own thread, which may not log.
+pub fn logs_debug() -> bool {
+    // SAFETY: an aligned integer that the main thread stores when settings are read again.
+    unsafe { std::ptr::read_volatile(&raw const pg_sys::log_min_messages) <= pg_sys::DEBUG1 as i32 }
 }
 
 /// Takes all wake-ups out of the eventfd.

@@ -1,8 +1,8 @@
 //! PREPARE, COMMIT PREPARED and ROLLBACK PREPARED from a background worker.
 
-use super::process;
+use super::{process, senders};
 use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 
 mod guarded {
     use std::ffi::c_char;
@@ -33,7 +33,8 @@ pub fn finish_after(name: &str, commit: bool, before: impl FnOnce()) -> Finished
     let Ok(name) = CString::new(name) else {
         return Finished::Unknown;
     };
-    let attempt = || {
+    // A user's own transaction is finished through the stream, which must not wait.
+    let attempt = quietly_if_ours(name.as_c_str(), || {
         process::in_bare_transaction(|| {
             before();
             // SAFETY: guarded; the name outlives the call.
@@ -44,7 +45,7 @@ pub fn finish_after(name: &str, commit: bool, before: impl FnOnce()) -> Finished
             }
         });
         Finished::Done
-    };
+    });
     let result = PgTryBuilder::new(std::panic::AssertUnwindSafe(attempt))
         .catch_when(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, |_| {
             Finished::Unknown
@@ -67,13 +68,14 @@ pub fn finish_after(name: &str, commit: bool, before: impl FnOnce()) -> Finished
 /// # Safety
 /// In a transaction; the caller's frames own nothing with a destructor.
 pub unsafe fn finish_in_transaction(name: *const std::ffi::c_char, commit: bool) -> Finished {
-    let attempt = || {
+    // SAFETY: a zero-terminated name that outlives the call.
+    let attempt = quietly_if_ours(unsafe { CStr::from_ptr(name) }, || {
         // SAFETY: guarded: errors become unwinding, which the handlers below end.
         unsafe {
             pg_sys::ffi::pg_guard_ffi_boundary(|| guarded::FinishPreparedTransaction(name, commit))
         };
         Finished::Done
-    };
+    });
     PgTryBuilder::new(std::panic::AssertUnwindSafe(attempt))
         .catch_when(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, |_| {
             Finished::Unknown
@@ -91,6 +93,18 @@ pub unsafe fn finish_in_transaction(name: *const std::ffi::c_char, commit: bool)
         .execute()
 }
 
+/// `work`, so that it does not wake walsenders if it concerns a transaction of the cluster: its outcome travels by message.
+fn quietly_if_ours<T>(name: &CStr, work: impl FnOnce() -> T) -> impl FnOnce() -> T {
+    let ours = name.to_bytes().starts_with(b"mtm-");
+    move || {
+        if ours {
+            senders::flushing_quietly(work)
+        } else {
+            work()
+        }
+    }
+}
+
 /// Turns the current transaction into a prepared one, durably.
 ///
 /// Raises (unwinding) when deferred constraints fail, when there is no free slot or the name is in use.
@@ -101,6 +115,6 @@ pub fn prepare(name: &str) {
         pg_sys::BeginTransactionBlock();
         pg_sys::CommitTransactionCommand();
         pg_sys::PrepareTransactionBlock(name.as_ptr());
-        pg_sys::CommitTransactionCommand();
+        senders::flushing_quietly(|| pg_sys::CommitTransactionCommand());
     }
 }

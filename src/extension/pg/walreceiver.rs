@@ -25,6 +25,8 @@ pub enum Received<'a> {
 pub enum StreamError {
     #[error("could not connect: {0}")]
     Connect(String),
+    #[error("the peer could not copy slot \"{0}\"")]
+    Copy(String),
     #[error("the peer did not start replication from slot \"{0}\"")]
     Start(String),
 }
@@ -73,9 +75,44 @@ impl Stream {
         })
     }
 
+    /// Makes a copy of a slot that lasts as long as this connection.
+    pub fn copy_slot(&mut self, slot: &str, copy: &str) -> Result<(), StreamError> {
+        let call = self
+            .functions
+            .walrcv_exec
+            .expect("libpqwalreceiver fills its table");
+        // Names of slots are made of digits, letters and underscores.
+        let sql = format!(
+            "DO $$ BEGIN PERFORM pg_catalog.pg_copy_logical_replication_slot('{slot}', '{copy}', true); END $$"
+        );
+        let sql = CString::new(sql).map_err(|error| StreamError::Connect(error.to_string()))?;
+        // SAFETY: a live connection and a zero-terminated command without result columns; the result is the library's.
+        let done = guarded(|| unsafe {
+            let result = call(self.connection, sql.as_ptr(), 0, std::ptr::null());
+            (*result).status == pg_sys::WalRcvExecStatus::WALRCV_OK_COMMAND
+        });
+        if done {
+            Ok(())
+        } else {
+            Err(StreamError::Copy(slot.to_owned()))
+        }
+    }
+
     /// Starts logical replication at `start` (or the slot's confirmed position, if that is later).
     pub fn start(&mut self, slot: &str, start: Lsn) -> Result<(), StreamError> {
+        self.start_for(slot, start, "multimaster")
+    }
+
+    /// The same, naming a publication: what the other side's plugin is to do.
+    pub fn start_for(
+        &mut self,
+        slot: &str,
+        start: Lsn,
+        publication: &str,
+    ) -> Result<(), StreamError> {
         let name = CString::new(slot).map_err(|error| StreamError::Connect(error.to_string()))?;
+        let publication =
+            CString::new(publication).map_err(|error| StreamError::Connect(error.to_string()))?;
         let call = self
             .functions
             .walrcv_startstreaming
@@ -88,7 +125,7 @@ impl Stream {
             options.startpoint = start.0;
             options.proto.logical.proto_version = 3;
             options.proto.logical.twophase = true;
-            let publication = pg_sys::makeString(pg_sys::pstrdup(c"multimaster".as_ptr()));
+            let publication = pg_sys::makeString(pg_sys::pstrdup(publication.as_ptr()));
             options.proto.logical.publication_names =
                 pg_sys::lappend(std::ptr::null_mut(), publication.cast());
             guarded(|| call(self.connection, &options))

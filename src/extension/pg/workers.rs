@@ -61,3 +61,11 @@ pub extern "C-unwind" fn multimaster_receiver_main(argument: pg_sys::Datum) {
 pub extern "C-unwind" fn multimaster_worker_main(argument: pg_sys::Datum) {
     apply::worker::main(argument.value());
 }
+
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn multimaster_recovery_main(argument: pg_sys::Datum) {
+    if let Some(donor) = NodeId::new(argument.value() as u8) {
+        apply::recovery::main(donor);
+    }
+}

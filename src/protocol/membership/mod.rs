@@ -20,6 +20,7 @@ mod generation;
 mod message;
 mod record;
 mod recovery;
+mod standing;
 mod switch;
 mod voter;
 
@@ -35,6 +36,7 @@ pub use effect::{
 pub use generation::{Elected, Generation};
 pub use message::{MembershipMessage, Presence};
 pub use record::{MEMBERSHIP_RECORD_BYTES, MembershipRecord};
+pub use standing::{Phase, Standing};
 
 /// What the membership is told once, at its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -237,22 +239,12 @@ impl Membership {
     /// What to do with a PREPARE of another node that is not prepared here and has no outcome on record. Before [`MembershipEffect::Open`] is
     /// carried out nothing is applied, refused or skipped: until then these answers mean to hold.
     pub fn admit(&self, gid: Gid) -> Admission {
-        let current = self.record.num();
-        match self.stage {
-            _ if gid.generation > current => Admission::Hold,
-            Stage::Online if gid.generation == current => Admission::Apply,
-            Stage::Online if !gid.members.contains(self.config.node) => Admission::Skip,
-            Stage::Online if gid.generation < self.record.recovered_to => Admission::Skip,
-            Stage::Online => Admission::Refuse,
-            Stage::Outside => Admission::SetAside,
-            Stage::Recovering if gid.generation < current => Admission::SetAside,
-            _ => Admission::Hold,
-        }
+        self.standing().admit(self.config.node, gid)
     }
 
     /// Whether the mark of a peer's stream may pass a marker or fence of this number.
     pub fn may_pass(&self, num: GenerationNum) -> bool {
-        num <= self.record.online_in
+        self.standing().may_pass(num)
     }
 
     fn is_peer(&self, peer: NodeId) -> bool {

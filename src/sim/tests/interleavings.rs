@@ -65,3 +65,20 @@ fn seeded_faults_are_found() {
         assert!(!findings.broken.is_empty(), "{fault:?} was not found");
     }
 }
+
+/// Rule D2 is for four nodes at most. With five a majority that lacks the coordinator and one other member cannot know that all votes were in.
+#[test]
+fn deciding_on_the_votes_of_five_nodes_splits() {
+    let scope = Scope {
+        nodes: 5,
+        transactions: 1,
+        crashes: 0,
+        disturbances: 1,
+        resolvers: 1,
+        fast: 1,
+        fault: Some(Fault::FastBeyondFour),
+        states_max: 3_000_000,
+    };
+    let findings = searched(scope);
+    assert!(!findings.broken.is_empty(), "{findings}");
+}

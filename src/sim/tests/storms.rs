@@ -66,3 +66,13 @@ fn storms_find_shared_ballots_and_undurable_verdicts() {
         println!("{fault:?}: {found}");
     }
 }
+
+#[test]
+fn storms_find_the_bound_of_rule_d2() {
+    let fault = Fault::FastBeyondFour;
+    let found = (0..2_000).find_map(|seed| run_seed_with(seed, 5, Some(fault)).err());
+    println!(
+        "{}",
+        found.unwrap_or_else(|| panic!("{fault:?} was not found"))
+    );
+}

@@ -3,7 +3,7 @@
 use super::bytes::{Malformed, Put, Reader, Text};
 use super::relation::{Relation, RelationId};
 use super::row::Row;
-use protocol::{Csn, Gid, Lsn, NodeId};
+use protocol::{Csn, GenerationNum, Gid, Lsn, NodeId};
 
 /// First frame of a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,6 +128,23 @@ impl<'a> UserFinish<'a> {
     }
 }
 
+/// From here on the sending node prepares under the generation; what is older and can commit lies before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Marker {
+    pub generation: GenerationNum,
+    pub lsn: Lsn,
+}
+
+impl Marker {
+    /// Reads the payload of the logical message that asks for this frame: the number, four bytes.
+    pub fn from_payload(payload: &[u8], lsn: Lsn) -> Result<Self, Malformed> {
+        let mut from = Reader::new(payload);
+        let generation = GenerationNum(from.u32()?);
+        from.finish()?;
+        Ok(Marker { generation, lsn })
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StreamFrame<'a> {
     Begin(Begin<'a>),
@@ -154,6 +171,7 @@ pub enum StreamFrame<'a> {
     CommitPrepared(Prepared<'a>),
     RollbackPrepared(Prepared<'a>),
     FinishUser(UserFinish<'a>),
+    Marker(Marker),
 }
 
 pub(super) mod tag {
@@ -169,6 +187,7 @@ pub(super) mod tag {
     pub const COMMIT_PREPARED: u8 = 10;
     pub const ROLLBACK_PREPARED: u8 = 11;
     pub const FINISH_USER: u8 = 12;
+    pub const MARKER: u8 = 13;
 }
 
 pub(super) const OLD_ABSENT: u8 = 0;
@@ -223,6 +242,10 @@ impl<'a> StreamFrame<'a> {
                 commit: from.flag()?,
                 lsn: from.lsn()?,
             }),
+            tag::MARKER => StreamFrame::Marker(Marker {
+                generation: GenerationNum(from.u32()?),
+                lsn: from.lsn()?,
+            }),
             _ => return Err(Malformed("unknown frame")),
         })
     }
@@ -241,6 +264,7 @@ impl<'a> StreamFrame<'a> {
             StreamFrame::CommitPrepared(_) => tag::COMMIT_PREPARED,
             StreamFrame::RollbackPrepared(_) => tag::ROLLBACK_PREPARED,
             StreamFrame::FinishUser(_) => tag::FINISH_USER,
+            StreamFrame::Marker(_) => tag::MARKER,
         }
     }
 
@@ -286,6 +310,10 @@ impl<'a> StreamFrame<'a> {
                 out.put_text(finish.name);
                 out.push(u8::from(finish.commit));
                 out.put(&finish.lsn.0.to_le_bytes());
+            }
+            StreamFrame::Marker(marker) => {
+                out.put(&marker.generation.0.to_le_bytes());
+                out.put(&marker.lsn.0.to_le_bytes());
             }
         }
     }

@@ -266,6 +266,16 @@ proptest! {
     }
 
     #[test]
+    fn markers_are_read_back(generation in any::<u32>(), lsn in any::<u64>()) {
+        let marker = Marker::from_payload(&generation.to_le_bytes(), Lsn(lsn)).unwrap();
+        let mut out = MessageWriter::new();
+        out.frame(&StreamFrame::Marker(marker));
+        let frame = Message::parse(out.bytes()).unwrap().frames().next().unwrap().unwrap();
+        prop_assert_eq!(frame, StreamFrame::Marker(marker));
+        prop_assert!(Marker::from_payload(&[1, 2, 3], Lsn(lsn)).is_err());
+    }
+
+    #[test]
     fn ends_of_transactions_are_read_back(
         gid in any_gid(), name in "[a-z0-9-]{0,80}", lsn in any::<u64>(), flag in any::<bool>(),
     ) {

@@ -40,10 +40,12 @@ pub struct Machine {
     kernel: String,
     server: String,
     load: String,
+    /// The commit that is measured.
+    revision: String,
 }
 
 impl Machine {
-    /// Reads `/proc`; to be called before the servers start, for the load.
+    /// Reads `/proc` and asks git; to be called before the servers start, for the load.
     ///
     /// # Errors
     /// When PostgreSQL is not installed.
@@ -68,6 +70,7 @@ impl Machine {
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             server: Source::packaged()?.ask("--version")?,
             load: load(),
+            revision: revision(),
         })
     }
 }
@@ -163,7 +166,7 @@ impl<'a> Report<'a> {
         format!(
             "Command: `cargo xtask bench --seconds {seconds} --repetitions {repetitions} --scale {scale}` ({}).\n\
              Machine: {} cores of {}, {} GiB, Linux {}; load average {} before and {} after; servers, clients and data (in memory, where there is room) on this one machine, {}.\n",
-            revision(),
+            machine.revision,
             machine.cores,
             machine.processor,
             machine.memory_gib,

@@ -1,9 +1,10 @@
 //! Answers to the views.
 
-use super::super::event::{Ended, Fate, InFlight, Question};
+use super::super::counters;
+use super::super::event::{Fate, InFlight, Question};
 use super::Arbiter;
 use crate::pg::shared::shared;
-use protocol::Source;
+use protocol::Ballot;
 
 /// Transactions in flight that a view shows at most; they fit the board.
 const IN_FLIGHT_SHOWN: usize = 2000;
@@ -20,7 +21,7 @@ impl Arbiter {
                     .map(|view| InFlight {
                         gid: view.gid,
                         state: view.state.as_str().to_owned(),
-                        ballot: view.ballot.to_string(),
+                        ballot: (view.ballot != Ballot::NONE).then(|| view.ballot.to_string()),
                         resolving: view.resolving,
                         age_ms: view.age_ms,
                         missing: view.missing,
@@ -29,18 +30,7 @@ impl Arbiter {
                 shared().board.answer(number, &rows);
             }
             Question::Counters => {
-                let counters = self.core.counters();
-                let own = counters.own().map(|ended| (true, ended));
-                let foreign = counters.foreign().map(|ended| (false, ended));
-                let rows: Vec<Ended> = own
-                    .chain(foreign)
-                    .map(|(own, (decision, source, count))| Ended {
-                        own,
-                        decision,
-                        reason: reason(source).to_owned(),
-                        count,
-                    })
-                    .collect();
+                let rows = counters::rows(self.core.counters(), &self.refusals);
                 shared().board.answer(number, &rows);
             }
             Question::Fate { gid } => {
@@ -52,18 +42,5 @@ impl Arbiter {
                 shared().board.answer(number, &fate);
             }
         }
-    }
-}
-
-/// Why a transaction ended as it did, in the words of `mtm.stat_commits`.
-fn reason(source: Source) -> &'static str {
-    match source {
-        Source::Central => "a majority has precommitted",
-        Source::VotedNo => "a node voted no",
-        Source::Resolver => "this node resolved it",
-        Source::Refused => "this node refused it",
-        Source::Told => "another node said so",
-        Source::Stream => "read in the coordinator's stream",
-        Source::Log => "found in the transaction log",
     }
 }

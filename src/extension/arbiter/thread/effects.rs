@@ -2,6 +2,7 @@
 
 use super::super::durable::RECORDS_MAX;
 use super::super::event::FinishOrder;
+use super::super::trace;
 use super::super::user_votes::UserTally;
 use super::Arbiter;
 use super::main_link::{LogLevel, ToMain};
@@ -22,6 +23,7 @@ impl Arbiter {
                 self.order.hold(gid, effect);
                 continue;
             }
+            self.trace(|| trace::effect(&effect));
             match effect {
                 Effect::Persist { gid, record } => match self.tuples.of(gid) {
                     Some(tuple) => self.order.persist(gid, tuple, record.to_bytes()),
@@ -33,10 +35,10 @@ impl Arbiter {
                     {
                         pending_record = Some((gid, tuple, record.to_bytes()));
                     }
-                    // The backend that hears the outcome finishes at once: the record must be durable before.
+                    // The backend that hears the outcome finishes at once, and its flush takes the record along.
                     Some(tuple) if matches!(effects.peek(), Some(Effect::Reply { gid: next, .. }) if *next == gid) =>
                     {
-                        self.order.persist(gid, tuple, record.to_bytes());
+                        self.order.write_before(gid, tuple, record.to_bytes());
                     }
                     Some(tuple) => self.order.write(tuple, record.to_bytes()),
                     None => self.out_of_records(gid),
@@ -57,7 +59,10 @@ impl Arbiter {
     fn carry_out_simple(&mut self, effect: Effect) {
         match effect {
             Effect::Send { to, msg } if to == self.node => self.to_self.push_back(msg),
-            Effect::Send { to, msg } => self.send(to, &msg),
+            Effect::Send { to, msg } => {
+                self.note_proposal(&msg);
+                self.send(to, &msg);
+            }
             Effect::Free { gid } => {
                 if let Some(tuple) = self.tuples.taken_by(gid) {
                     self.order.clear(gid, tuple);
@@ -67,7 +72,7 @@ impl Arbiter {
             Effect::PeersFinished { gid } => {
                 if let Some(waiting) = self.waiting.remove(&gid) {
                     let slot = &shared::backends()[waiting.backend as usize];
-                    slot.peers_finished.store(gid.xid, Ordering::Release);
+                    slot.tell_peers_finished(gid.xid);
                     shared::wake_proc(waiting.backend as usize);
                 }
             }
@@ -111,8 +116,15 @@ impl Arbiter {
             return;
         }
         let code = match result {
-            Outcome::Commit { .. } => outcome::COMMIT,
+            Outcome::Commit { .. } => {
+                self.note_commit(gid);
+                if !waiting.wait_peers {
+                    self.waiting.remove(&gid);
+                }
+                outcome::COMMIT
+            }
             Outcome::Abort(refusal) => {
+                self.refusals.count(&refusal);
                 slot.refusal.set(&refusal);
                 self.waiting.remove(&gid);
                 outcome::ABORT
@@ -120,7 +132,7 @@ impl Arbiter {
             Outcome::Unknown => outcome::UNKNOWN,
         };
         hit_in_thread(Failpoint::BeforeReply);
-        slot.outcome.store(code, Ordering::Release);
+        slot.tell_outcome(gid.xid, code);
         shared::wake_proc(waiting.backend as usize);
         hit_in_thread(Failpoint::AfterReply);
     }
@@ -142,7 +154,8 @@ impl Arbiter {
         match event {
             // Every transaction has one, and conflicts are ordinary: not for the log.
             Event::Decided {
-                source: Source::Central | Source::Told | Source::VotedNo | Source::Refused,
+                source:
+                    Source::Central | Source::Fast | Source::Told | Source::VotedNo | Source::Refused,
                 ..
             } => {}
             event => self.main.log(LogLevel::Info, format!("{event:?}")),

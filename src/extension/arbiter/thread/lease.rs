@@ -17,6 +17,8 @@ const TIMES_TAG: u16 = 3;
 const LASTS_OF_SILENCE: u64 = 4;
 /// It lasts at least so many heartbeats, or it would end between two of them.
 const LASTS_HALF_HEARTBEATS: u64 = 5;
+/// The longest promise, milliseconds: after a start, a node takes all of its earlier life for running that long.
+pub const LASTS_MS_MAX: Millis = 2_000;
 /// Parts of the time between heartbeats within which a node is answered once only.
 const ANSWERS_PER_HEARTBEAT: u64 = 4;
 
@@ -73,6 +75,25 @@ impl LeaseKeeper {
         }
     }
 
+    /// Only these nodes are promised anything from now on.
+    pub fn withhold_from_all_but(&mut self, members: NodeSet) {
+        self.leases.withhold_from_all_but(members);
+    }
+
+    /// The peer serves nothing any more.
+    pub fn released_by(&mut self, peer: NodeId) {
+        self.leases.released_by(peer);
+    }
+
+    /// Those of the nodes to which no promise is running.
+    pub fn unbound(&self, mesh: &MeshHandle, nodes: NodeSet) -> NodeSet {
+        let now = mesh.now_ms();
+        nodes
+            .iter()
+            .filter(|node| self.leases.bound_until(NodeSet::EMPTY.with(*node)) <= now)
+            .collect()
+    }
+
     /// The heartbeat times that hold here.
     pub fn times(&self) -> HeartbeatTimes {
         self.times
@@ -98,7 +119,7 @@ pub fn times_of(heartbeat: &Heartbeat) -> Option<HeartbeatTimes> {
 }
 
 /// The bytes that a heartbeat carries under a tag.
-fn extra_of(heartbeat: &Heartbeat, tag: u16) -> Option<&[u8]> {
+pub fn extra_of(heartbeat: &Heartbeat, tag: u16) -> Option<&[u8]> {
     let mut extras = heartbeat.extras.iter();
     extras
         .find(|(found, _)| *found == tag)
@@ -106,7 +127,8 @@ fn extra_of(heartbeat: &Heartbeat, tag: u16) -> Option<&[u8]> {
 }
 
 fn duration(times: HeartbeatTimes) -> Millis {
-    (times.recv_ms / LASTS_OF_SILENCE).max(times.send_ms * LASTS_HALF_HEARTBEATS / 2)
+    let lasts = (times.recv_ms / LASTS_OF_SILENCE).max(times.send_ms * LASTS_HALF_HEARTBEATS / 2);
+    lasts.min(LASTS_MS_MAX)
 }
 
 fn grants_of(heartbeat: &Heartbeat) -> Vec<Grant> {

@@ -5,15 +5,19 @@ use super::super::user_votes::UserTally;
 use super::main_link::{HeartbeatTimes, LogLevel};
 use super::{Arbiter, lease};
 use crate::failpoint::{self, hit_in_thread};
-use crate::pg::shared::{NodeStatus, shared};
+use crate::pg::shared::shared;
 use mesh::MeshEvent;
-use protocol::{Decision, Input, Message, NodeId, NodeSet, Refusal, Vote};
+use protocol::membership::MembershipInput;
+use protocol::{Decision, Input, Message, NodeId, NodeSet, Refusal};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use wire::frame::Heartbeat;
 
 /// Tag of a heartbeat's extra: the nodes that the sender talks to and whose streams it receives, as a bit set.
 const RECEIVING_TAG: u16 = 1;
+
+/// Time for a good-bye to leave before the connections are closed.
+pub(super) const LEAVING_PAUSE: Duration = Duration::from_millis(60);
 
 fn view_of(heartbeat: &Heartbeat) -> NodeSet {
     heartbeat
@@ -39,6 +43,7 @@ impl Arbiter {
                     format!("arbiter connected to node {}", peer.get()),
                 );
                 self.input(Input::LinkUp { peer, epoch });
+                self.member_input(MembershipInput::LinkUp { peer });
             }
             MeshEvent::Down { peer, reason } => {
                 self.linked.remove(peer);
@@ -53,10 +58,16 @@ impl Arbiter {
                     self.answer_user(gid, UserTally::Refused(unreachable_peer(peer)));
                 }
                 self.input(Input::LinkDown { peer });
+                self.member_input(MembershipInput::LinkDown { peer });
             }
             MeshEvent::Messages { from, batch } => {
                 for msg in batch {
-                    self.note_vote_delay(from, &msg);
+                    if let Message::Membership(msg) = msg {
+                        self.member_input(MembershipInput::Message { from, msg });
+                        continue;
+                    }
+                    self.trace_message(&msg, "from", from);
+                    self.note_delay(from, &msg);
                     self.stop_hopeless_apply(&msg);
                     match self.user_votes.count(from, &msg) {
                         Some((gid, tally)) => self.answer_user(gid, tally),
@@ -67,11 +78,13 @@ impl Arbiter {
             MeshEvent::Heartbeat { from, heartbeat } => {
                 let node = shared().node(from);
                 node.heartbeats.fetch_add(1, Ordering::Relaxed);
+                node.flushed.store(heartbeat.flushed.0, Ordering::Relaxed);
                 node.connectivity
                     .store(u32::from(heartbeat.connected.bits()), Ordering::Relaxed);
                 self.peer_views.insert(from, view_of(&heartbeat));
                 self.compare_times(from, &heartbeat);
                 self.leases.on_heartbeat(from, &heartbeat, &self.mesh);
+                self.hear_members(from, &heartbeat);
                 self.refresh_status();
                 self.leases.answer(from, &self.mesh);
             }
@@ -144,22 +157,6 @@ impl Arbiter {
         }
     }
 
-    fn note_vote_delay(&self, from: NodeId, msg: &Message) {
-        if let Message::Vote {
-            gid,
-            vote: Vote::Yes,
-        } = msg
-            && let Some(waiting) = self.waiting.get(gid)
-        {
-            let node = shared().node(from);
-            node.vote_delay_us.fetch_add(
-                waiting.since.elapsed().as_micros() as u64,
-                Ordering::Relaxed,
-            );
-            node.vote_delays.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
     /// A transaction that is already aborted elsewhere need not be applied to its end.
     fn stop_hopeless_apply(&self, msg: &Message) {
         if let Message::Decided {
@@ -181,11 +178,11 @@ impl Arbiter {
             .collect()
     }
 
-    /// Online while every node is connected with this one in both directions.
+    /// Online while changes flow between all members, in both directions.
     pub(super) fn refresh_status(&mut self) {
         let view = self.view();
         self.publish_view(view);
-        let complete = self.configured.iter().all(|peer| {
+        let complete = self.members.current().iter().all(|peer| {
             peer == self.node
                 || (view.contains(peer)
                     && self
@@ -193,11 +190,7 @@ impl Arbiter {
                         .get(&peer)
                         .is_some_and(|theirs| theirs.contains(self.node)))
         });
-        let status = match (complete, shared().status()) {
-            (true, _) => NodeStatus::Online,
-            (false, NodeStatus::Starting) => NodeStatus::Starting,
-            (false, _) => NodeStatus::Degraded,
-        };
+        let status = self.members.status(shared().status(), complete);
         if status != shared().status() {
             self.main.log(
                 LogLevel::Info,
@@ -207,7 +200,13 @@ impl Arbiter {
         }
     }
 
+    /// Puts what has changed into the next heartbeats.
+    pub(super) fn publish(&self) {
+        self.publish_view(self.view());
+    }
+
     pub(super) fn send(&self, to: NodeId, msg: &Message) {
+        self.trace_message(msg, "to", to);
         let (before, after) = failpoint::around(msg);
         hit_in_thread(before);
         if let Err(error) = self.mesh.send(to, msg) {
@@ -232,7 +231,8 @@ impl Arbiter {
     fn publish_view(&self, view: NodeSet) {
         let heartbeat = Heartbeat {
             generation: shared().generation(),
-            online_generation: shared().generation(),
+            online_generation: shared().online_in(),
+            flushed: protocol::Lsn(shared().node(self.node).flushed.load(Ordering::Relaxed)),
             received: self
                 .configured
                 .iter()
@@ -247,6 +247,7 @@ impl Arbiter {
             extras: [(RECEIVING_TAG, view.bits().to_le_bytes().to_vec())]
                 .into_iter()
                 .chain(self.leases.extras())
+                .chain(self.members.extra())
                 .collect(),
             ..Heartbeat::default()
         };

@@ -2,14 +2,23 @@
 
 use super::super::durable::Batch;
 use crate::pg::shared::shared;
-use protocol::{Decision, Gid};
+use protocol::membership::MEMBERSHIP_RECORD_BYTES;
+use protocol::{Decision, GenerationNum, Gid};
 
 /// What the main thread is asked to do.
 pub enum ToMain {
-    /// Write the records, flush if somebody waits, and answer with `FromMain::Durable`.
+    /// Write the records, answer, flush if somebody waits for that, and answer again: `FromMain::Recorded`.
     Write(Batch),
     /// Look into pg_xact for the outcome of a transaction of this node.
     LookUp(Gid),
+    /// Write and flush the membership's record, and answer with `FromMain::MembershipDurable`.
+    WriteMembership([u8; MEMBERSHIP_RECORD_BYTES]),
+    /// Write and flush the marker of the generation, and answer with `FromMain::MarkerWritten`.
+    WriteMarker(GenerationNum),
+    /// Look whether a transaction of an older generation is prepared here, and answer with `FromMain::Drained`.
+    LookForOlder(GenerationNum),
+    /// What was recovered need not be known by name any more.
+    ForgetRecovered,
     /// Something for the server log.
     Log(LogRecord),
 }
@@ -22,6 +31,8 @@ pub struct LogRecord {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum LogLevel {
+    /// A step of one transaction.
+    Debug,
     Info,
     Warning,
 }
@@ -35,10 +46,16 @@ pub struct HeartbeatTimes {
 
 /// What the main thread answers.
 pub enum FromMain {
-    Durable(Vec<Gid>),
+    Recorded(Vec<Gid>),
     Outcome {
         gid: Gid,
         outcome: Option<Decision>,
+    },
+    MembershipDurable,
+    MarkerWritten(GenerationNum),
+    Drained {
+        num: GenerationNum,
+        drained: bool,
     },
     /// The main thread works: this node may speak to its peers for another while.
     Alive,

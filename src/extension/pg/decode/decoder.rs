@@ -5,10 +5,11 @@ use super::values::{Deformed, Scratch};
 use crate::decode::{self, Environment};
 use pgrx::pg_sys;
 use protocol::{Csn, Gid, Lsn, NodeId};
-use std::ffi::CStr;
+use std::collections::HashMap;
+use std::ffi::{CStr, CString};
 use wire::stream::{
-    Begin, Deps, MessageWriter, OldRowWriter, Prepare, Prepared, RelationId, ReplicaIdentity,
-    RowWriter, StreamFrame, Text, UserFinish,
+    Begin, Deps, Marker, MessageWriter, OldRowWriter, Prepare, Prepared, RelationId,
+    ReplicaIdentity, RowWriter, StreamFrame, Text, UserFinish,
 };
 
 /// A message leaves when it is longer than this.
@@ -23,6 +24,12 @@ pub struct Decoder {
     environment: Environment,
     /// Stored bytes may be sent: the receiver runs this major version.
     raw: bool,
+    /// The receiver wants the transactions of all nodes, each at its commit.
+    recovers: bool,
+    /// The prepared transaction that core asked about last: if it commits now, that follows at once.
+    asked: Option<(pg_sys::TransactionId, Gid)>,
+    /// The transaction that is being sent at its commit.
+    committing: Option<Gid>,
     plans: Plans,
     out: MessageWriter,
     old: Deformed,
@@ -35,11 +42,19 @@ pub struct Decoder {
     skipped: u32,
     deps: Vec<(NodeId, Csn)>,
     dep_bytes: Vec<u8>,
+    names: Names,
 }
 
+/// Names of transactions whose PREPARE has been decoded, by xid, until they end. See [`Decoder::take_name`].
+type Names = HashMap<u32, CString>;
+
 /// The transaction's name in PostgreSQL.
-fn name_of(transaction: &pg_sys::ReorderBufferTXN) -> Text<'_> {
-    // SAFETY: a prepared transaction has a name, a zero-terminated string that lives as long as it.
+fn name_of<'t>(transaction: &'t pg_sys::ReorderBufferTXN, names: &'t Names) -> Text<'t> {
+    if transaction.gid.is_null() {
+        let taken = names.get(&transaction.xid.into_inner());
+        return Text(taken.map_or(&[], |name| name.to_bytes()));
+    }
+    // SAFETY: a zero-terminated string that lives as long as the transaction.
     unsafe { Text(CStr::from_ptr(transaction.gid).to_bytes()) }
 }
 
@@ -63,6 +78,9 @@ impl Decoder {
         Decoder {
             environment,
             raw: decode::same_major(publications, pg_sys::PG_VERSION_NUM / 10_000),
+            recovers: decode::recovers(publications),
+            asked: None,
+            committing: None,
             plans: Plans::default(),
             out: MessageWriter::new(),
             old: Deformed::default(),
@@ -73,12 +91,13 @@ impl Decoder {
             skipped: 0,
             deps: Vec::new(),
             dep_bytes: Vec::new(),
+            names: Names::new(),
         }
     }
 
     /// The transaction as the cluster knows it; a user's own prepared transaction gets a number here.
     fn gid_of(&self, transaction: &pg_sys::ReorderBufferTXN) -> Gid {
-        let name = std::str::from_utf8(name_of(transaction).as_bytes());
+        let name = std::str::from_utf8(name_of(transaction, &self.names).as_bytes());
         if let Some((_, gid)) = name.ok().and_then(Gid::parse) {
             return gid;
         }
@@ -116,9 +135,57 @@ impl Decoder {
         self.sending
     }
 
-    /// A transaction begins that is not sent.
-    pub fn ignore(&mut self) {
+    /// Whether the receiver recovers from this node.
+    pub fn recovers(&self) -> bool {
+        self.recovers
+    }
+
+    /// Whether a prepared transaction is decoded at its commit only. A user's own never is: nobody knows when that comes.
+    pub fn is_for_commit(&mut self, xid: pg_sys::TransactionId, name: &CStr) -> bool {
+        if !self.recovers {
+            return false;
+        }
+        let gid = name.to_str().ok().and_then(Gid::parse);
+        self.asked = gid.map(|(_, gid)| (xid, gid));
+        self.asked.is_some()
+    }
+
+    /// A transaction begins that has committed. It is sent to a receiver that recovers if it was prepared before, or says itself that it is one
+    /// of the cluster; all others are local.
+    pub fn begin_commit(&mut self, transaction: &pg_sys::ReorderBufferTXN) {
         self.sending = false;
+        self.committing = None;
+        let asked = self.asked.take().filter(|(xid, _)| *xid == transaction.xid);
+        if let Some((_, gid)) = asked.filter(|_| self.recovers) {
+            self.send_committed(gid, transaction);
+        }
+    }
+
+    fn send_committed(&mut self, gid: Gid, transaction: &pg_sys::ReorderBufferTXN) {
+        self.out.reset(BUFFER_BYTES_MAX);
+        self.transaction += 1;
+        self.sending = true;
+        self.committing = Some(gid);
+        self.out.frame(&StreamFrame::Begin(Begin {
+            gid,
+            name: Text(b""),
+            prepare_lsn: Lsn(transaction.final_lsn),
+            deps: Deps::NONE,
+        }));
+    }
+
+    /// It ends; true when there is something to send.
+    pub fn end_commit(&mut self, transaction: &pg_sys::ReorderBufferTXN) -> bool {
+        let Some(gid) = self.committing.take() else {
+            return false;
+        };
+        self.sending = false;
+        self.out.frame(&StreamFrame::Prepare(Prepare {
+            gid,
+            end_lsn: Lsn(transaction.end_lsn),
+            aborted: false,
+        }));
+        true
     }
 
     /// Notes a change that is not sent; true when the receiver should hear from us meanwhile.
@@ -136,9 +203,10 @@ impl Decoder {
         self.dep_bytes.clear();
         (self.environment.visible)(&mut self.deps);
         Deps::describe(&self.deps, &mut self.dep_bytes);
+        let gid = self.gid_of(transaction);
         self.out.frame(&StreamFrame::Begin(Begin {
-            gid: self.gid_of(transaction),
-            name: name_of(transaction),
+            gid,
+            name: name_of(transaction, &self.names),
             prepare_lsn: Lsn(transaction.final_lsn),
             deps: Deps::from_bytes(&self.dep_bytes).unwrap_or(Deps::NONE),
         }));
@@ -154,12 +222,32 @@ impl Decoder {
         }));
     }
 
+    /// Takes the name away from a transaction whose PREPARE was sent; to be called at the end of the prepare callback.
+    ///
+    /// Core gives it another copy at its COMMIT or ROLLBACK PREPARED and forgets to free this one: 80 bytes for each transaction, in the
+    /// walsender's longest-lived context. One that is decoded only at its end gets no other copy: so the name is kept here.
+    ///
+    /// # Safety
+    /// Core's transaction, which nobody else reads meanwhile.
+    pub unsafe fn take_name(&mut self, transaction: *mut pg_sys::ReorderBufferTXN) {
+        // SAFETY: the name was allocated with palloc by core, which frees it only where it is not null.
+        unsafe {
+            let name = (*transaction).gid;
+            if !name.is_null() {
+                let kept = CStr::from_ptr(name).to_owned();
+                self.names.insert((*transaction).xid.into_inner(), kept);
+                (*transaction).gid = std::ptr::null_mut();
+                pg_sys::pfree(name.cast());
+            }
+        }
+    }
+
     /// It was committed or rolled back.
     pub fn finish(&mut self, transaction: &pg_sys::ReorderBufferTXN, committed: bool) {
         self.out.reset(BUFFER_BYTES_MAX);
         let end = Prepared {
             gid: self.gid_of(transaction),
-            name: name_of(transaction),
+            name: name_of(transaction, &self.names),
             end_lsn: Lsn(transaction.end_lsn),
         };
         self.out.frame(&if committed {
@@ -167,10 +255,22 @@ impl Decoder {
         } else {
             StreamFrame::RollbackPrepared(end)
         });
+        self.names.remove(&transaction.xid.into_inner());
     }
 
     /// A logical message within the transaction.
-    pub fn transactional_message(&mut self, prefix: &CStr, payload: &[u8]) {
+    pub fn transactional_message(
+        &mut self,
+        prefix: &CStr,
+        payload: &[u8],
+        transaction: &pg_sys::ReorderBufferTXN,
+    ) {
+        if self.recovers && prefix == decode::RECOVERED_PREFIX {
+            let gid = std::str::from_utf8(payload).ok().and_then(Gid::parse);
+            if let Some((_, gid)) = gid {
+                self.send_committed(gid, transaction);
+            }
+        }
         if !self.sending {
             return;
         }
@@ -183,12 +283,16 @@ impl Decoder {
 
     /// A logical message outside of any transaction; false when it is not for the receivers.
     pub fn lone_message(&mut self, prefix: &CStr, payload: &[u8], lsn: Lsn) -> bool {
-        if prefix != decode::FINISH_PREFIX {
+        let frame = if prefix == decode::FINISH_PREFIX {
+            UserFinish::from_payload(payload, lsn).map(StreamFrame::FinishUser)
+        } else if prefix == decode::MARKER_PREFIX {
+            Marker::from_payload(payload, lsn).map(StreamFrame::Marker)
+        } else {
             return false;
-        }
+        };
         self.out.reset(BUFFER_BYTES_MAX);
-        match UserFinish::from_payload(payload, lsn) {
-            Ok(finish) => self.out.frame(&StreamFrame::FinishUser(finish)),
+        match frame {
+            Ok(frame) => self.out.frame(&frame),
             Err(error) => pgrx::error!("cannot decode a logical message: {error}"),
         }
         true

@@ -66,8 +66,12 @@ unsafe extern "C-unwind" fn startup(
         return;
     };
     let decoder = Box::new(Decoder::new(environment, &named));
-    // SAFETY: the context keeps the pointer for us until `shutdown`.
-    unsafe { (*context).output_plugin_private = Box::into_raw(decoder).cast() };
+    // SAFETY: the context keeps the pointer for us until `shutdown`. A slot that was copied knows nothing of PREPARE: with the option given, core asks
+    // `filter_prepare`, which is how the name of a transaction is learnt that is decoded at its commit.
+    unsafe {
+        (*context).twophase_opt_given = true;
+        (*context).output_plugin_private = Box::into_raw(decoder).cast();
+    }
 }
 
 /// The value of the option `publication_names`; all other options are core's business and mean nothing here.
@@ -107,37 +111,45 @@ unsafe extern "C-unwind" fn shutdown(context: Context) {
     }
 }
 
-/// What was applied here is in the stream of the node where it ran.
+/// What was applied here is in the stream of the node where it ran; a node that recovers gets it from here nevertheless.
 #[pg_guard]
 unsafe extern "C-unwind" fn filter_by_origin(
-    _context: Context,
+    context: Context,
     origin: pg_sys::RepOriginId,
 ) -> bool {
-    origin != 0
+    // SAFETY: core calls with the context given to `startup`.
+    origin != 0 && !unsafe { decoder(context) }.recovers()
 }
 
-/// Every prepared transaction is decoded at its PREPARE, the users' own included.
+/// Every prepared transaction is decoded at its PREPARE, the users' own included; for a node that recovers, the cluster's at their commit.
 #[pg_guard]
 unsafe extern "C-unwind" fn filter_prepare(
-    _context: Context,
-    _xid: pg_sys::TransactionId,
-    _name: *const c_char,
+    context: Context,
+    xid: pg_sys::TransactionId,
+    name: *const c_char,
 ) -> bool {
-    false
+    // SAFETY: core calls with the context given to `startup`, and a zero-terminated name.
+    unsafe { decoder(context).is_for_commit(xid, CStr::from_ptr(name)) }
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn begin(context: Context, _transaction: Transaction) {
-    // SAFETY: core calls with the context given to `startup`.
-    unsafe { decoder(context) }.ignore();
+unsafe extern "C-unwind" fn begin(context: Context, transaction: Transaction) {
+    // SAFETY: core's context and transaction, valid for this call.
+    unsafe { decoder(context).begin_commit(&*transaction) }
 }
 
 #[pg_guard]
 unsafe extern "C-unwind" fn commit(
-    _context: Context,
-    _transaction: Transaction,
+    context: Context,
+    transaction: Transaction,
     _lsn: pg_sys::XLogRecPtr,
 ) {
+    // SAFETY: core's context and transaction, valid for this call.
+    unsafe {
+        if decoder(context).end_commit(&*transaction) {
+            flush(context);
+        }
+    }
 }
 
 #[pg_guard]
@@ -157,6 +169,7 @@ unsafe extern "C-unwind" fn prepare(
         decoder(context).prepare(&*transaction);
         hit(Failpoint::DecodePrepare);
         flush(context);
+        decoder(context).take_name(transaction);
     }
 }
 
@@ -228,7 +241,7 @@ unsafe extern "C-unwind" fn truncate(
 #[pg_guard]
 unsafe extern "C-unwind" fn message(
     context: Context,
-    _transaction: Transaction,
+    transaction: Transaction,
     lsn: pg_sys::XLogRecPtr,
     transactional: bool,
     prefix: *const c_char,
@@ -244,7 +257,7 @@ unsafe extern "C-unwind" fn message(
             length => std::slice::from_raw_parts(payload.cast::<u8>(), length),
         };
         if transactional {
-            decoder.transactional_message(prefix, payload);
+            decoder.transactional_message(prefix, payload, &*transaction);
         } else if decoder.lone_message(prefix, payload, Lsn(lsn)) {
             flush(context);
         }

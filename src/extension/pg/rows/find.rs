@@ -3,6 +3,7 @@
 use super::super::memory;
 use super::identity::{self, Search};
 use super::segment::{OpenTable, Statement};
+use super::target;
 use super::values::RowArrays;
 use pgrx::pg_sys;
 
@@ -58,6 +59,7 @@ pub unsafe fn find(statement: &mut Statement, table: &mut OpenTable) -> Found {
 /// # Safety
 /// `table.found` holds the row that the transaction has written.
 unsafe fn wait_for(writer: pg_sys::TransactionId, table: &mut OpenTable) {
+    target::begin_to_wait();
     // SAFETY: as the caller promises. The row's page is let go: one must not wait with it pinned.
     unsafe {
         let mut place = (*table.found).tts_tid;

@@ -28,7 +28,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use wire::stream::{Malformed, Relation, RelationId, StreamFrame, Truncate};
 
-pub use target::current_target;
+pub use target::{current_target, tell_waits_to};
 
 thread_local! {
     static KNOWN: RefCell<KnownRelations> = RefCell::default();

@@ -2,7 +2,7 @@
 
 use super::plan::TablePlan;
 use crate::apply::rows::key_text;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
 use wire::stream::Field;
@@ -10,6 +10,7 @@ use wire::stream::Field;
 thread_local! {
     static TARGET: RefCell<Target> = RefCell::default();
     static CHECKED: RefCell<Checked> = RefCell::default();
+    static LISTENER: Cell<Option<fn(&str)>> = const { Cell::new(None) };
 }
 
 #[derive(Default, Clone)]
@@ -59,6 +60,18 @@ pub fn current_target() -> Option<String> {
             target.key(table)
         ))
     })
+}
+
+/// Has `listener` told the row in hand whenever this process is about to wait for others to let go of it.
+pub fn tell_waits_to(listener: fn(&str)) {
+    LISTENER.set(Some(listener));
+}
+
+/// The row in hand is about to be waited for.
+pub fn begin_to_wait() {
+    if let (Some(listener), Some(target)) = (LISTENER.get(), current_target()) {
+        listener(&target);
+    }
 }
 
 pub fn clear() {

@@ -1,0 +1,206 @@
+//! A node is lost under load: the others go on by themselves, and it comes back by itself.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use multimaster_tests::{OwnCase, Session, cases, with_cluster};
+use postgres::{Client, NoTls};
+use xtask::cluster::{Cluster, wait_for};
+use xtask::installation::Installation;
+use xtask::suite::Size;
+
+pub fn cases() -> Vec<OwnCase> {
+    cases![
+        survivors_of_a_killed_node_go_on,
+        a_node_returns_while_the_load_goes_on,
+        two_nodes_of_three_die_and_return
+    ]
+}
+
+/// How long anything may take that is awaited.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Load before and after the loss.
+const LOAD: Duration = Duration::from_secs(2);
+/// Nodes (from 0) that are lost first and second.
+const LOST: usize = 2;
+const LOST_TOO: usize = 1;
+
+/// How long a node is away while the load goes on.
+fn absence() -> Duration {
+    Duration::from_secs(match Size::chosen() {
+        Size::Ci => 5,
+        Size::Full => 120,
+        Size::Long => 300,
+    })
+}
+
+/// Clients that count rows up, each on its node.
+struct Load {
+    stop: Arc<AtomicBool>,
+    clients: Vec<JoinHandle<Vec<Instant>>>,
+}
+
+impl Load {
+    fn start(cluster: &Cluster, nodes: &[usize]) -> Load {
+        let stop = Arc::new(AtomicBool::new(false));
+        let clients = nodes
+            .iter()
+            .enumerate()
+            .map(|(client, &node)| {
+                let conninfo = format!("{} connect_timeout=5", cluster.nodes[node].conninfo());
+                let stop = Arc::clone(&stop);
+                std::thread::spawn(move || count_up(client, &conninfo, &stop))
+            })
+            .collect();
+        Load { stop, clients }
+    }
+
+    /// When each client's commits were answered.
+    fn stop(self) -> Result<Vec<Vec<Instant>>> {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut all = Vec::new();
+        for client in self.clients {
+            match client.join() {
+                Ok(commits) => all.push(commits),
+                Err(_) => bail!("a client panicked"),
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// Inserts one row after the other; whatever is refused is tried again.
+fn count_up(client: usize, conninfo: &str, stop: &AtomicBool) -> Vec<Instant> {
+    let mut commits = Vec::new();
+    let mut session: Option<Client> = None;
+    while !stop.load(Ordering::Relaxed) {
+        let Some(open) = session.as_mut().filter(|session| !session.is_closed()) else {
+            session = Client::connect(conninfo, NoTls).ok();
+            continue;
+        };
+        let sql = format!("INSERT INTO line VALUES ({client}, {})", commits.len());
+        if open.batch_execute(&sql).is_ok() {
+            commits.push(Instant::now());
+        }
+    }
+    commits
+}
+
+/// The longest time without a commit of a client, from `since` on.
+fn longest_gap(commits: &[Instant], since: Instant) -> Duration {
+    let last_before = commits.iter().rev().find(|at| **at <= since).copied();
+    let after = commits.iter().copied().filter(|at| *at > since);
+    let moments: Vec<Instant> = last_before.into_iter().chain(after).collect();
+    let gaps = moments.windows(2).map(|pair| pair[1] - pair[0]);
+    gaps.max().unwrap_or_default()
+}
+
+fn create(cluster: &Cluster) -> Result<()> {
+    Session::new(cluster.connect(0)?).run("CREATE TABLE line (client int, n int)")
+}
+
+/// Every commit that was answered is there, on every node.
+fn check_rows(cluster: &Cluster, commits: &[Vec<Instant>]) -> Result<()> {
+    xtask::checks::whole(cluster, PATIENCE)?;
+    for (client, commits) in commits.iter().enumerate() {
+        let found = Session::new(cluster.connect(0)?).text(&format!(
+            "SELECT count(DISTINCT n) FROM line WHERE client = {client} AND n < {}",
+            commits.len()
+        ))?;
+        ensure!(
+            found == commits.len().to_string(),
+            "client {client} was answered {} commits, {found} are there",
+            commits.len()
+        );
+    }
+    Ok(())
+}
+
+fn await_online(cluster: &Cluster, node: usize) -> Result<()> {
+    wait_for(&format!("node {} to be online", node + 1), PATIENCE, || {
+        let status = cluster
+            .connect(node)
+            .and_then(|client| Session::new(client).text("SELECT status FROM mtm.status()"));
+        Ok(status.is_ok_and(|status| status == "online"))
+    })
+}
+
+fn survivors_of_a_killed_node_go_on(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 3, |cluster| {
+        create(cluster)?;
+        let load = Load::start(cluster, &[0, 1]);
+        std::thread::sleep(LOAD);
+        let killed = Instant::now();
+        cluster.nodes[LOST].kill()?;
+        std::thread::sleep(2 * LOAD);
+        let members =
+            Session::new(cluster.connect(0)?).text("SELECT gen_members FROM mtm.status()")?;
+        let commits = load.stop()?;
+        for (client, commits) in commits.iter().enumerate() {
+            let after = commits.iter().filter(|at| **at > killed).count();
+            println!(
+                "  node {}: longest gap {} ms, {after} commits after the loss",
+                client + 1,
+                longest_gap(commits, killed).as_millis()
+            );
+            ensure!(after > 0, "node {} has committed nothing since", client + 1);
+        }
+        ensure!(members == "{1,2}", "the members are {members}");
+        cluster.nodes[LOST].start()?;
+        await_online(cluster, LOST)?;
+        check_rows(cluster, &commits)
+    })
+}
+
+fn a_node_returns_while_the_load_goes_on(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 3, |cluster| {
+        create(cluster)?;
+        let load = Load::start(cluster, &[0, 1]);
+        std::thread::sleep(LOAD);
+        cluster.nodes[LOST].kill()?;
+        std::thread::sleep(absence());
+        let returned = Instant::now();
+        cluster.nodes[LOST].start()?;
+        let online = await_online(cluster, LOST);
+        let took = returned.elapsed();
+        std::thread::sleep(LOAD);
+        let commits = load.stop()?;
+        online?;
+        let gaps: Vec<u128> = commits
+            .iter()
+            .map(|commits| longest_gap(commits, returned).as_millis())
+            .collect();
+        println!(
+            "  away for {} s, online again {} ms after its start; longest gaps of the others meanwhile {gaps:?} ms",
+            absence().as_secs(),
+            took.as_millis()
+        );
+        check_rows(cluster, &commits)
+    })
+}
+
+/// The last node serves nothing; nothing is lost, and all is well when the others are back.
+fn two_nodes_of_three_die_and_return(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 3, |cluster| {
+        create(cluster)?;
+        let load = Load::start(cluster, &[0, 1]);
+        std::thread::sleep(LOAD);
+        cluster.nodes[LOST].kill()?;
+        std::thread::sleep(LOAD);
+        cluster.nodes[LOST_TOO].kill()?;
+        std::thread::sleep(LOAD);
+        let mut session = Session::new(cluster.connect(0)?);
+        session.refused_with("57P03", "SELECT count(*) FROM line")?;
+        cluster.nodes[LOST].start()?;
+        cluster.nodes[LOST_TOO].start()?;
+        for node in 0..3 {
+            await_online(cluster, node)?;
+        }
+        std::thread::sleep(LOAD);
+        let commits = load.stop()?;
+        check_rows(cluster, &commits)
+    })
+}

@@ -1,0 +1,101 @@
+//! Networks that break in parts: the largest set of nodes that all see each other goes on, and nobody else.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use multimaster_tests::{OwnCase, cases};
+use xtask::cluster::wait_for;
+use xtask::installation::Installation;
+
+use crate::hosts::{Hosts, PATIENCE, with_hosts};
+
+pub fn cases() -> Vec<OwnCase> {
+    cases![
+        five_nodes_split_in_two_and_three_leave_the_three,
+        three_nodes_with_one_link_cut_leave_two,
+        a_node_cut_off_silently_is_missed_for_a_moment
+    ]
+}
+
+fn create(hosts: &Hosts) -> Result<()> {
+    hosts
+        .session(0)?
+        .run("CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t VALUES (1, 0)")
+}
+
+/// The nodes named (from 1) are the members, and each of them writes.
+fn await_members(hosts: &Hosts, members: &[usize]) -> Result<()> {
+    let numbers: Vec<String> = members.iter().map(usize::to_string).collect();
+    let expected = format!("{{{}}}", numbers.join(","));
+    for member in members {
+        let node = member - 1;
+        wait_for(&format!("{expected} on node {member}"), PATIENCE, || {
+            let found = hosts
+                .session(node)
+                .and_then(|mut session| session.text("SELECT gen_members FROM mtm.status()"));
+            Ok(found.is_ok_and(|found| found == expected))
+        })?;
+        wait_for(&format!("a commit on node {member}"), PATIENCE, || {
+            let written = hosts
+                .session(node)
+                .and_then(|mut session| session.run("UPDATE t SET n = n + 1"));
+            Ok(written.is_ok())
+        })?;
+    }
+    Ok(())
+}
+
+fn heal(hosts: &mut Hosts, nodes: usize) -> Result<()> {
+    hosts.network.heal()?;
+    let all: Vec<usize> = (1..=nodes).collect();
+    await_members(hosts, &all)?;
+    (0..nodes).try_for_each(|node| hosts.await_status(node, "online"))?;
+    xtask::checks::whole(&hosts.cluster, PATIENCE)
+}
+
+fn five_nodes_split_in_two_and_three_leave_the_three(installation: &Installation) -> Result<()> {
+    with_hosts(installation, 5, |hosts| {
+        create(hosts)?;
+        hosts.network.split(&[0, 1])?;
+        await_members(hosts, &[3, 4, 5])?;
+        for node in [0, 1] {
+            hosts
+                .session(node)?
+                .refused_with("57P03", "SELECT * FROM t")?;
+        }
+        heal(hosts, 5)
+    })
+}
+
+fn three_nodes_with_one_link_cut_leave_two(installation: &Installation) -> Result<()> {
+    with_hosts(installation, 3, |hosts| {
+        create(hosts)?;
+        hosts.network.cut(1, 2)?;
+        await_members(hosts, &[1, 2])?;
+        hosts.session(2)?.refused_with("57P03", "SELECT * FROM t")?;
+        heal(hosts, 3)
+    })
+}
+
+fn a_node_cut_off_silently_is_missed_for_a_moment(installation: &Installation) -> Result<()> {
+    with_hosts(installation, 3, |hosts| {
+        create(hosts)?;
+        let mut session = hosts.session(0)?;
+        hosts.network.isolate(2)?;
+        let cut = Instant::now();
+        wait_for("a commit without the node", PATIENCE, || {
+            Ok(session.run("UPDATE t SET n = n + 1").is_ok())
+        })?;
+        println!(
+            "  first commit {} ms after the cut",
+            cut.elapsed().as_millis()
+        );
+        await_members(hosts, &[1, 2])?;
+        let status = hosts.session(2)?.text("SELECT status FROM mtm.status()")?;
+        ensure!(
+            status != "online",
+            "the node that was cut off says {status}"
+        );
+        heal(hosts, 3)
+    })
+}
