@@ -254,7 +254,10 @@ fn who_recovers_is_online_at_the_marker_also_when_it_came_early() {
     let effects = bench.close(5);
     assert!(matches!(
         effects[..],
-        [MembershipEffect::WriteMarker { .. }]
+        [
+            MembershipEffect::WriteMarker { .. },
+            MembershipEffect::StopRecovery
+        ]
     ));
     bench.give(MembershipInput::MarkerWritten { num });
     assert!(bench.membership.is_online());
