@@ -1,12 +1,11 @@
-//! `sim seeds <nodes> <first> <last>`, `sim trace <nodes> <seed>`, `sim model [<steps>]`.
+//! `sim seeds <nodes> <first> <last>`, `sim trace <nodes> <seed>`, `sim quick`, `sim model [<steps>]`.
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;
 
 use sim::model::{Scope, search};
 
-const USAGE: &str =
-    "usage: sim seeds <nodes> <first> <last> | sim trace <nodes> <seed> | sim model [<steps>]";
+const USAGE: &str = "usage: sim seeds <nodes> <first> <last> | sim trace <nodes> <seed> | sim quick | sim model [<steps>]";
 
 /// Steps that a search takes when none are given: some minutes.
 const MODEL_STEPS: usize = 5_000_000;
@@ -21,6 +20,7 @@ fn main() -> ExitCode {
     let holds = match (arguments.first().map(String::as_str), numbers.as_deref()) {
         (Some("seeds"), Some([nodes, first, last])) => seeds(*nodes as u8, *first, *last),
         (Some("trace"), Some([nodes, seed])) => trace(*nodes as u8, *seed),
+        (Some("quick"), Some([])) => quick(),
         (Some("model"), Some([])) => model(MODEL_STEPS),
         (Some("model"), Some([steps])) => model(*steps as usize),
         _ => {
@@ -63,10 +63,20 @@ fn trace(nodes: u8, seed: u64) -> bool {
     result.is_ok()
 }
 
-fn model(states_max: usize) -> bool {
-    Scope::standard(states_max).into_iter().all(|scope| {
+/// Scopes that must be searched to the end.
+fn quick() -> bool {
+    Scope::quick().into_iter().all(|scope| {
         let findings = search(scope);
         println!("{scope}: {findings}");
-        findings.broken.is_empty()
+        findings.broken.is_empty() && findings.complete
     })
+}
+
+fn model(states_max: usize) -> bool {
+    quick()
+        && Scope::large(states_max).into_iter().all(|scope| {
+            let findings = search(scope);
+            println!("{scope}: {findings}");
+            findings.broken.is_empty()
+        })
 }
