@@ -26,6 +26,9 @@ pub struct Config {
     pub generation: GenerationNum,
     /// Grows at every start of this node, durably. Starts at 1.
     pub epoch: u32,
+    /// This node's transactions below this `xid` may have begun before this core did, which may therefore have been told of their end by an
+    /// earlier one and not know it. The server's next xid, read before its prepared transactions are.
+    pub first_xid: u64,
     /// How long a participant's link to the coordinator is down before it resolves.
     pub resolve_after_ms: u64,
     /// How long a competing resolver waits per place in the order of nodes; more than a round trip.
@@ -47,6 +50,7 @@ impl Config {
             members: configured,
             generation: GenerationNum(1),
             epoch,
+            first_xid: 0,
             resolve_after_ms: 1_000,
             resolve_step_ms: 100,
             resend_after_ms: 200,

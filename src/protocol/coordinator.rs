@@ -92,20 +92,22 @@ impl Txn {
 
     pub fn on_committing(&mut self, turn: &mut Turn, wait_peers: bool, fast: bool) {
         let Some(own) = &mut self.own else { return };
+        if own.backend == Backend::Finishing {
+            // Announced twice: the shell has found it waiting before it came to its announcement.
+            return;
+        }
         if self.local == Local::Finished {
-            // Resolved after a restart, before the backend came to announce it.
             own.wait_peers = wait_peers;
-            if let Some(decision) = self.record.decision {
-                let csn = self.announced.csn.unwrap_or_default();
-                let refusal = own.refusal.clone();
-                turn.out.push(reply(self.gid(), decision, csn, refusal));
-            }
-            return self.report_peers(turn);
+            return self.answer_late(turn);
         }
         own.backend = Backend::Waiting;
-        own.looking_up = false;
         own.wait_peers = wait_peers;
         own.fast = fast && turn.site.config.allows_fast();
+        if own.looking_up && turn.site.may_have_ended_before(self.record.gid) {
+            // It was prepared; the log says whether it still is.
+            return;
+        }
+        own.looking_up = false;
         self.record.voted_yes = true;
         if !self.is_undecided() {
             self.finish(turn);
@@ -113,6 +115,18 @@ impl Txn {
         }
         self.act_on_votes(turn);
         self.resolve_if_cut_off(turn);
+    }
+
+    /// It was resolved after a restart, before the backend came to announce it.
+    fn answer_late(&mut self, turn: &mut Turn) {
+        let (Some(decision), Some(own)) = (self.record.decision, &mut self.own) else {
+            return;
+        };
+        own.backend = Backend::Finishing;
+        let csn = self.announced.csn.unwrap_or_default();
+        let refusal = own.refusal.clone();
+        turn.out.push(reply(self.gid(), decision, csn, refusal));
+        self.report_peers(turn);
     }
 
     pub fn on_vote(&mut self, turn: &mut Turn, from: NodeId, vote: Vote) {
@@ -286,6 +300,7 @@ impl Txn {
         let Some(own) = &mut self.own else { return };
         own.looking_up = false;
         let gone = own.backend == Backend::Gone;
+        let waiting = own.backend == Backend::Waiting;
         match outcome {
             Some(_) if !self.is_undecided() => self.on_finished_here(turn),
             Some(decision) => {
@@ -296,11 +311,15 @@ impl Txn {
                     // Finished without a record: so has everybody, and whoever asked can be told to forget.
                     self.record.decision = Some(decision);
                 }
+                if waiting {
+                    self.answer_late(turn);
+                }
             }
             None if self.is_undecided() => {
                 self.record.voted_yes = true;
                 self.act_on_votes(turn);
-                if gone {
+                // As at a start: an interrupt may have been passed over meanwhile, and a link may be down.
+                if gone || waiting && turn.site.may_have_ended_before(self.gid()) {
                     self.resolve(turn);
                 }
             }

@@ -63,6 +63,7 @@ impl Core {
                 wait_peers,
                 fast,
             } => {
+                let known = self.txns.contains_key(&gid);
                 self.own(gid, now);
                 if let Some(decision) = self.site.forgotten.get(gid) {
                     // The backend was slow to announce what was resolved after a restart.
@@ -70,6 +71,9 @@ impl Core {
                     out.push(Effect::PeersFinished { gid });
                 }
                 self.entry(gid, now, out, |txn, turn| {
+                    if !known && turn.site.may_have_ended_before(gid) {
+                        txn.look_up(turn);
+                    }
                     txn.on_committing(turn, wait_peers, fast)
                 });
             }

@@ -97,6 +97,12 @@ impl Site {
         self.horizon_askers.clear();
     }
 
+    /// Whether an own transaction that this core does not know may have been resolved and forgotten, by an earlier core or by this one: only
+    /// what was left prepared by an earlier one is resolved before its backend speaks.
+    pub const fn may_have_ended_before(&self, gid: Gid) -> bool {
+        gid.xid < self.config.first_xid
+    }
+
     pub fn raise_mark(&mut self, origin: NodeId, lsn: Lsn) {
         let mark = self.marks.entry(origin).or_default();
         *mark = (*mark).max(lsn);

@@ -10,6 +10,7 @@ use crate::cluster::Identity;
 use crate::cluster::identity::ClusterState;
 use crate::failpoint::{Failpoint, hit};
 use crate::guc;
+use crate::pg::outcome::next_xid;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::{self, outcome, shared};
@@ -135,6 +136,7 @@ pub struct Decider {
 pub fn recover(identity: &Identity) -> RecoveredState {
     event::await_finishes();
     await_committing_backends();
+    let first_xid = next_xid();
     // Prepared transactions first: a finish writes its record before, so what is not prepared has its record by then.
     let prepared: Vec<Gid> = locks::prepared_names()
         .values()
@@ -164,7 +166,7 @@ pub fn recover(identity: &Identity) -> RecoveredState {
     );
     publish(identity);
     repeat_marks(identity.node_id);
-    let config = config(identity, epoch);
+    let config = config(identity, epoch, first_xid);
     let tuples = Tuples::new(found.iter().map(|(gid, (tuple, _))| (*gid, *tuple)));
     let mut effects = Effects::new();
     let core = Core::new(config, recovered(&found, &prepared), 0, &mut effects);
@@ -183,9 +185,11 @@ pub fn recover(identity: &Identity) -> RecoveredState {
 /// decide. They wait for nobody, so this takes no longer than a flush.
 fn await_committing_backends() {
     let committing = |slot: &shared::BackendSlot| {
-        slot.gid.get().is_some()
-            && !slot.user_prepare.load(Ordering::Relaxed)
-            && slot.outcome.load(Ordering::Acquire) == outcome::COMMIT
+        !slot.user_prepare.load(Ordering::Relaxed)
+            && slot
+                .gid
+                .get()
+                .is_some_and(|gid| slot.outcome(gid.xid) == outcome::COMMIT)
     };
     while shared::backends().iter().any(committing) {
         process::wait_latch(Duration::from_millis(5), Wait::Work);
@@ -227,7 +231,7 @@ fn recovered(found: &BTreeMap<Gid, (u32, Record)>, prepared: &[Gid]) -> Vec<Reco
     all.into_values().collect()
 }
 
-fn config(identity: &Identity, epoch: u32) -> Config {
+fn config(identity: &Identity, epoch: u32, first_xid: u64) -> Config {
     let configured = identity.nodes.iter().map(|node| node.id).collect();
     Config {
         node: identity.node_id,
@@ -235,6 +239,7 @@ fn config(identity: &Identity, epoch: u32) -> Config {
         members: configured,
         generation: FIRST_GENERATION,
         epoch,
+        first_xid,
         resolve_after_ms: millis(guc::heartbeat_recv_timeout()),
         resolve_step_ms: 200,
         resend_after_ms: 500,

@@ -158,7 +158,7 @@ impl Arbiter {
     fn adopt_waiting_backends(&mut self) {
         for (index, slot) in shared::backends().iter().enumerate() {
             if let Some(gid) = slot.gid.get()
-                && slot.outcome.load(Ordering::Acquire) == outcome::WAITING
+                && slot.outcome(gid.xid) == outcome::WAITING
             {
                 if slot.user_prepare.load(Ordering::Relaxed) {
                     // Its votes died with that life. Nobody may act on it before its user does, so it can still be rolled back.

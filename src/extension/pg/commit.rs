@@ -151,8 +151,9 @@ pub unsafe fn commit_globally() {
         IN_SEQUENCE.set(true);
         // What SET LOCAL has set ends with the PREPARE.
         let (wait_peers, fast) = (guc::wait_peer_commits(), guc::commits_fast());
+        let life = shared::shared().epoch.load(Ordering::Acquire);
         // From the moment the PREPARE can be seen, an error leaves the transaction to the arbiter.
-        let session = prepare_under(name.as_ptr(), Preparing::Commit, || {
+        let session = prepare_under(gid, name.as_ptr(), Preparing::Commit, || {
             UNFINISHED.set(Some(gid));
         });
         latencies.note(Phase::Prepare, begun.elapsed());
@@ -168,10 +169,11 @@ pub unsafe fn commit_globally() {
                 latencies.note(Phase::Commit, finished - decided);
                 hit_in_backend(Failpoint::BackendAfterCommit);
                 UNFINISHED.set(None);
-                submit(&LocalEvent::Finished { gid });
+                // First, since an arbiter that starts waits for the slot and takes no events meanwhile.
                 shared::my_backend().gid.set(None);
+                submit(&LocalEvent::Finished { gid });
                 if wait_peers {
-                    await_peers(gid);
+                    await_peers(gid, life);
                     latencies.note(Phase::PeerCommit, finished.elapsed());
                 }
                 latencies.note(Phase::Total, begun.elapsed());
@@ -228,7 +230,7 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
     unsafe {
         IN_SEQUENCE.set(true);
         // The votes are counted from the moment the PREPARE can be seen.
-        prepare_under(name, Preparing::User, || {
+        prepare_under(gid, name, Preparing::User, || {
             USER_PREPARING.set(Some(gid));
             shared::my_backend()
                 .user_prepare
@@ -305,6 +307,7 @@ pub unsafe fn forget_late_cancel() {
 ///
 /// `before_prepare` runs right before the PREPARE; it must not raise.
 unsafe fn prepare_under(
+    gid: Gid,
     name: *const c_char,
     preparing: Preparing,
     before_prepare: impl FnOnce(),
@@ -327,7 +330,7 @@ unsafe fn prepare_under(
         mark_decodable();
         // Until here, deferred triggers may have waited for anybody: to the conflict rule the transaction was still running.
         claim_commit();
-        reset_outcome();
+        reset_outcome(gid);
         before_prepare();
         hit_in_backend(Failpoint::BackendBeforePrepare);
         raw::CommitTransactionCommand();
@@ -414,9 +417,9 @@ unsafe fn holds_notify_lock() -> bool {
     unsafe { pg_sys::LockHeldByMe(&tag, pg_sys::AccessExclusiveLock as i32) }
 }
 
-fn reset_outcome() {
+fn reset_outcome(gid: Gid) {
     let slot = shared::my_backend();
-    slot.outcome.store(outcome::WAITING, Ordering::Relaxed);
+    slot.await_outcome(gid.xid);
     slot.user_prepare.store(false, Ordering::Relaxed);
 }
 
@@ -437,7 +440,7 @@ fn await_outcome(gid: Gid) -> u32 {
     let slot = shared::my_backend();
     let mut reported = false;
     let result = loop {
-        match slot.outcome.load(Ordering::Acquire) {
+        match slot.outcome(gid.xid) {
             outcome::WAITING => {}
             known => break known,
         }
@@ -457,11 +460,14 @@ fn await_outcome(gid: Gid) -> u32 {
     result
 }
 
-/// Waits until every member has finished the transaction too. An interrupt ends this wait: the commit is done either way.
-fn await_peers(gid: Gid) {
-    let slot = shared::my_backend();
-    while slot.peers_finished.load(Ordering::Acquire) != gid.xid && !process::interrupt_pending() {
-        if shared::shared().status() != shared::NodeStatus::Online {
+/// Waits until every member has finished the transaction too. An interrupt ends this wait, and so does the end of the arbiter's `life` in which
+/// the commit began, since the next one does not know who waits: the commit is done either way.
+fn await_peers(gid: Gid, life: u32) {
+    let (slot, shared) = (shared::my_backend(), shared::shared());
+    while !slot.have_peers_finished(gid.xid) && !process::interrupt_pending() {
+        if shared.status() != shared::NodeStatus::Online
+            || shared.epoch.load(Ordering::Acquire) != life
+        {
             break;
         }
         process::wait_latch(LOOK_AROUND, Wait::PeerCommits);

@@ -30,6 +30,12 @@ pub fn of_own_transaction(full_xid: u64) -> Option<Decision> {
     }
 }
 
+/// The xid that the next transaction will get.
+pub fn next_xid() -> u64 {
+    // SAFETY: reads shared memory under its lock.
+    unsafe { pg_sys::ReadNextFullTransactionId().value }
+}
+
 /// Whether a transaction of this node is running or prepared at this moment.
 pub fn is_running(full_xid: u64) -> bool {
     // SAFETY: reads of the procarray.

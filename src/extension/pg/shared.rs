@@ -211,6 +211,14 @@ pub mod outcome {
     pub const UNKNOWN: u32 = 3;
 }
 
+/// Room of the word of `outcome` beside the xid.
+const OUTCOME_BITS: u32 = 2;
+const OUTCOME_MASK: u64 = (1 << OUTCOME_BITS) - 1;
+
+const fn outcome_word(xid: u64, code: u32) -> u64 {
+    (xid << OUTCOME_BITS) | code as u64
+}
+
 /// Where a backend's transaction stands for the conflict rule.
 pub mod stage {
     /// Nothing special: running, or no transaction.
@@ -227,10 +235,10 @@ pub mod stage {
 #[repr(C, align(64))]
 pub struct BackendSlot {
     pub stage: AtomicU32,
-    /// Written by the tokio thread, reset by the backend before it announces its commit.
-    pub outcome: AtomicU32,
+    /// The `xid` of the transaction that it is about and a word of `outcome`: an answer that comes late never reaches another transaction.
+    outcome: AtomicU64,
     /// `xid` of the last transaction of this backend that every member is known to have finished.
-    pub peers_finished: AtomicU64,
+    peers_finished: AtomicU64,
     pub gid: GidCell,
     /// `gid` is a user's own PREPARE TRANSACTION: votes are counted, nothing is decided.
     pub user_prepare: AtomicBool,
@@ -239,6 +247,45 @@ pub struct BackendSlot {
 }
 
 impl BackendSlot {
+    /// The backend begins to wait for the outcome of its transaction.
+    pub fn await_outcome(&self, xid: u64) {
+        self.outcome
+            .store(outcome_word(xid, outcome::WAITING), Ordering::Release);
+    }
+
+    /// How the backend's transaction `xid` stands; waiting if the slot is about another one.
+    pub fn outcome(&self, xid: u64) -> u32 {
+        let word = self.outcome.load(Ordering::Acquire);
+        let code = (word & OUTCOME_MASK) as u32;
+        if word == outcome_word(xid, code) {
+            code
+        } else {
+            outcome::WAITING
+        }
+    }
+
+    /// Answers the backend; false when it does not wait for this transaction (any more).
+    pub fn tell_outcome(&self, xid: u64, code: u32) -> bool {
+        self.outcome
+            .compare_exchange(
+                outcome_word(xid, outcome::WAITING),
+                outcome_word(xid, code),
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            )
+            .is_ok()
+    }
+
+    /// Every member has finished the backend's transaction `xid`. An earlier one of the same slot may be told of later.
+    pub fn tell_peers_finished(&self, xid: u64) {
+        self.peers_finished.fetch_max(xid, Ordering::AcqRel);
+    }
+
+    /// Whether every member is known to have finished the backend's transaction `xid`.
+    pub fn have_peers_finished(&self, xid: u64) -> bool {
+        self.peers_finished.load(Ordering::Acquire) >= xid
+    }
+
     /// Claims the backend's running transaction as a victim of the conflict rule; false when it has begun to commit.
     ///
     /// While it is being marked, the backend can neither begin to commit nor leave the transaction. So `still_running` is the truth about the

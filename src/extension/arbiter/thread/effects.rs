@@ -72,7 +72,7 @@ impl Arbiter {
             Effect::PeersFinished { gid } => {
                 if let Some(waiting) = self.waiting.remove(&gid) {
                     let slot = &shared::backends()[waiting.backend as usize];
-                    slot.peers_finished.store(gid.xid, Ordering::Release);
+                    slot.tell_peers_finished(gid.xid);
                     shared::wake_proc(waiting.backend as usize);
                 }
             }
@@ -132,7 +132,7 @@ impl Arbiter {
             Outcome::Unknown => outcome::UNKNOWN,
         };
         hit_in_thread(Failpoint::BeforeReply);
-        slot.outcome.store(code, Ordering::Release);
+        slot.tell_outcome(gid.xid, code);
         shared::wake_proc(waiting.backend as usize);
         hit_in_thread(Failpoint::AfterReply);
     }

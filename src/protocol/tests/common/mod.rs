@@ -37,6 +37,30 @@ impl Bench {
         Self::recovered(node, Vec::new()).0
     }
 
+    /// A node whose server goes on, with a core that knows nothing of what the last one did.
+    pub fn successor(node: u8, first_xid: u64) -> Self {
+        Self::restarted(node, first_xid, Vec::new()).0
+    }
+
+    /// The same with something found.
+    pub fn restarted(node: u8, first_xid: u64, found: Vec<Recovered>) -> (Self, Vec<Effect>) {
+        let mut out = Effects::new();
+        let nodes: NodeSet = (1..=3).map(n).collect();
+        let config = Config {
+            first_xid,
+            ..Config::new(n(node), nodes, 2)
+        };
+        let mut bench = Self {
+            core: Core::new(config, found, 0, &mut out),
+            now: 0,
+        };
+        let effects = out.drain().filter(|effect| !is_noise(effect)).collect();
+        for peer in nodes.without(n(node)).iter() {
+            bench.give(Input::LinkUp { peer, epoch: 1 });
+        }
+        (bench, effects)
+    }
+
     /// A node that finds something at its start, and what it does about it. It has no links yet.
     pub fn recovered(node: u8, found: Vec<Recovered>) -> (Self, Vec<Effect>) {
         let mut out = Effects::new();
@@ -56,15 +80,7 @@ impl Bench {
     pub fn give(&mut self, input: Input) -> Vec<Effect> {
         let mut out = Effects::new();
         self.core.handle(self.now, input, &mut out);
-        let noise = |effect: &Effect| match effect {
-            Effect::Event(event) => !matches!(event, Event::Rejected { .. }),
-            Effect::Send { msg, .. } => {
-                matches!(msg, Message::AskHorizon | Message::Horizon { .. })
-            }
-            Effect::Settled { .. } | Effect::Visible { .. } => true,
-            _ => false,
-        };
-        out.drain().filter(|effect| !noise(effect)).collect()
+        out.drain().filter(|effect| !is_noise(effect)).collect()
     }
 
     pub fn hear(&mut self, from: u8, msg: Message) -> Vec<Effect> {
@@ -82,6 +98,18 @@ impl Bench {
     pub fn later(&mut self, pause: Millis) -> Vec<Effect> {
         self.now += pause;
         self.give(Input::Tick)
+    }
+}
+
+/// What is only for logs and the causal order.
+fn is_noise(effect: &Effect) -> bool {
+    match effect {
+        Effect::Event(event) => !matches!(event, Event::Rejected { .. }),
+        Effect::Send { msg, .. } => {
+            matches!(msg, Message::AskHorizon | Message::Horizon { .. })
+        }
+        Effect::Settled { .. } | Effect::Visible { .. } => true,
+        _ => false,
     }
 }
 
