@@ -29,6 +29,7 @@ pub mod rows;
 pub mod sequences;
 pub mod settings;
 pub mod shared;
+pub mod standby;
 pub mod thread;
 pub mod twophase;
 mod user_2pc;
