@@ -13,6 +13,7 @@ mod ledger;
 mod life;
 mod load;
 mod refusals;
+mod standby;
 
 fn main() -> ExitCode {
     let cases = [
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
         crash::cases(),
         kill::cases(),
         growth::cases(),
+        standby::cases(),
     ]
     .concat();
     multimaster_tests::run_own(cases)

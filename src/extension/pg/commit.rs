@@ -12,7 +12,7 @@
 
 use super::process::{self, Wait};
 use super::shared::{self, outcome, stage};
-use super::{fixed_text::FixedText, raw, senders, twophase};
+use super::{fixed_text::FixedText, raw, senders, standby, twophase};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit, hit_in_backend};
 use crate::guc;
@@ -331,11 +331,13 @@ unsafe fn prepare_under(
         // Until here, deferred triggers may have waited for anybody: to the conflict rule the transaction was still running.
         claim_commit();
         reset_outcome(gid);
+        standby::wait_in_transaction();
         before_prepare();
         hit_in_backend(Failpoint::BackendBeforePrepare);
         raw::CommitTransactionCommand();
         senders::wake();
         raw::StartTransactionCommand();
+        standby::wait_in_transaction();
         session
     }
 }
