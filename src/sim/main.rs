@@ -7,8 +7,8 @@ use sim::model::{Scope, search};
 
 const USAGE: &str = "usage: sim seeds <nodes> <first> <last> | sim trace <nodes> <seed> | sim quick | sim model [<steps>]";
 
-/// Steps that a search takes when none are given: some minutes.
-const MODEL_STEPS: usize = 5_000_000;
+/// Steps that a search takes when none are given: more than any scope has.
+const MODEL_STEPS: usize = 100_000_000;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

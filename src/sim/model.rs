@@ -174,7 +174,7 @@ impl Scope {
         ]
     }
 
-    /// What takes minutes more, and the last of them hours.
+    /// What takes minutes more.
     pub fn large(states_max: usize) -> Vec<Self> {
         let scopes = [
             Self::of([2, 0, 1, 1], D1_AND_D2),
