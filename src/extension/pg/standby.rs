@@ -22,18 +22,15 @@ const FLUSHED: usize = 1;
 
 /// Whether the server has synchronous standbys, and this process would not wait for their flush by its present setting.
 fn is_lowered() -> bool {
-    // SAFETY: settings of this process; the text is zero-terminated or null.
-    unsafe {
-        names_some()
-            && pg_sys::synchronous_commit
-                < pg_sys::SyncCommitLevel::SYNCHRONOUS_COMMIT_REMOTE_FLUSH as i32
-    }
+    // SAFETY: a plain setting of this process.
+    has_synchronous()
+        && unsafe { pg_sys::synchronous_commit }
+            < pg_sys::SyncCommitLevel::SYNCHRONOUS_COMMIT_REMOTE_FLUSH as i32
 }
 
-/// # Safety
-/// In a process that has read its settings.
-unsafe fn names_some() -> bool {
-    // SAFETY: as the caller promises; the text is zero-terminated or null.
+/// Whether the server has synchronous standbys.
+pub fn has_synchronous() -> bool {
+    // SAFETY: a setting of this process: null or a zero-terminated text.
     unsafe { !pg_sys::SyncRepStandbyNames.is_null() && pg_sys::SyncRepStandbyNames.read() != 0 }
 }
 
@@ -79,8 +76,7 @@ pub fn wait_always() {
 /// Waits, in a walsender, until the synchronous standbys have flushed WAL up to `lsn`. Returns at once where there are none, and where the receiver is
 /// one of them itself. Raises (unwinding) after [`PATIENCE`].
 pub fn await_flush(lsn: protocol::Lsn) {
-    // SAFETY: in a process that decodes.
-    if !unsafe { names_some() } || receiver_is_candidate() {
+    if !has_synchronous() || receiver_is_candidate() {
         return;
     }
     let begun = Instant::now();
