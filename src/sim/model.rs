@@ -177,6 +177,7 @@ impl Scope {
     /// What takes minutes more.
     pub fn large(states_max: usize) -> Vec<Self> {
         let scopes = [
+            Self::of([2, 1, 0, 1], D1),
             Self::of([2, 0, 1, 1], D1_AND_D2),
             Self::of([2, 1, 0, 1], D2),
             Self::of([1, 1, 1, 1], D1),
