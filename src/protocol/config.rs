@@ -12,8 +12,8 @@ pub const FORGOTTEN_MAX: usize = 8_192;
 /// Most finished commits of one peer a core keeps while an earlier commit of that peer is open.
 pub const AHEAD_MAX: usize = 65_536;
 
-/// Most configured nodes with which the coordinator may decide on the votes alone (rule D2): any majority then holds the coordinator
-/// or, for each other member, that member or enough others to prove its vote. PROTOCOL.md 7.3; the model finds a split with five.
+/// Most configured nodes with which the coordinator may decide on the votes alone (rule D2): a majority that lacks the coordinator is then
+/// everybody else, and proves every vote. PROTOCOL.md 7.3; the model finds a split with five.
 pub const FAST_NODES_MAX: usize = 4;
 
 /// What the core is told once, at its start.

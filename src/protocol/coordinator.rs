@@ -188,8 +188,8 @@ impl Txn {
     }
 
     /// Rule D2. The backend's COMMIT PREPARED is the decision once it is flushed, and nobody is told before. Until then this node
-    /// promises nothing and answers nobody, so no majority with it can decide otherwise; one without it holds the yes of a member for
-    /// every vote that it needs.
+    /// promises nothing and answers nobody, so no majority with it can decide otherwise; one without it is everybody else, and each
+    /// of them has durably voted yes.
     ///
     /// The record precedes the COMMIT PREPARED in WAL. When it alone survives a crash it says the same: all votes were in, and this
     /// node has promised nothing since.

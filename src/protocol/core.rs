@@ -138,12 +138,12 @@ impl Core {
         &self.site.counters
     }
 
-    /// Drops what decides nothing: statistics, the pace of attempts, and the causal order. A model checker would otherwise take
-    /// states for different that behave alike. No node that runs does this.
+    /// Drops what decides nothing: statistics, the pace of attempts, the causal order, who has finished and thus forgetting. A model
+    /// checker would otherwise take states for different that behave alike. No node that runs does this.
     pub fn reduce(&mut self) {
         self.site.reduce();
         for txn in self.txns.values_mut() {
-            txn.resolution.reduce();
+            txn.reduce(&self.site.config);
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::config::Fault;
+use crate::config::{Config, Fault};
 use crate::coordinator::Coordination;
 use crate::effect::Effect;
 use crate::message::{Accept, Message};
@@ -77,6 +77,16 @@ impl Txn {
             numbers: BTreeSet::new(),
             tellers: NodeSet::EMPTY,
             all_finished: false,
+        }
+    }
+
+    /// See [`crate::Core::reduce`].
+    pub fn reduce(&mut self, config: &Config) {
+        self.resolution.reduce();
+        self.tellers = NodeSet::EMPTY;
+        self.numbers.clear();
+        if !self.announced.unacked.is_empty() {
+            self.announced.unacked = config.peers();
         }
     }
 

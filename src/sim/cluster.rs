@@ -325,13 +325,16 @@ impl Cluster {
     }
 }
 
-/// Causal order and forgetting are checked by the simulator; here their messages would only multiply states.
+/// Causal order and forgetting are checked by the simulator; here their messages would only multiply states. So would what only saves time: a
+/// resolver that is refused stops, as one whose messages are lost does, and who queries is told what a decided node tells anyway.
 const fn is_left_to_simulator(msg: &Message) -> bool {
     matches!(
         msg,
         Message::AskHorizon
             | Message::Horizon { .. }
             | Message::Forget { .. }
+            | Message::Refused { .. }
+            | Message::Query { .. }
             | Message::Finished {
                 decision: Decision::Commit,
                 ..

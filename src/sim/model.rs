@@ -35,6 +35,11 @@ pub struct Scope {
     pub states_max: usize,
 }
 
+/// Which of the two transactions' coordinators ask for rule D2.
+const D1: u8 = 0b00;
+const D1_AND_D2: u8 = 0b01;
+const D2: u8 = 0b11;
+
 /// What a search found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Findings {
@@ -139,9 +144,10 @@ impl fmt::Display for Scope {
             fast,
             ..
         } = self;
-        let rule = match fast {
+        let all = (1 << transactions) - 1;
+        let rule = match fast & all {
             0 => "D1",
-            _ if fast.count_ones() == u32::from(*transactions) => "D2",
+            rule if rule == all => "D2",
             _ => "D1 and D2",
         };
         write!(
@@ -152,32 +158,51 @@ impl fmt::Display for Scope {
 }
 
 impl Scope {
-    /// What is searched by default: a crash, two resolvers, a conflict, and all of them together.
-    pub fn standard(states_max: usize) -> Vec<Self> {
-        let of = |fast, transactions, crashes, disturbances, resolvers| Self {
+    /// What is searched to the end within a minute: both ways of deciding, a crash, a resolver, both together, conflicts.
+    pub fn quick() -> Vec<Self> {
+        vec![
+            Self::of([1, 0, 0, 0], D1),
+            Self::of([1, 0, 0, 0], D2),
+            Self::of([2, 0, 0, 0], D1),
+            Self::of([2, 0, 0, 0], D1_AND_D2),
+            Self::of([2, 0, 0, 0], D2),
+            Self::of([1, 1, 0, 1], D1),
+            Self::of([1, 1, 0, 1], D2),
+            Self::of([1, 0, 1, 1], D1),
+            Self::of([1, 0, 1, 1], D2),
+            Self::of([1, 1, 1, 1], D2),
+        ]
+    }
+
+    /// What takes minutes more.
+    pub fn large(states_max: usize) -> Vec<Self> {
+        let scopes = [
+            Self::of([2, 1, 0, 1], D1),
+            Self::of([2, 0, 1, 1], D1_AND_D2),
+            Self::of([2, 1, 0, 1], D2),
+            Self::of([1, 1, 1, 1], D1),
+            Self::of([1, 0, 2, 2], D2),
+            Self::of([1, 0, 2, 2], D1),
+        ];
+        scopes
+            .map(|scope| Self {
+                states_max,
+                ..scope
+            })
+            .into()
+    }
+
+    const fn of([transactions, crashes, disturbances, resolvers]: [u8; 4], fast: u8) -> Self {
+        Self {
             nodes: 3,
-            fast,
             transactions,
             crashes,
             disturbances,
             resolvers,
+            fast,
             fault: None,
-            states_max,
-        };
-        vec![
-            of(0, 1, 0, 0, 0),
-            of(1, 1, 0, 0, 0),
-            of(0, 1, 1, 0, 1),
-            of(1, 1, 1, 0, 1),
-            of(0, 1, 0, 2, 2),
-            of(1, 1, 0, 2, 2),
-            of(0, 2, 0, 0, 0),
-            of(1, 2, 0, 0, 0),
-            of(1, 1, 1, 1, 2),
-            of(0, 1, 1, 1, 2),
-            of(1, 2, 1, 0, 1),
-            of(0, 2, 0, 1, 1),
-        ]
+            states_max: usize::MAX,
+        }
     }
 
     pub(crate) fn configured(&self) -> NodeSet {

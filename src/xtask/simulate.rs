@@ -37,6 +37,14 @@ pub fn interleavings(steps: Option<u64>) -> Result<()> {
     }
 }
 
+/// Searches what can be searched to the end within a minute.
+///
+/// # Errors
+/// When an invariant does not hold, or a search does not come to its end.
+pub fn quick_interleavings() -> Result<()> {
+    sim(&["quick"])
+}
+
 fn sim(arguments: &[&str]) -> Result<()> {
     let mut run = cargo();
     run.args([

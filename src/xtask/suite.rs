@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use crate::extension::{self, cargo};
 use crate::installation::{MAJOR, SOURCE_VARIABLE, Source};
 use crate::tally::Tally;
-use crate::{assert_build, command, screen, setup};
+use crate::{assert_build, command, screen, setup, simulate};
 
 /// Tells the tests how much time they may take: `ci`, `full` or `long`.
 pub const SIZE_VARIABLE: &str = "MULTIMASTER_TEST_SIZE";
@@ -98,6 +98,22 @@ fn everything(report: &mut Report, size: Size) {
     });
     report.part("lint", lint);
     report.part("unit", unit_tests);
+    report.part("model", || {
+        match size {
+            Size::Ci | Size::Full => simulate::quick_interleavings()?,
+            Size::Long => simulate::interleavings(None)?,
+        }
+        Ok(Tally::PASSED)
+    });
+    report.part("simulator", || {
+        let seeds = match size {
+            Size::Ci => 200,
+            Size::Full => 2_000,
+            Size::Long => 10_000,
+        };
+        simulate::storms(None, None, seeds)?;
+        Ok(Tally::PASSED)
+    });
     let built = report.part("build", || {
         extension::build(&Source::packaged()?)?;
         Ok(Tally::PASSED)

@@ -17,6 +17,7 @@ use crate::ledger::{Dice, Ledger};
 pub fn cases() -> Vec<OwnCase> {
     cases![
         any_process_may_be_killed_at_any_moment,
+        a_storm_of_ended_workers_does_no_harm,
         users_own_prepared_transactions_are_applied_once,
     ]
 }
@@ -78,6 +79,44 @@ fn any_process_may_be_killed_at_any_moment(installation: &Installation) -> Resul
         println!("  {} s: {seen}", started.elapsed().as_secs());
         Ok(())
     })
+}
+
+/// What is ended again and again in a storm: backends live on beside arbiters that come and go.
+const STORM: [&str; 5] = [
+    "multimaster arbiter",
+    "multimaster finisher",
+    "multimaster apply worker",
+    "multimaster receiver",
+    "walsender",
+];
+
+fn a_storm_of_ended_workers_does_no_harm(installation: &Installation) -> Result<()> {
+    with_quick_cluster(installation, |cluster| {
+        let mut dice = dice();
+        let mut ledger = Ledger::open(cluster)?;
+        for _ in 0..rounds() {
+            let load = ledger.load(cluster, &[0, 0, 1, 1, 2, 2], &mut dice);
+            let outcome = (0..STORM.len() * 4).try_for_each(|_| {
+                std::thread::sleep(Duration::from_millis(dice.below(600)));
+                let kind = STORM[dice.below(STORM.len() as u64) as usize];
+                end_all(cluster, dice.below(3) as usize, kind)
+            });
+            ledger.close(cluster, load)?;
+            outcome?;
+            ledger.audit(cluster)?;
+        }
+        println!("  {}", ledger.conclude(cluster)?);
+        Ok(())
+    })
+}
+
+/// Asks all processes of a kind to end, if there are any at this moment.
+fn end_all(cluster: &Cluster, node: usize, kind: &str) -> Result<()> {
+    Session::new(cluster.connect(node)?)
+        .text(&format!(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type LIKE '{kind}%'"
+        ))
+        .map(drop)
 }
 
 fn kill_one(

@@ -19,6 +19,7 @@ mod minority;
 mod nemesis;
 mod refusals;
 mod split;
+mod standby;
 
 fn main() -> ExitCode {
     let cases = [
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         crash::cases(),
         kill::cases(),
         growth::cases(),
+        standby::cases(),
     ]
     .concat();
     multimaster_tests::run_own(cases)

@@ -84,7 +84,7 @@ mod tests {
         let mut refusals = Refusals::default();
         for number in 0..SQLSTATES_MAX + 2 {
             let text = format!("{number:05}");
-            let sqlstate = text.as_bytes().try_into().unwrap();
+            let sqlstate = text.as_bytes().try_into().expect("five digits");
             refusals.count(&Refusal::new(sqlstate, "", ""));
             refusals.count(&Refusal::new(sqlstate, "", ""));
         }

@@ -1,7 +1,8 @@
 //! Order between durable records and what may be seen of them.
 //!
 //! The core says `Persist` before an effect that shows the new state to somebody. Effects of the same transaction wait here until the record
-//! is on disk, or only in WAL where a flush follows anyway; other transactions are not held back. Records are written by the arbiter's main thread in batches, one flush for all.
+//! is on disk, or only in WAL where a flush follows anyway; other transactions are not held back. Records are written by the arbiter's main
+//! thread in batches, one flush for all.
 
 use crate::pg::records::{BODY_BYTES, Body};
 use protocol::{Effect, Gid};

@@ -188,7 +188,7 @@ pub fn recover(identity: &Identity) -> RecoveredState {
 }
 
 /// Backends that an earlier life told to commit. With rule D2 their COMMIT PREPARED is the decision: nobody may resolve what they are about to
-/// decide. They wait for nobody, so this takes no longer than a flush.
+/// decide. They wait for nobody on other nodes, so this takes no longer than a flush; with synchronous standbys, until those have it.
 fn await_committing_backends() {
     let committing = |slot: &shared::BackendSlot| {
         !slot.user_prepare.load(Ordering::Relaxed)

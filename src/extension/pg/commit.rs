@@ -12,7 +12,7 @@
 
 use super::process::{self, Wait};
 use super::shared::{self, outcome, stage};
-use super::{barrier, fixed_text::FixedText, gate, raw, senders, twophase};
+use super::{barrier, fixed_text::FixedText, gate, raw, senders, standby, twophase};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit, hit_in_backend};
 use crate::guc;
@@ -335,6 +335,7 @@ unsafe fn prepare_under(
         // Until here, deferred triggers may have waited for anybody: to the conflict rule the transaction was still running.
         claim_commit();
         reset_outcome(gid);
+        standby::wait_in_transaction();
         if barrier::enter() != gid.generation {
             refuse_changed_generation();
         }
@@ -344,6 +345,7 @@ unsafe fn prepare_under(
         barrier::leave();
         senders::wake();
         raw::StartTransactionCommand();
+        standby::wait_in_transaction();
         session
     }
 }

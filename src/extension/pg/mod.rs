@@ -32,6 +32,7 @@ pub mod senders;
 pub mod sequences;
 pub mod settings;
 pub mod shared;
+pub mod standby;
 pub mod thread;
 pub mod twophase;
 mod user_2pc;

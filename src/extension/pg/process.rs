@@ -199,6 +199,7 @@ pub fn exit_if_terminated() {
 pub fn connect(database: pg_sys::Oid) {
     // SAFETY: called once at the start of a background worker that asked for a database connection.
     unsafe { pg_sys::BackgroundWorkerInitializeConnectionByOid(database, pg_sys::Oid::INVALID, 0) };
+    super::standby::wait_always();
 }
 
 /// Attaches a background worker to the shared catalogs only.

@@ -26,6 +26,18 @@ unsafe extern "C-unwind" {
     pub static mut XactReadOnly: bool;
     pub static mut XactDeferrable: bool;
 
+    // utils/guc.h
+    pub fn set_config_option(
+        name: *const c_char,
+        value: *const c_char,
+        context: pg_sys::GucContext::Type,
+        source: pg_sys::GucSource::Type,
+        action: pg_sys::GucAction::Type,
+        change: bool,
+        elevel: c_int,
+        is_reload: bool,
+    ) -> c_int;
+
     // commands/trigger.h, utils/portal.h, commands/tablecmds.h, commands/async.h
     pub fn AfterTriggerFireDeferred();
     pub fn PreCommit_Portals(is_prepare: bool) -> bool;

@@ -7,8 +7,8 @@
 //!
 //! Servers with synchronous standbys are left as they are: there a flush waits for a walsender.
 
-use super::raw;
 use super::shared::shared;
+use super::{raw, standby};
 use pgrx::pg_sys;
 use std::ffi::c_int;
 use std::sync::atomic::Ordering;
@@ -25,7 +25,7 @@ impl Drop for Restore {
 
 /// Runs `work`; the walsenders are not woken by what it flushes. Errors must unwind through this, not jump over it.
 pub fn flushing_quietly<T>(work: impl FnOnce() -> T) -> T {
-    if has_synchronous_standbys() {
+    if standby::has_synchronous() {
         return work();
     }
     // SAFETY: a plain variable of this process. Between here and its restoration core only asks it whether, and how many, walsenders there are to be
@@ -53,13 +53,5 @@ pub fn wake_if_behind() {
     if shared().senders_lag.swap(false, Ordering::AcqRel) {
         // SAFETY: as above.
         unsafe { raw::WalSndWakeup() };
-    }
-}
-
-fn has_synchronous_standbys() -> bool {
-    // SAFETY: a setting of this process: null or a zero-terminated string.
-    unsafe {
-        let names = pg_sys::SyncRepStandbyNames;
-        !names.is_null() && *names != 0
     }
 }

@@ -4,7 +4,7 @@ use super::Arbiter;
 use crate::latency::Phase;
 use crate::pg::shared::shared;
 use protocol::{Ballot, Gid, Message, NodeId, Vote};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// When a commit of this node reached its stages.
 #[derive(Clone, Copy)]
@@ -35,10 +35,13 @@ impl Arbiter {
                 gid,
                 vote: Vote::Yes,
             } => {
-                if let Some(waiting) = self.waiting.get(gid) {
-                    let took = waiting.stages.announced.elapsed();
-                    shared().latencies.note_vote(from, took);
-                }
+                let took = match self.waiting.get(gid) {
+                    Some(waiting) => waiting.stages.announced.elapsed(),
+                    // It was faster than this node's own backend.
+                    None if self.core.decision(*gid).is_none() => Duration::ZERO,
+                    None => return,
+                };
+                shared().latencies.note_vote(from, took);
             }
             Message::Finished { gid, .. } => {
                 if let Some(decided) = self

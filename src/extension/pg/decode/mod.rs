@@ -11,6 +11,7 @@ mod decoder;
 mod plan;
 mod values;
 
+use super::standby;
 use crate::decode;
 use crate::failpoint::{Failpoint, hit};
 use decoder::Decoder;
@@ -167,6 +168,7 @@ unsafe extern "C-unwind" fn prepare(
     // SAFETY: core's context and transaction, valid for this call.
     unsafe {
         decoder(context).prepare(&*transaction);
+        standby::await_flush(Lsn((*transaction).end_lsn));
         hit(Failpoint::DecodePrepare);
         flush(context);
         decoder(context).take_name(transaction);
@@ -182,6 +184,7 @@ unsafe extern "C-unwind" fn commit_prepared(
     // SAFETY: core's context and transaction, valid for this call.
     unsafe {
         decoder(context).finish(&*transaction, true);
+        standby::await_flush(Lsn((*transaction).end_lsn));
         hit(Failpoint::DecodeOutcome);
         flush(context);
     }
@@ -197,6 +200,7 @@ unsafe extern "C-unwind" fn rollback_prepared(
     // SAFETY: core's context and transaction, valid for this call.
     unsafe {
         decoder(context).finish(&*transaction, false);
+        standby::await_flush(Lsn((*transaction).end_lsn));
         hit(Failpoint::DecodeOutcome);
         flush(context);
     }
