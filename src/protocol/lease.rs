@@ -49,7 +49,8 @@ pub struct Leases {
 #[derive(Clone, Copy, Debug)]
 struct Given {
     grant: Grant,
-    heard: Millis,
+    /// End of the longest promise so far: an earlier one, of a longer duration, still holds.
+    binds_until: Millis,
 }
 
 impl Leases {
@@ -82,7 +83,10 @@ impl Leases {
             sent,
             lasts: self.lasts,
         };
-        self.given.insert(from, Given { grant, heard: now });
+        let ends = now + self.lasts + self.lasts / 50 + ROUNDING_MS;
+        let before = self.given.get(&from).map_or(0, |given| given.binds_until);
+        let binds_until = ends.max(before);
+        self.given.insert(from, Given { grant, binds_until });
     }
 
     /// What the next heartbeats promise.
@@ -125,10 +129,7 @@ impl Leases {
         nodes
             .iter()
             .filter_map(|node| self.given.get(&node))
-            .map(|given| {
-                let lasts = given.grant.lasts;
-                given.heard + lasts + lasts / 50 + ROUNDING_MS
-            })
+            .map(|given| given.binds_until)
             .max()
             .unwrap_or(0)
     }
@@ -214,6 +215,19 @@ mod tests {
         );
         assert_eq!(giver.bound_until(set(&[1])), 1520);
         assert_eq!(giver.bound_until(set(&[3])), 0);
+    }
+
+    #[test]
+    fn a_shorter_duration_does_not_end_what_was_promised_before() {
+        let mut giver = leases(2, &[1, 2, 3]);
+        let mut taker = leases(1, &[1, 2, 3]);
+        for (duration, now) in [(2_000, 1_000), (100, 1_050)] {
+            giver.set_duration(duration);
+            giver.heard(node(1), 7, now, now);
+            taker.on_grants(node(2), &giver.grants().collect::<Vec<_>>());
+        }
+        assert_eq!(taker.until(), 3_000);
+        assert!(giver.bound_until(set(&[1])) >= taker.until());
     }
 
     #[test]

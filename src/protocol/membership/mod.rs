@@ -101,7 +101,7 @@ pub struct Membership {
     stage: Stage,
     campaign: Campaign,
     recovery: Recovery,
-    /// Nodes to which no promise is running, as of the last tick.
+    /// Nodes to which no promise is running, as of the last tick, and none can have been made since.
     unbound: NodeSet,
     /// When promises of an earlier life are over.
     bound_before: Millis,
