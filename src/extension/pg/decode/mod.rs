@@ -7,6 +7,7 @@
 //! matters for a transaction that is rolled back while it is being decoded: core stops it with an error raised inside a callback, catches the
 //! error itself, and goes on to the prepare callback.
 
+mod ahead;
 mod decoder;
 mod plan;
 mod values;
@@ -118,8 +119,18 @@ unsafe extern "C-unwind" fn filter_by_origin(
     context: Context,
     origin: pg_sys::RepOriginId,
 ) -> bool {
-    // SAFETY: core calls with the context given to `startup`.
-    origin != 0 && !unsafe { decoder(context) }.recovers()
+    // SAFETY: core calls with the context given to `startup`, within its decoding of a record. While a slot is being made there is no decoder yet.
+    unsafe {
+        let Some(recovers) = (*context)
+            .output_plugin_private
+            .cast::<Decoder>()
+            .as_ref()
+            .map(Decoder::recovers)
+        else {
+            return origin != 0;
+        };
+        ahead::read_on(context) || (origin != 0 && !recovers)
+    }
 }
 
 /// Every prepared transaction is decoded at its PREPARE, the users' own included; for a node that recovers, the cluster's at their commit.
