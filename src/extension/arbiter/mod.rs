@@ -59,9 +59,7 @@ pub fn main() {
     shared().arbiter.set_self();
     process::at_exit(leave);
     start::find_database();
-    process::connect(pgrx::pg_sys::Oid::from(
-        shared().database.load(Ordering::Acquire),
-    ));
+    process::connect(shared().database.load(Ordering::Acquire));
     let Some(identity) = start::await_identity() else {
         process::exit_to_restart()
     };

@@ -80,14 +80,13 @@ pub fn find(database: u32) {
     if database == 0 {
         process::connect_shared_catalogs();
         let found = process::in_transaction(catalog_scan::any_database);
-        shared.finder_database.store(
-            found.map_or(0, pgrx::pg_sys::Oid::to_u32),
-            Ordering::Release,
-        );
+        shared
+            .finder_database
+            .store(found.unwrap_or(0), Ordering::Release);
     } else {
-        process::connect(pgrx::pg_sys::Oid::from(database));
+        process::connect(database);
         if let Some(found) = process::in_transaction(catalog_scan::cluster_database) {
-            shared.database.store(found.to_u32(), Ordering::Release);
+            shared.database.store(found, Ordering::Release);
         }
     }
     shared.finder_done.store(true, Ordering::Release);

@@ -196,7 +196,8 @@ pub fn exit_if_terminated() {
 }
 
 /// Attaches a background worker to the database of the cluster as the bootstrap superuser.
-pub fn connect(database: pg_sys::Oid) {
+pub fn connect(database: u32) {
+    let database = pg_sys::Oid::from(database);
     // SAFETY: called once at the start of a background worker that asked for a database connection.
     unsafe { pg_sys::BackgroundWorkerInitializeConnectionByOid(database, pg_sys::Oid::INVALID, 0) };
     super::standby::wait_always();
@@ -325,9 +326,7 @@ pub fn forget_cancel() {
 
 /// Attaches to the database of the cluster, with the settings that applying needs whatever the database's or the server's defaults are.
 pub fn connect_to_cluster() {
-    connect(pg_sys::Oid::from(
-        super::shared::shared().database.load(Ordering::Acquire),
-    ));
+    connect(super::shared::shared().database.load(Ordering::Acquire));
     for (name, value) in APPLY_SETTINGS {
         // SAFETY: zero-terminated literals; at the start of a background worker, outside of any transaction.
         unsafe {
