@@ -15,7 +15,7 @@ use crate::pg::apply_error::{ApplyFailure, attempt};
 use crate::pg::process::{self, SocketWait, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::recovered;
-use crate::pg::shared::shared;
+use crate::pg::shared::{RecoveryOrder, shared};
 use crate::pg::walreceiver::{Received, Stream};
 use crate::pg::{ddl, locks, rows, sequences, twophase};
 use protocol::{GenerationNum, Gid, Lsn, NodeId};
@@ -37,6 +37,8 @@ static DONOR: AtomicU32 = AtomicU32::new(0);
 
 /// Where the process stands.
 struct Recovery {
+    /// What this process was started for.
+    order: RecoveryOrder,
     donor: NodeId,
     /// Transactions of this generation and older are here, or can never commit.
     online_in: GenerationNum,
@@ -61,7 +63,10 @@ pub fn main(donor: NodeId) {
     process::connect_to_cluster();
     process::tag_as_applied();
     process::commit_asynchronously();
-    if let Err(error) = run(donor) {
+    let Some(order) = shared().recovery_order().filter(|it| it.from() == donor) else {
+        return;
+    };
+    if let Err(error) = run(order) {
         pgrx::warning!("multimaster recovery from node {}: {error}", donor.get());
     }
 }
@@ -75,7 +80,8 @@ fn leave() {
     }
 }
 
-fn run(donor: NodeId) -> Result<(), String> {
+fn run(order: RecoveryOrder) -> Result<(), String> {
+    let donor = order.from();
     let identity = match process::in_transaction(Identity::load) {
         Ok(Some(identity)) => identity,
         Ok(None) => return Ok(()),
@@ -102,6 +108,7 @@ fn run(donor: NodeId) -> Result<(), String> {
         donor.get()
     );
     let mut recovery = Recovery {
+        order,
         donor,
         online_in: shared().online_in(),
         known,
@@ -119,7 +126,7 @@ impl Recovery {
         let mut waiting = None::<SocketWait>;
         loop {
             process::check_interrupts();
-            if shared().recover_from() != Some(self.donor) {
+            if shared().recovery_order() != Some(self.order) {
                 return Ok(());
             }
             match stream.receive() {
@@ -319,13 +326,19 @@ impl Begun {
 }
 
 /// Whether there is nothing to do for the transaction. A user's own has a name, and is here when it is prepared.
+///
+/// One that needs this node's vote cannot have committed without it: it is here, prepared or finished, whatever the generation. That holds for those that
+/// follow while this process has not heard yet that the recovery is over.
 fn is_here(gid: Gid, users_name: &str, known: &BTreeSet<String>, online_in: GenerationNum) -> bool {
     if !users_name.is_empty() {
         return locks::prepared_names()
             .values()
             .any(|name| name == users_name);
     }
-    gid.generation <= online_in || known.contains(&gid.text(shared().cluster_tag()))
+    let votes = shared()
+        .node_id()
+        .is_some_and(|node| gid.members.contains(node));
+    votes || gid.generation <= online_in || known.contains(&gid.text(shared().cluster_tag()))
 }
 
 fn finish_user(name: &[u8], commit: bool) {

@@ -14,7 +14,7 @@ mod thread;
 mod trace;
 mod user_votes;
 
-pub use start::{MARK_ROWS, body_of, find, number_in};
+pub use start::{MARK_ROWS, body_of, find, number_in, read_membership};
 
 use crate::failpoint::{Failpoint, hit};
 use crate::guc;

@@ -167,7 +167,7 @@ pub fn recover(identity: &Identity) -> RecoveredState {
         process::in_transaction(|| !slots::missing(identity).is_empty()),
         Ordering::Release,
     );
-    let membership = read_membership();
+    let membership = process::in_transaction(read_membership);
     publish(identity, membership);
     repeat_marks(identity.node_id);
     let config = config(identity, membership, epoch, first_xid);
@@ -259,11 +259,9 @@ fn config(
     }
 }
 
-/// The membership's record; none in a new cluster. One that cannot be right stops the node.
-fn read_membership() -> Option<MembershipRecord> {
-    let body = process::in_transaction(|| {
-        DurableTable::open(c"marks", MARK_ROWS).read_all()[MEMBERS_ROW as usize]
-    });
+/// The membership's record; none in a new cluster. One that cannot be right stops the node. Runs in a transaction.
+pub fn read_membership() -> Option<MembershipRecord> {
+    let body = DurableTable::open(c"marks", MARK_ROWS).read_all()[MEMBERS_ROW as usize];
     if body == [0; records::BODY_BYTES] {
         return None;
     }
@@ -419,11 +417,11 @@ impl Children {
             0,
             shared.finisher.is_set(),
         );
-        if let Some(donor) = shared.recover_from() {
+        if let Some(order) = shared.recovery_order() {
             self.keep(
                 "multimaster recovery",
                 "multimaster_recovery_main",
-                i32::from(donor.get()),
+                i32::from(order.from().get()),
                 shared.recovery.is_set(),
             );
         }

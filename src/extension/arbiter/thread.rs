@@ -19,7 +19,7 @@ use super::event::{self, LocalEvent};
 use super::finishing::Finishing;
 use super::start::Decider;
 use super::trace;
-use super::user_votes::{UserTally, UserVotes};
+use super::user_votes::{UserTally, UserVotes, generation_over};
 use crate::failpoint::{Failpoint, hit_in_thread};
 use crate::pg::shared::{self, EVENT_BYTES, outcome, shared};
 use crate::pg::thread as os_thread;
@@ -131,7 +131,7 @@ impl Arbiter {
         self.carry_out(first.drain());
         hit_in_thread(Failpoint::StartAfterEffects);
         self.adopt_waiting_backends();
-        self.carry_out_members();
+        self.start_members();
         let wake = os_thread::wake_readiness()?;
         // An earlier life of this process may have died between draining the descriptor and saying so.
         accept_wakes();
@@ -253,8 +253,10 @@ impl Arbiter {
             }),
             LocalEvent::UserPreparing { gid, backend } => {
                 self.waiting.insert(gid, Waiting::begin(backend, false));
-                self.user_votes
-                    .expect(gid, self.configured.without(self.node));
+                if gid.generation < shared().generation() {
+                    return self.answer_user(gid, UserTally::Refused(generation_over()));
+                }
+                self.user_votes.expect(gid, gid.members.without(self.node));
             }
             LocalEvent::UserVoted { gid, vote } => {
                 self.send(gid.coordinator, &Message::Vote { gid, vote })

@@ -92,6 +92,8 @@ pub struct Shared {
     pub generation: AtomicU32,
     /// The generation is being changed: see `barrier`.
     pub barrier_closed: AtomicBool,
+    /// The generation in which this node prepares its own transactions; 0 while it is online in none.
+    pub opened: AtomicU32,
     pub members: AtomicU32,
     pub configured: AtomicU32,
     pub status: AtomicU32,
@@ -121,8 +123,8 @@ pub struct Shared {
     pub worker_awaited: AtomicBool,
     pub finisher: ProcCell,
     pub recovery: ProcCell,
-    /// The node to recover from; 0 for none.
-    pub recover_from: AtomicU32,
+    /// The order to recover: see [`RecoveryOrder`]; 0 for none.
+    recovery_order: AtomicU32,
     /// Bytes of the donor's WAL that have not been applied yet.
     pub recovery_lag: AtomicU64,
     /// Where this node stands, for those who apply.
@@ -197,9 +199,18 @@ impl Shared {
         }
     }
 
-    /// The node to recover from.
-    pub fn recover_from(&self) -> Option<NodeId> {
-        NodeId::new(self.recover_from.load(Ordering::Acquire) as u8)
+    /// From whom to recover.
+    pub fn recovery_order(&self) -> Option<RecoveryOrder> {
+        RecoveryOrder::from_raw(self.recovery_order.load(Ordering::Acquire))
+    }
+
+    /// Gives another order to recover, or none. Tokio thread only.
+    pub fn order_recovery(&self, from: Option<NodeId>) {
+        let given = self.recovery_order.load(Ordering::Acquire);
+        let node = from.map_or(0, |node| u32::from(node.get()));
+        let number = (given >> NODE_BITS).wrapping_add(1);
+        self.recovery_order
+            .store(number << NODE_BITS | node, Ordering::Release);
     }
 
     /// The generation with its members. They are changed before the number, behind a closed barrier.
@@ -261,6 +272,25 @@ impl Shared {
             None => self.finisher.wake(),
         }
         true
+    }
+}
+
+/// An order to recover from a node. Each is another one, also from the same node: what a process found out under an earlier order went to somebody who may
+/// be gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecoveryOrder(u32);
+
+/// Room of the node's id beside the order's number.
+const NODE_BITS: u32 = 8;
+
+impl RecoveryOrder {
+    fn from_raw(raw: u32) -> Option<RecoveryOrder> {
+        NodeId::new(raw as u8).map(|_| RecoveryOrder(raw))
+    }
+
+    /// The node to recover from.
+    pub fn from(self) -> NodeId {
+        NodeId::new(self.0 as u8).expect("an order names a node")
     }
 }
 
