@@ -284,7 +284,7 @@ fn node_row(node: NodeId) -> NodeStateRow {
         id: i32::from(node.get()),
         enabled: shared().current().members.contains(node),
         connected: is_connected(node),
-        stopped: false,
+        stopped: shared().needs_copy().contains(node),
         catch_up: is_self
             && matches!(
                 shared().status(),

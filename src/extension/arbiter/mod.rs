@@ -8,6 +8,7 @@ pub mod durable;
 pub mod event;
 mod finishing;
 mod net_config;
+mod retention;
 pub mod slots;
 mod start;
 mod thread;
@@ -47,6 +48,7 @@ struct MainThread {
     replies: mpsc::UnboundedSender<FromMain>,
     peers: Vec<NodeId>,
     children: start::Children,
+    retention: retention::Retention,
     alive_at: Instant,
 }
 
@@ -73,6 +75,7 @@ pub fn main() {
         replies,
         peers,
         children: start::Children::default(),
+        retention: retention::Retention::default(),
         alive_at: Instant::now(),
     };
     let settings = NetSettings::read(shared().epoch.load(Ordering::Acquire));
@@ -114,6 +117,10 @@ impl MainThread {
             }
             self.children.look_after(&self.peers);
             self.grow_pool();
+            for notice in self.retention.look() {
+                pgrx::warning!("multimaster, node {}: {}", notice.node.get(), notice.text);
+                let _ = self.replies.send(FromMain::Notice(notice));
+            }
             if process::sighup_pending() {
                 process::reload();
                 let times = HeartbeatTimes {
@@ -166,6 +173,10 @@ impl MainThread {
                 ToMain::LookForOlder(num) => {
                     let drained = !start::holds_older(num);
                     let _ = self.replies.send(FromMain::Drained { num, drained });
+                }
+                ToMain::NeedCopy { node, reason } => {
+                    retention::note(node, &reason);
+                    let _ = self.replies.send(FromMain::CopyNeeded);
                 }
                 ToMain::ForgetRecovered => process::in_transaction(recovered::clear),
                 ToMain::Log(LogRecord {

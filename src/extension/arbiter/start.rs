@@ -4,8 +4,8 @@ use super::RESTART_PAUSE;
 use super::durable::{RECORDS_MAX, Tuples};
 use super::event::{self, LocalEvent};
 use super::net_config::{NetSettings, millis, start_mesh};
-use super::slots;
 use super::thread::{Arbiter, FromMain, HeartbeatTimes, MainLink};
+use super::{retention, slots};
 use crate::cluster::Identity;
 use crate::cluster::identity::ClusterState;
 use crate::failpoint::{Failpoint, hit};
@@ -163,6 +163,7 @@ pub fn recover(identity: &Identity) -> RecoveredState {
     hit(Failpoint::StartBeforeEpoch);
     let epoch = next_epoch(identity.node_id);
     hit(Failpoint::StartAfterEpoch);
+    process::in_transaction(retention::load);
     shared().slots_missing.store(
         process::in_transaction(|| !slots::missing(identity).is_empty()),
         Ordering::Release,
@@ -417,6 +418,12 @@ impl Children {
             0,
             shared.finisher.is_set(),
         );
+        let needs_copy = shared
+            .node_id()
+            .is_some_and(|node| shared.needs_copy().contains(node));
+        if needs_copy {
+            return;
+        }
         if let Some(order) = shared.recovery_order() {
             self.keep(
                 "multimaster recovery",

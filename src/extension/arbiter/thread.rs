@@ -308,6 +308,11 @@ impl Arbiter {
                 self.leases.reconfigure(timing);
                 self.reconfigure(timing);
             }
+            FromMain::CopyNeeded => self.on_copy_needed(),
+            FromMain::Notice(notice) => {
+                self.note(notice.node, notice.event, &notice.text, 0);
+                self.publish();
+            }
             FromMain::MembershipDurable => self.on_member_record(),
             FromMain::MarkerWritten(num) => self.on_marker_written(num),
             FromMain::Drained { num, drained } => self.on_drained(num, drained),

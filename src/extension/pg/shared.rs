@@ -123,6 +123,8 @@ pub struct Shared {
     pub worker_awaited: AtomicBool,
     pub finisher: ProcCell,
     pub recovery: ProcCell,
+    /// Nodes that cannot recover any more, as bits: see `arbiter::retention`. Written by the arbiter's main thread.
+    needs_copy: AtomicU32,
     /// The order to recover: see [`RecoveryOrder`]; 0 for none.
     recovery_order: AtomicU32,
     /// Bytes of the donor's WAL that have not been applied yet.
@@ -197,6 +199,22 @@ impl Shared {
             Some(node) => self.standing.get().admit(node, gid),
             None => Admission::Hold,
         }
+    }
+
+    /// Whether this node prepares its own transactions: it is online.
+    pub fn is_open(&self) -> bool {
+        self.opened.load(Ordering::Acquire) != 0
+    }
+
+    /// Nodes that this one knows to need a new copy, itself maybe among them.
+    pub fn needs_copy(&self) -> NodeSet {
+        NodeSet::from_bits(self.needs_copy.load(Ordering::Acquire) as u16)
+    }
+
+    /// Main thread of the arbiter only.
+    pub fn set_needs_copy(&self, nodes: NodeSet) {
+        self.needs_copy
+            .store(u32::from(nodes.bits()), Ordering::Release);
     }
 
     /// From whom to recover.

@@ -248,6 +248,7 @@ impl Arbiter {
                 .into_iter()
                 .chain(self.leases.extras())
                 .chain(self.members.extra())
+                .chain(self.members.needs_copy_extra())
                 .collect(),
             ..Heartbeat::default()
         };

@@ -19,9 +19,14 @@ use std::sync::atomic::Ordering;
 
 /// Tag of a heartbeat's extra: the sender's `Presence`.
 const PRESENCE_TAG: u16 = 4;
+/// Tag of a heartbeat's extra: the nodes for which the sender keeps no WAL any more, as bits. Left out while there are none.
+const NEEDS_COPY_TAG: u16 = 5;
 
 /// The membership with what it waits for.
 pub struct Members {
+    node: NodeId,
+    /// It has been asked to note that this node needs a copy.
+    copy_asked: bool,
     membership: Membership,
     effects: MembershipEffects,
     /// Effects behind a record that is not durable yet.
@@ -55,6 +60,8 @@ impl Members {
         let membership = Membership::new(config, record, now, &mut effects);
         let held = effects.drain().collect();
         Members {
+            node,
+            copy_asked: false,
             membership,
             effects,
             held,
@@ -73,11 +80,26 @@ impl Members {
         let presence = Presence {
             current: self.durable.current,
             online_in: self.durable.online_in,
-            willing: latest.willing && self.persisting.is_none(),
+            willing: latest.willing && self.persisting.is_none() && !self.needs_copy(),
             ..latest
         };
         let bytes = bincode::serde::encode_to_vec(presence, bincode::config::standard()).ok()?;
         Some((PRESENCE_TAG, bytes))
+    }
+
+    /// What heartbeats carry about nodes that cannot recover any more.
+    pub fn needs_copy_extra(&self) -> Option<(u16, Vec<u8>)> {
+        let others = shared().needs_copy().without(self.node);
+        if others.is_empty() {
+            return None;
+        }
+        let bytes = bincode::serde::encode_to_vec(others.bits(), bincode::config::standard());
+        Some((NEEDS_COPY_TAG, bytes.ok()?))
+    }
+
+    /// Whether this node cannot recover any more.
+    fn needs_copy(&self) -> bool {
+        !self.is_open() && shared().needs_copy().contains(self.node)
     }
 
     /// Members of the current generation.
@@ -92,6 +114,9 @@ impl Members {
 
     /// What users read, as far as the membership knows. `complete` says whether changes flow between all members.
     pub fn status(&self, before: NodeStatus, complete: bool) -> NodeStatus {
+        if self.needs_copy() {
+            return NodeStatus::NeedsCopy;
+        }
         match self.membership.status() {
             Status::Online | Status::Isolated if !self.is_open() => match before {
                 NodeStatus::Starting => before,
@@ -179,7 +204,9 @@ impl Arbiter {
                 self.main.send(ToMain::WriteMarker(elected.generation.num));
             }
             MembershipEffect::Open { generation } => self.open(generation),
-            MembershipEffect::Recover { from } => recover_from(Some(from)),
+            MembershipEffect::Recover { from } => {
+                recover_from(Some(from).filter(|_| !self.members.needs_copy()));
+            }
             MembershipEffect::StopRecovery => recover_from(None),
             MembershipEffect::Beat => {
                 self.publish();
@@ -246,12 +273,43 @@ impl Arbiter {
 
     /// What the heartbeat of a peer says about members.
     pub(super) fn hear_members(&mut self, from: NodeId, heartbeat: &wire::frame::Heartbeat) {
+        if let Some(bits) = decoded::<u16>(heartbeat, NEEDS_COPY_TAG) {
+            self.hear_of_copies(from, NodeSet::from_bits(bits));
+        }
         if let Some(presence) = decoded::<Presence>(heartbeat, PRESENCE_TAG) {
             if presence.leaving {
                 self.leases.released_by(from);
             }
             self.member_input(MembershipInput::Presence { from, presence });
         }
+    }
+
+    /// A member says which nodes it no longer keeps WAL for.
+    fn hear_of_copies(&mut self, from: NodeId, needing: NodeSet) {
+        let known = shared().needs_copy().contains(self.node) || self.members.copy_asked;
+        if known || self.members.is_open() || !needing.contains(self.node) {
+            return;
+        }
+        self.members.copy_asked = true;
+        let reason = format!(
+            "node {} no longer keeps the WAL that this node has missed",
+            from.get()
+        );
+        self.note(self.node, "needs copy", &reason, 0);
+        self.main.log(
+            LogLevel::Warning,
+            format!("this node needs a new copy: {reason}"),
+        );
+        let node = self.node;
+        self.main.send(ToMain::NeedCopy { node, reason });
+    }
+
+    /// It is durable that this node needs a copy.
+    pub(super) fn on_copy_needed(&mut self) {
+        self.members.copy_asked = false;
+        recover_from(None);
+        self.refresh_status();
+        self.publish();
     }
 
     /// What the main thread has made durable.

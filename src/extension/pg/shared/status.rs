@@ -20,6 +20,8 @@ pub enum NodeStatus {
     Catchup = 6,
     /// Not a member, and nobody to recover from is seen.
     Minority = 7,
+    /// Not a member, and it cannot recover: what it has missed is no longer kept.
+    NeedsCopy = 8,
 }
 
 impl NodeStatus {
@@ -32,6 +34,7 @@ impl NodeStatus {
             5 => NodeStatus::Recovery,
             6 => NodeStatus::Catchup,
             7 => NodeStatus::Minority,
+            8 => NodeStatus::NeedsCopy,
             _ => NodeStatus::Disabled,
         }
     }
@@ -47,6 +50,7 @@ impl NodeStatus {
             NodeStatus::Recovery => "recovery",
             NodeStatus::Catchup => "catchup",
             NodeStatus::Minority => "minority",
+            NodeStatus::NeedsCopy => "needs_copy",
         }
     }
 }
