@@ -289,6 +289,7 @@ impl Receiver {
     fn see(&mut self, end: Lsn) {
         self.seen = self.seen.max(end);
         self.node.received.fetch_max(self.seen.0, Ordering::AcqRel);
+        self.node.streamed.store(self.seen.0, Ordering::Relaxed);
     }
 
     /// `at` is the end of the PREPARE for the message that ends a transaction.

@@ -18,16 +18,15 @@ mod user_votes;
 pub use start::{MARK_ROWS, body_of, find, number_in, read_membership};
 
 use crate::failpoint::{Failpoint, hit};
-use crate::guc;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::{self, NodeStatus, shared, worker};
 use crate::pg::{outcome, recovered, thread as os_thread};
-use net_config::{NetSettings, millis};
+use net_config::NetSettings;
 use protocol::{Gid, NodeId};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use thread::{FromMain, HeartbeatTimes, LogLevel, LogRecord, ToMain};
+use thread::{FromMain, LogLevel, LogRecord, ToMain};
 use tokio::sync::mpsc;
 
 /// How often the main thread looks around although nobody woke it.
@@ -123,11 +122,8 @@ impl MainThread {
             }
             if process::sighup_pending() {
                 process::reload();
-                let times = HeartbeatTimes {
-                    send_ms: millis(guc::heartbeat_send_timeout()),
-                    recv_ms: millis(guc::heartbeat_recv_timeout()),
-                };
-                let _ = self.replies.send(FromMain::Reconfigure(times));
+                let settings = NetSettings::read(shared().epoch.load(Ordering::Acquire));
+                let _ = self.replies.send(FromMain::Reconfigure(settings));
             }
             if process::terminate_pending() {
                 let deadline = *stop_at.get_or_insert_with(|| Instant::now() + FAREWELL);

@@ -4,7 +4,7 @@ use super::RESTART_PAUSE;
 use super::durable::{RECORDS_MAX, Tuples};
 use super::event::{self, LocalEvent};
 use super::net_config::{NetSettings, millis, start_mesh};
-use super::thread::{Arbiter, FromMain, HeartbeatTimes, MainLink};
+use super::thread::{Arbiter, FromMain, MainLink};
 use super::{retention, slots};
 use crate::cluster::Identity;
 use crate::cluster::identity::ClusterState;
@@ -367,20 +367,10 @@ pub fn run_thread(
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async move {
         let (mesh, events) = start_mesh(&identity, &settings).await?;
-        Arbiter::new(
-            node,
-            configured,
-            decider,
-            main,
-            mesh,
-            HeartbeatTimes {
-                send_ms: settings.send_ms,
-                recv_ms: settings.recv_ms,
-            },
-        )
-        .run(events, from_main)
-        .await
-        .map_err(|error| format!("network thread failed: {error}"))
+        Arbiter::new(node, configured, decider, main, mesh, &settings)
+            .run(events, from_main)
+            .await
+            .map_err(|error| format!("network thread failed: {error}"))
     })
 }
 

@@ -6,17 +6,22 @@
 mod answers;
 mod delays;
 mod effects;
+mod health;
 mod lease;
 mod links;
 mod main_link;
 mod members;
+mod stuck;
+mod suspects;
 
+pub use lease::SEND_MS_MAX;
 pub use main_link::{FromMain, HeartbeatTimes, LogLevel, LogRecord, MainLink, ToMain};
 
 use super::counters::Refusals;
 use super::durable::{DurableOrder, Tuples};
 use super::event::{self, LocalEvent};
 use super::finishing::Finishing;
+use super::net_config::NetSettings;
 use super::start::Decider;
 use super::trace;
 use super::user_votes::{UserTally, UserVotes, generation_over};
@@ -61,6 +66,7 @@ pub struct Arbiter {
     peer_views: BTreeMap<NodeId, NodeSet>,
     leases: lease::LeaseKeeper,
     members: members::Members,
+    stuck: stuck::Stuck,
     /// Heartbeat times of the peers, as they say.
     peer_times: BTreeMap<NodeId, Option<HeartbeatTimes>>,
     refusals: Refusals,
@@ -91,8 +97,9 @@ impl Arbiter {
         decider: Decider,
         main: MainLink,
         mesh: MeshHandle,
-        timing: HeartbeatTimes,
+        settings: &NetSettings,
     ) -> Arbiter {
+        let timing = settings.times();
         let silence = Duration::from_millis(timing.recv_ms);
         let members = members::Members::new(node, configured, decider.membership, 0);
         let leases = lease::LeaseKeeper::new(node, decider.epoch, configured, timing, &mesh);
@@ -115,6 +122,7 @@ impl Arbiter {
             peer_views: BTreeMap::new(),
             leases,
             members,
+            stuck: stuck::Stuck::new(settings.slow_ms),
             peer_times: BTreeMap::new(),
             refusals: Refusals::default(),
         }
@@ -303,10 +311,15 @@ impl Arbiter {
             FromMain::Outcome { gid, outcome } => {
                 self.input(Input::CoordinatorOutcome { gid, outcome })
             }
-            FromMain::Reconfigure(timing) => {
+            FromMain::Reconfigure(settings) => {
+                let timing = settings.times();
+                self.stuck.set_timeout(settings.slow_ms);
                 self.silence = Duration::from_millis(timing.recv_ms);
                 self.leases.reconfigure(timing);
                 self.reconfigure(timing);
+                for (peer, theirs) in self.peer_times.clone() {
+                    self.tell_unequal(peer, theirs);
+                }
             }
             FromMain::CopyNeeded => self.on_copy_needed(),
             FromMain::Notice(notice) => {
@@ -316,7 +329,10 @@ impl Arbiter {
             FromMain::MembershipDurable => self.on_member_record(),
             FromMain::MarkerWritten(num) => self.on_marker_written(num),
             FromMain::Drained { num, drained } => self.on_drained(num, drained),
-            FromMain::Alive => self.mesh.speak_for(Some(self.silence)),
+            FromMain::Alive => {
+                self.mesh.speak_for(Some(self.silence));
+                self.stuck.alive(self.now());
+            }
             FromMain::Stop => {}
         }
     }
@@ -342,6 +358,7 @@ impl Arbiter {
 
     fn on_tick(&mut self) {
         self.tick_members();
+        self.tick_stuck();
         self.refresh_status();
         self.input(Input::Tick);
         self.place();

@@ -58,8 +58,10 @@ pub struct NodeShared {
     pub peer_end: AtomicU64,
     /// End of its flushed WAL, as its last heartbeat said; this node's own for this node.
     pub flushed: AtomicU64,
-    /// Last WAL position seen in its stream.
+    /// Last WAL position seen in its stream, ever.
     pub received: AtomicU64,
+    /// The same, of the present connection.
+    pub streamed: AtomicU64,
     pub connectivity: AtomicU32,
     pub heartbeats: AtomicU64,
     /// Microseconds since 2000-01-01.

@@ -19,6 +19,8 @@ const LASTS_OF_SILENCE: u64 = 4;
 const LASTS_HALF_HEARTBEATS: u64 = 5;
 /// The longest promise, milliseconds: after a start, a node takes all of its earlier life for running that long.
 pub const LASTS_MS_MAX: Millis = 2_000;
+/// Heartbeats are sent at least this often, milliseconds, whatever the setting says: the longest promise would end between two of them otherwise.
+pub const SEND_MS_MAX: u64 = LASTS_MS_MAX * 2 / LASTS_HALF_HEARTBEATS;
 /// Parts of the time between heartbeats within which a node is answered once only.
 const ANSWERS_PER_HEARTBEAT: u64 = 4;
 
@@ -51,12 +53,15 @@ impl LeaseKeeper {
     /// The heartbeat times have changed.
     pub fn reconfigure(&mut self, times: HeartbeatTimes) {
         self.times = times;
-        self.leases.set_duration(duration(times));
     }
 
     /// Takes in a peer's heartbeat: promises to it what it asks for, and lets backends serve as long as the promises of a majority last.
     pub fn on_heartbeat(&mut self, from: NodeId, heartbeat: &Heartbeat, mesh: &MeshHandle) {
         let now = mesh.now_ms();
+        // Whoever asks less often has to be promised for longer.
+        let theirs = times_of(heartbeat).map_or(0, |times| between_heartbeats(times.send_ms));
+        let lasts = duration(self.times).max(theirs).min(LASTS_MS_MAX);
+        self.leases.set_duration(lasts);
         self.leases
             .heard(from, heartbeat.epoch, heartbeat.sent_ms, now);
         self.leases.on_grants(from, &grants_of(heartbeat));
@@ -127,8 +132,13 @@ pub fn extra_of(heartbeat: &Heartbeat, tag: u16) -> Option<&[u8]> {
 }
 
 fn duration(times: HeartbeatTimes) -> Millis {
-    let lasts = (times.recv_ms / LASTS_OF_SILENCE).max(times.send_ms * LASTS_HALF_HEARTBEATS / 2);
+    let lasts = (times.recv_ms / LASTS_OF_SILENCE).max(between_heartbeats(times.send_ms));
     lasts.min(LASTS_MS_MAX)
+}
+
+/// How long a promise has to last at least so that it is renewed in time.
+const fn between_heartbeats(send_ms: u64) -> Millis {
+    send_ms * LASTS_HALF_HEARTBEATS / 2
 }
 
 fn grants_of(heartbeat: &Heartbeat) -> Vec<Grant> {

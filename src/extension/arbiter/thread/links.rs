@@ -49,6 +49,7 @@ impl Arbiter {
                 self.linked.remove(peer);
                 shared().node(peer).losses.fetch_add(1, Ordering::AcqRel);
                 self.peer_views.remove(&peer);
+                self.stuck.lost(peer);
                 self.link_changed(peer, false, &reason.to_string());
                 self.main.log(
                     LogLevel::Warning,
@@ -84,6 +85,7 @@ impl Arbiter {
                 self.peer_views.insert(from, view_of(&heartbeat));
                 self.compare_times(from, &heartbeat);
                 self.leases.on_heartbeat(from, &heartbeat, &self.mesh);
+                self.stuck.hear(from, &heartbeat);
                 self.hear_members(from, &heartbeat);
                 self.refresh_status();
                 self.leases.answer(from, &self.mesh);
@@ -139,9 +141,13 @@ impl Arbiter {
     /// Heartbeat times that differ between nodes make one exclude the other earlier than it expects.
     fn compare_times(&mut self, from: NodeId, heartbeat: &Heartbeat) {
         let theirs = lease::times_of(heartbeat);
-        if theirs.is_none() || self.peer_times.insert(from, theirs) == Some(theirs) {
-            return;
+        if theirs.is_some() && self.peer_times.insert(from, theirs) != Some(theirs) {
+            self.tell_unequal(from, theirs);
         }
+    }
+
+    /// Says so if a peer's heartbeat times are not those of this node.
+    pub(super) fn tell_unequal(&self, from: NodeId, theirs: Option<HeartbeatTimes>) {
         let ours = self.leases.times();
         if let Some(theirs) = theirs.filter(|theirs| *theirs != ours) {
             let text = format!(
@@ -249,6 +255,7 @@ impl Arbiter {
                 .chain(self.leases.extras())
                 .chain(self.members.extra())
                 .chain(self.members.needs_copy_extra())
+                .chain(self.stuck.extra())
                 .collect(),
             ..Heartbeat::default()
         };

@@ -1,6 +1,7 @@
 //! What the two threads of the arbiter say to each other.
 
 use super::super::durable::Batch;
+use super::super::net_config::NetSettings;
 use super::super::retention::Notice;
 use crate::pg::shared::shared;
 use protocol::membership::MEMBERSHIP_RECORD_BYTES;
@@ -67,7 +68,7 @@ pub enum FromMain {
     /// The main thread works: this node may speak to its peers for another while.
     Alive,
     /// Settings were read again.
-    Reconfigure(HeartbeatTimes),
+    Reconfigure(NetSettings),
     Stop,
 }
 

@@ -59,6 +59,19 @@ impl ProcCell {
         self.0.load(Ordering::Acquire) == my_proc_number() as u32 + 1
     }
 
+    /// Whether the process waits for a lock of the lock manager, which rows and transactions have too. Callable from any thread.
+    pub fn waits_for_lock(&self) -> bool {
+        match self.0.load(Ordering::Acquire) {
+            0 => false,
+            // SAFETY: as in pid(); a plain word that the process and whoever grants the lock write.
+            number => unsafe {
+                let process = (*pg_sys::ProcGlobal).allProcs.add(number as usize - 1);
+                std::ptr::read_volatile(&raw const (*process).waitStatus)
+                    == pg_sys::ProcWaitStatus::PROC_WAIT_STATUS_WAITING
+            },
+        }
+    }
+
     pub fn pid(&self) -> i32 {
         match self.0.load(Ordering::Acquire) {
             0 => 0,
