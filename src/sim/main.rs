@@ -23,7 +23,7 @@ fn main() -> ExitCode {
         (Some("seeds"), Some([nodes, first, last])) => seeds(*nodes as u8, *first, *last),
         (Some("members"), Some([nodes, first, last])) => members(*nodes as u8, *first, *last),
         (Some("trace-members"), Some([nodes, seed])) => {
-            shown(sim::trace_changing_seed(*seed, *nodes as u8))
+            shown(sim::trace_harsh_seed(*seed, *nodes as u8))
         }
         (Some("trace"), Some([nodes, seed])) => trace(*nodes as u8, *seed),
         (Some("quick"), Some([])) => quick(),
@@ -63,7 +63,7 @@ fn seeds(nodes: u8, first: u64, last: u64) -> bool {
 fn members(nodes: u8, first: u64, last: u64) -> bool {
     let (mut committed, mut generations, mut recovered) = (0, 0, 0);
     for seed in first..last {
-        match sim::run_changing_seed(seed, nodes, None) {
+        match sim::run_harsh_seed(seed, nodes, None) {
             Ok(report) => {
                 committed += report.committed;
                 generations += report.generations;
