@@ -31,6 +31,8 @@ pub struct LeaseKeeper {
     /// `clock::monotonic_ms` when the mesh's clock was zero, or a little before.
     began_ms: u64,
     answered: BTreeMap<NodeId, Millis>,
+    /// This node has said good-bye, which released its peers from their promises.
+    ended: bool,
 }
 
 impl LeaseKeeper {
@@ -47,7 +49,14 @@ impl LeaseKeeper {
             times,
             began_ms: now.saturating_sub(mesh.now_ms() + 1),
             answered: BTreeMap::new(),
+            ended: false,
         }
+    }
+
+    /// Backends serve nothing from now on, whatever is promised.
+    pub fn end(&mut self) {
+        self.ended = true;
+        shared().lease_until_ms.store(0, Ordering::Release);
     }
 
     /// The heartbeat times have changed.
@@ -66,7 +75,9 @@ impl LeaseKeeper {
             .heard(from, heartbeat.epoch, heartbeat.sent_ms, now);
         self.leases.on_grants(from, &grants_of(heartbeat));
         let until = self.began_ms.saturating_add(self.leases.until());
-        shared().lease_until_ms.fetch_max(until, Ordering::AcqRel);
+        if !self.ended {
+            shared().lease_until_ms.fetch_max(until, Ordering::AcqRel);
+        }
     }
 
     /// Sends the promise soon, and not only with the next regular heartbeat: the way there and back is then all that a lease loses.

@@ -360,7 +360,7 @@ impl Arbiter {
     /// This server ends: stop serving, then say so.
     pub(super) async fn say_goodbye(&mut self) {
         shared().set_status(NodeStatus::Starting);
-        shared().lease_until_ms.store(0, Ordering::Release);
+        self.leases.end();
         self.member_input(MembershipInput::Leave);
         self.publish();
         self.beat_all();
