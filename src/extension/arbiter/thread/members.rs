@@ -15,7 +15,6 @@ use protocol::membership::{
 };
 use protocol::{GenerationNum, Message, Millis, NodeId, NodeSet};
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering;
 
 /// Tag of a heartbeat's extra: the sender's `Presence`.
 const PRESENCE_TAG: u16 = 4;
