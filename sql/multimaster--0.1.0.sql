@@ -68,7 +68,14 @@ COMMENT ON TABLE mtm.slots_made IS 'replication slots that this server had to ma
 CREATE TABLE mtm.recovered (gid text NOT NULL);
 COMMENT ON TABLE mtm.recovered IS 'transactions that this node has applied while it recovers; empty when it is online';
 
-REVOKE ALL ON mtm.cluster, mtm.cluster_nodes, mtm.records, mtm.marks, mtm.slots_made, mtm.recovered FROM PUBLIC;
+CREATE TABLE mtm.needs_copy (
+    node_id    integer PRIMARY KEY,
+    noted_at   timestamptz NOT NULL,
+    reason     text NOT NULL
+);
+COMMENT ON TABLE mtm.needs_copy IS 'nodes that were away for too long: the WAL they would need is no longer kept here, or, in the row about this node, elsewhere';
+
+REVOKE ALL ON mtm.cluster, mtm.cluster_nodes, mtm.records, mtm.marks, mtm.slots_made, mtm.recovered, mtm.needs_copy FROM PUBLIC;
 
 -- Forming a cluster.
 
@@ -333,4 +340,4 @@ REVOKE ALL ON FUNCTION
 GRANT EXECUTE ON FUNCTION
     mtm.peer_states(), mtm.in_flight(), mtm.recent_conflicts(), mtm.recent_events(), mtm.counters(), mtm.latencies(), mtm.get_nodes_state(), mtm.nodes()
     TO mtm_monitor, pg_monitor;
-GRANT SELECT ON mtm.transactions, mtm.conflicts, mtm.events, mtm.stat_commits, mtm.commit_latency TO mtm_monitor, pg_monitor;
+GRANT SELECT ON mtm.transactions, mtm.conflicts, mtm.events, mtm.stat_commits, mtm.commit_latency, mtm.needs_copy TO mtm_monitor, pg_monitor;

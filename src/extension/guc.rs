@@ -16,6 +16,7 @@ static ARBITER_LISTEN_ADDRESSES: GucSetting<Option<CString>> =
     GucSetting::<Option<CString>>::new(Some(c"*"));
 static HEARTBEAT_SEND_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(200);
 static HEARTBEAT_RECV_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(2000);
+static SLOW_NODE_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 static MAX_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(32);
 static WAIT_PEER_COMMITS: GucSetting<bool> = GucSetting::<bool>::new(true);
 static COMMIT_MODE: GucSetting<CommitMode> = GucSetting::<CommitMode>::new(CommitMode::Fast);
@@ -99,6 +100,16 @@ fn register_heartbeats() {
         &HEARTBEAT_RECV_TIMEOUT,
         100,
         600_000,
+        GucContext::Sighup,
+        GucFlags::UNIT_MS,
+    );
+    GucRegistry::define_int_guc(
+        c"multimaster.slow_node_timeout",
+        c"Time without any progress of its database after which a node that still answers heartbeats is excluded.",
+        c"Zero excludes only nodes that do not answer.",
+        &SLOW_NODE_TIMEOUT,
+        0,
+        3_600_000,
         GucContext::Sighup,
         GucFlags::UNIT_MS,
     );
@@ -195,6 +206,11 @@ pub fn heartbeat_send_timeout() -> Duration {
 /// Silence after which a peer counts as dead.
 pub fn heartbeat_recv_timeout() -> Duration {
     millis(&HEARTBEAT_RECV_TIMEOUT)
+}
+
+/// Time without progress after which a node that answers is excluded; zero for never.
+pub fn slow_node_timeout() -> Duration {
+    millis(&SLOW_NODE_TIMEOUT)
 }
 
 /// Size of the pool of apply workers.

@@ -20,6 +20,7 @@ mod nemesis;
 mod refusals;
 mod split;
 mod standby;
+mod stuck;
 
 fn main() -> ExitCode {
     let cases = [
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         failover::cases(),
         minority::cases(),
         split::cases(),
+        stuck::cases(),
         nemesis::cases(),
         crash::cases(),
         kill::cases(),

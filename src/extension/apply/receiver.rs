@@ -4,7 +4,7 @@ use super::feed::{self, Feed};
 use super::progress::{Fences, Progress};
 use super::stream_message::{DATA_HEADER_BYTES, number, status_message};
 use crate::arbiter::event::{LocalEvent, submit};
-use crate::arbiter::{MARK_ROWS, body_of, number_in};
+use crate::arbiter::{MARK_ROWS, body_of, number_in, read_membership};
 use crate::cluster::{Identity, slot_name};
 use crate::failpoint::{Failpoint, hit};
 use crate::pg::process::{self, SocketWait, Wait};
@@ -14,8 +14,8 @@ use crate::pg::shared::{self, NodeShared, shared};
 use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
 use crate::pg::{locks, senders};
-use protocol::membership::{Admission, Phase};
-use protocol::{Decision, Gid, Lsn, NodeId, Record, Refusal, Vote};
+use protocol::membership::Admission;
+use protocol::{Decision, GenerationNum, Gid, Lsn, NodeId, Record, Refusal, Vote};
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -64,6 +64,8 @@ enum Answer {
     Yes,
     /// Its generation is over.
     No,
+    /// The same, to a user's own PREPARE TRANSACTION.
+    NoToUser,
     Nothing,
     /// It comes through a donor: the mark stays before it.
     SetAside,
@@ -81,8 +83,11 @@ struct Receiver {
     /// Transactions of this peer that this server knows already; what is not in here and comes is new.
     prepared: BTreeSet<Gid>,
     ended: BTreeSet<Gid>,
-    /// Names of users' prepared transactions found at the start.
+    /// Names of users' prepared transactions found at the start, or when this node had last recovered; nobody knows them by gid.
     of_users: BTreeSet<String>,
+    recovered_to: GenerationNum,
+    /// The generation that the peer's WAL is in here, as its markers say.
+    generation: GenerationNum,
     stored_at: Instant,
     told_at: Instant,
     /// When the walsenders of this server were last looked after.
@@ -167,15 +172,13 @@ impl Receiver {
         // In this order: finishes go on meanwhile, and each writes its record first. What is no longer prepared has its record by then.
         let names = locks::prepared_names();
         let prepared: BTreeSet<Gid> = names
-            .values()
-            .filter_map(|name| Gid::parse(name))
+            .into_values()
+            .filter_map(|name| Gid::parse(&name))
             .map(|(_, gid)| gid)
             .filter(|gid| gid.coordinator == peer)
             .collect();
-        let of_users = names
-            .into_values()
-            .filter(|name| Gid::parse(name).is_none())
-            .collect();
+        let online_in = process::in_transaction(read_membership)
+            .map_or(GenerationNum(1), |record| record.online_in);
         let (marks, stored, ended) = process::in_transaction(|| {
             let marks = DurableTable::open(c"marks", MARK_ROWS);
             let stored = Lsn(number_in(&marks.read_all()[peer.get() as usize]));
@@ -200,7 +203,9 @@ impl Receiver {
             current: Current::None,
             prepared,
             ended,
-            of_users,
+            of_users: names_of_users(),
+            recovered_to: shared().standing.get().recovered_to,
+            generation: online_in,
             stored_at: Instant::now(),
             told_at: Instant::now(),
             looked_at: Instant::now(),
@@ -284,6 +289,7 @@ impl Receiver {
     fn see(&mut self, end: Lsn) {
         self.seen = self.seen.max(end);
         self.node.received.fetch_max(self.seen.0, Ordering::AcqRel);
+        self.node.streamed.store(self.seen.0, Ordering::Relaxed);
     }
 
     /// `at` is the end of the PREPARE for the message that ends a transaction.
@@ -314,19 +320,40 @@ impl Receiver {
         };
         let gid = begin.gid;
         hit(Failpoint::ReceiverBegins);
-        let prepared = self.prepared.contains(&gid);
-        let of_user = !self.of_users.is_empty() && self.of_users.remove(&begin.name.to_string());
-        let answer = if prepared {
+        let name = begin.name.as_bytes();
+        let answer = if !name.starts_with(b"mtm-") {
+            self.admit_users(gid, name)
+        } else if self.prepared.contains(&gid) {
             Some(Answer::Yes)
-        } else if of_user || self.ended.contains(&gid) {
+        } else if self.ended.contains(&gid) {
             Some(Answer::Nothing)
         } else {
-            admit(gid, begin.name.as_bytes())
+            admit(gid)
         };
         self.current = match answer {
             Some(answer) => Current::Skipping { gid, answer },
             None => Current::Feeding(Feed::claim(|| ())),
         };
+    }
+
+    /// A user's own PREPARE TRANSACTION. The number in its gid is that of whoever decoded it; which generation it is of, the markers before it tell.
+    fn admit_users(&mut self, gid: Gid, name: &[u8]) -> Option<Answer> {
+        let gid = Gid {
+            generation: self.generation,
+            ..gid
+        };
+        let answer = admit(gid);
+        let recovered_to = shared().standing.get().recovered_to;
+        if self.recovered_to != recovered_to {
+            self.recovered_to = recovered_to;
+            self.of_users = names_of_users();
+        }
+        let is_here = std::str::from_utf8(name).is_ok_and(|name| self.of_users.remove(name));
+        match answer {
+            _ if is_here => Some(Answer::Nothing),
+            Some(Answer::No) => Some(Answer::NoToUser),
+            answer => answer,
+        }
     }
 
     fn pass_on(&self, feed: &Feed, bytes: &[u8]) {
@@ -347,6 +374,11 @@ impl Receiver {
                 let vote = match answer {
                     Answer::Yes => Some(Vote::Yes),
                     Answer::No => Some(Vote::No(generation_over())),
+                    Answer::NoToUser => {
+                        let vote = Vote::No(generation_over());
+                        submit(&LocalEvent::UserVoted { gid, vote });
+                        None
+                    }
                     Answer::Nothing => None,
                     Answer::SetAside => {
                         // The mark may be anywhere before the transaction's end.
@@ -379,6 +411,7 @@ impl Receiver {
                     self.confirm_now = true;
                 }
                 Ok(StreamFrame::Marker(marker)) => {
+                    self.generation = self.generation.max(marker.generation);
                     self.fences.put(marker.lsn, marker.generation);
                 }
                 Ok(_) => pgrx::error!(
@@ -501,14 +534,17 @@ impl Receiver {
     }
 }
 
+/// Names of the prepared transactions that are users' own.
+fn names_of_users() -> BTreeSet<String> {
+    let names = locks::prepared_names().into_values();
+    names.filter(|name| Gid::parse(name).is_none()).collect()
+}
+
 /// Waits until it is known what to do with a transaction that is new here; none when it is to be applied.
-fn admit(gid: Gid, name: &[u8]) -> Option<Answer> {
-    // Of a user's own, the number is that of whoever decoded it.
-    let users = !name.starts_with(b"mtm-");
+fn admit(gid: Gid) -> Option<Answer> {
     loop {
         match shared().admit(gid) {
             Admission::Apply => return None,
-            _ if users && shared().standing.get().phase == Phase::Online => return None,
             Admission::Refuse => return Some(Answer::No),
             Admission::Skip => return Some(Answer::Nothing),
             Admission::SetAside => return Some(Answer::SetAside),

@@ -15,7 +15,7 @@ use crate::pg::apply_error::{ApplyFailure, attempt};
 use crate::pg::process::{self, SocketWait, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::recovered;
-use crate::pg::shared::shared;
+use crate::pg::shared::{RecoveryOrder, shared};
 use crate::pg::walreceiver::{Received, Stream};
 use crate::pg::{ddl, locks, rows, sequences, twophase};
 use protocol::{GenerationNum, Gid, Lsn, NodeId};
@@ -37,11 +37,17 @@ static DONOR: AtomicU32 = AtomicU32::new(0);
 
 /// Where the process stands.
 struct Recovery {
+    /// What this process was started for.
+    order: RecoveryOrder,
     donor: NodeId,
     /// Transactions of this generation and older are here, or can never commit.
     online_in: GenerationNum,
-    /// Names of what has been recovered since.
+    /// Names of what has been recovered since; of users' prepared transactions, those that have been finished.
     known: BTreeSet<String>,
+    /// The generation that the donor's WAL is in here, as its markers and fences say.
+    generation: GenerationNum,
+    /// The highest marker or fence in this node's own WAL.
+    fenced: GenerationNum,
     /// Messages of the transaction that is being received.
     pending: Vec<Vec<u8>>,
     seen: Lsn,
@@ -61,7 +67,10 @@ pub fn main(donor: NodeId) {
     process::connect_to_cluster();
     process::tag_as_applied();
     process::commit_asynchronously();
-    if let Err(error) = run(donor) {
+    let Some(order) = shared().recovery_order().filter(|it| it.from() == donor) else {
+        return;
+    };
+    if let Err(error) = run(order) {
         pgrx::warning!("multimaster recovery from node {}: {error}", donor.get());
     }
 }
@@ -75,7 +84,8 @@ fn leave() {
     }
 }
 
-fn run(donor: NodeId) -> Result<(), String> {
+fn run(order: RecoveryOrder) -> Result<(), String> {
+    let donor = order.from();
     let identity = match process::in_transaction(Identity::load) {
         Ok(Some(identity)) => identity,
         Ok(None) => return Ok(()),
@@ -101,10 +111,14 @@ fn run(donor: NodeId) -> Result<(), String> {
         "multimaster recovers from node {}, from {mark}",
         donor.get()
     );
+    let online_in = shared().online_in();
     let mut recovery = Recovery {
+        order,
         donor,
-        online_in: shared().online_in(),
+        online_in,
         known,
+        generation: GenerationNum(0),
+        fenced: online_in,
         pending: Vec::new(),
         seen: mark,
         told_at: Instant::now(),
@@ -119,7 +133,7 @@ impl Recovery {
         let mut waiting = None::<SocketWait>;
         loop {
             process::check_interrupts();
-            if shared().recover_from() != Some(self.donor) {
+            if shared().recovery_order() != Some(self.order) {
                 return Ok(());
             }
             match stream.receive() {
@@ -171,10 +185,10 @@ impl Recovery {
         for frame in message.frames() {
             match frame.map_err(|error| error.to_string())? {
                 StreamFrame::Marker(marker) => self.on_marker(marker),
-                StreamFrame::CommitPrepared(end) => finish_user(end.name.as_bytes(), true),
-                StreamFrame::RollbackPrepared(end) => finish_user(end.name.as_bytes(), false),
+                StreamFrame::CommitPrepared(end) => self.finish_user(end.name.as_bytes(), true),
+                StreamFrame::RollbackPrepared(end) => self.finish_user(end.name.as_bytes(), false),
                 StreamFrame::FinishUser(finish) => {
-                    finish_user(finish.name.as_bytes(), finish.commit);
+                    self.finish_user(finish.name.as_bytes(), finish.commit);
                 }
                 _ => return Err("a change outside of a transaction".to_owned()),
             }
@@ -184,7 +198,8 @@ impl Recovery {
     }
 
     /// Everything older than the generation lies before: it counts once it is flushed.
-    fn on_marker(&self, marker: Marker) {
+    fn on_marker(&mut self, marker: Marker) {
+        self.generation = self.generation.max(marker.generation);
         records::flush_all();
         submit(&LocalEvent::MarkerReached {
             from: self.donor,
@@ -194,15 +209,19 @@ impl Recovery {
 
     /// Applies a transaction, again if that fails: locks of what this node prepared before it went away go when its outcome is known.
     fn commit(&mut self, messages: &[Vec<u8>]) -> Result<(), String> {
+        let head = head_of(messages)?;
+        if self.is_here(&head) {
+            return Ok(());
+        }
+        self.fence(head.gid.generation);
         let mut tries = 0;
         loop {
-            let result = attempt(|| apply(messages, &self.known, self.online_in));
+            let result = attempt(|| apply(messages, &head));
             match result {
-                Ok(Some(name)) => {
-                    self.known.insert(name);
+                Ok(applied) => {
+                    self.known.extend(applied);
                     return Ok(());
                 }
-                Ok(None) => return Ok(()),
                 Err(failure) => {
                     rows::forget_all();
                     process::abort_transaction();
@@ -218,6 +237,58 @@ impl Recovery {
                     process::pause_ms(RETRY_PAUSE_MS);
                 }
             }
+            process::check_interrupts();
+        }
+    }
+
+    /// Whether there is nothing to do for a transaction.
+    ///
+    /// One that needs this node's vote cannot have committed without it: it is here, prepared or finished, whatever the generation. That holds for those that
+    /// follow while this process has not heard yet that the recovery is over.
+    ///
+    /// Of a user's own the gid says nothing, but it lies behind the marker of its generation on every node.
+    fn is_here(&self, head: &Head) -> bool {
+        match &head.users_name {
+            Some(name) => {
+                self.generation <= self.online_in
+                    || self.known.contains(name)
+                    || locks::prepared_names().values().any(|other| other == name)
+            }
+            None => {
+                let node = shared().node_id();
+                node.is_some_and(|node| head.gid.members.contains(node))
+                    || head.gid.generation <= self.online_in
+                    || self.known.contains(&head.gid.text(shared().cluster_tag()))
+            }
+        }
+    }
+
+    /// Before a transaction of a generation, this node's WAL has a marker or fence of that or a later one: who recovers from this node later must read it from there
+    /// on, and its ordinary stream does not show it the transaction.
+    fn fence(&mut self, generation: GenerationNum) {
+        if generation > self.fenced {
+            // What is tagged as applied is left out of the ordinary streams.
+            process::untagged(|| {
+                process::in_transaction(|| recovered::write_marker(generation));
+            });
+            self.fenced = generation;
+        }
+    }
+
+    /// Finishes a user's prepared transaction. A commit is noted first: should the stream begin again, at this donor or another one, the PREPARE comes again, and
+    /// that of an earlier one of this name that was rolled back.
+    fn finish_user(&mut self, name: &[u8], commit: bool) {
+        let Ok(name) = std::str::from_utf8(name) else {
+            return;
+        };
+        if commit && self.generation > self.online_in && self.known.insert(name.to_owned()) {
+            process::in_transaction(|| recovered::note(name));
+        }
+        if !commit && self.known.contains(name) {
+            return;
+        }
+        while twophase::finish(name, commit) == twophase::Finished::Busy {
+            process::wait_latch(Duration::from_millis(5), Wait::Work);
             process::check_interrupts();
         }
     }
@@ -244,12 +315,28 @@ impl Recovery {
     }
 }
 
-/// One transaction from its first frame to its commit; returns the name under which it is known from now on, if it was not here already.
-fn apply(
-    messages: &[Vec<u8>],
-    known: &BTreeSet<String>,
-    online_in: GenerationNum,
-) -> Result<Option<String>, ApplyFailure> {
+/// Which transaction it is.
+struct Head {
+    gid: Gid,
+    /// What a user's own prepared one is called.
+    users_name: Option<String>,
+}
+
+/// Reads the first frame of a transaction.
+fn head_of(messages: &[Vec<u8>]) -> Result<Head, String> {
+    let first = messages.first().map_or(&[][..], Vec::as_slice);
+    let message = Message::parse(first).map_err(|error| error.to_string())?;
+    match message.frames().next() {
+        Some(Ok(StreamFrame::Begin(begin))) => Ok(Head {
+            gid: begin.gid,
+            users_name: Some(begin.name.to_string()).filter(|name| !name.is_empty()),
+        }),
+        _ => Err("a transaction without its head".to_owned()),
+    }
+}
+
+/// One transaction from its first frame to its commit; returns the name under which it is known from now on.
+fn apply(messages: &[Vec<u8>], head: &Head) -> Result<Option<String>, ApplyFailure> {
     process::begin_transaction();
     let mut applier = rows::RowApplier::begin();
     let mut begun = None::<Begun>;
@@ -257,15 +344,7 @@ fn apply(
         let message = Message::parse(bytes).map_err(ApplyFailure::malformed)?;
         for frame in message.frames() {
             match frame.map_err(ApplyFailure::malformed)? {
-                StreamFrame::Begin(begin) => {
-                    let users_name = begin.name.to_string();
-                    if is_here(begin.gid, &users_name, known, online_in) {
-                        applier.abandon();
-                        process::abort_transaction();
-                        return Ok(None);
-                    }
-                    begun = Some(Begun::new(begin.gid, users_name));
-                }
+                StreamFrame::Begin(_) => begun = Some(Begun::new(head)),
                 StreamFrame::Ddl(payload) => {
                     applier.before_ddl();
                     ddl::execute(payload).map_err(ApplyFailure::from)?;
@@ -295,11 +374,11 @@ enum Begun {
 
 impl Begun {
     /// Notes the transaction as recovered, within itself.
-    fn new(gid: Gid, users_name: String) -> Begun {
-        if !users_name.is_empty() {
-            return Begun::User(users_name);
+    fn new(head: &Head) -> Begun {
+        if let Some(name) = &head.users_name {
+            return Begun::User(name.clone());
         }
-        let name = gid.text(shared().cluster_tag());
+        let name = head.gid.text(shared().cluster_tag());
         recovered::add(&name);
         Begun::Cluster(name)
     }
@@ -315,25 +394,5 @@ impl Begun {
                 None
             }
         }
-    }
-}
-
-/// Whether there is nothing to do for the transaction. A user's own has a name, and is here when it is prepared.
-fn is_here(gid: Gid, users_name: &str, known: &BTreeSet<String>, online_in: GenerationNum) -> bool {
-    if !users_name.is_empty() {
-        return locks::prepared_names()
-            .values()
-            .any(|name| name == users_name);
-    }
-    gid.generation <= online_in || known.contains(&gid.text(shared().cluster_tag()))
-}
-
-fn finish_user(name: &[u8], commit: bool) {
-    let Ok(name) = std::str::from_utf8(name) else {
-        return;
-    };
-    while twophase::finish(name, commit) == twophase::Finished::Busy {
-        process::wait_latch(Duration::from_millis(5), Wait::Work);
-        process::check_interrupts();
     }
 }

@@ -344,15 +344,19 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
             break;
         }
     }
-    let Some(job) = job.as_ref().filter(|_| inbox.ended) else {
+    let Some(job) = job.as_mut().filter(|_| inbox.ended) else {
         applier.abandon();
         process::abort_transaction();
         return Ok(Applied::Dropped);
     };
     applier.finish().map_err(ApplyFailure::from)?;
     hit(Failpoint::ApplyBeforePrepare);
-    barrier::enter();
-    if !job.is_users() && shared().admit(job.gid) != Admission::Apply {
+    let opened = barrier::enter();
+    if job.is_users() {
+        // Whoever counts the votes has to know under which generation this one was prepared.
+        job.gid.generation = opened;
+    }
+    if shared().admit(job.gid) != Admission::Apply {
         barrier::leave();
         return Err(ApplyFailure::generation_over());
     }

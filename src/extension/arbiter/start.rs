@@ -4,8 +4,8 @@ use super::RESTART_PAUSE;
 use super::durable::{RECORDS_MAX, Tuples};
 use super::event::{self, LocalEvent};
 use super::net_config::{NetSettings, millis, start_mesh};
-use super::slots;
-use super::thread::{Arbiter, FromMain, HeartbeatTimes, MainLink};
+use super::thread::{Arbiter, FromMain, MainLink};
+use super::{retention, slots};
 use crate::cluster::Identity;
 use crate::cluster::identity::ClusterState;
 use crate::failpoint::{Failpoint, hit};
@@ -80,14 +80,13 @@ pub fn find(database: u32) {
     if database == 0 {
         process::connect_shared_catalogs();
         let found = process::in_transaction(catalog_scan::any_database);
-        shared.finder_database.store(
-            found.map_or(0, pgrx::pg_sys::Oid::to_u32),
-            Ordering::Release,
-        );
+        shared
+            .finder_database
+            .store(found.unwrap_or(0), Ordering::Release);
     } else {
-        process::connect(pgrx::pg_sys::Oid::from(database));
+        process::connect(database);
         if let Some(found) = process::in_transaction(catalog_scan::cluster_database) {
-            shared.database.store(found.to_u32(), Ordering::Release);
+            shared.database.store(found, Ordering::Release);
         }
     }
     shared.finder_done.store(true, Ordering::Release);
@@ -164,11 +163,12 @@ pub fn recover(identity: &Identity) -> RecoveredState {
     hit(Failpoint::StartBeforeEpoch);
     let epoch = next_epoch(identity.node_id);
     hit(Failpoint::StartAfterEpoch);
+    process::in_transaction(retention::load);
     shared().slots_missing.store(
         process::in_transaction(|| !slots::missing(identity).is_empty()),
         Ordering::Release,
     );
-    let membership = read_membership();
+    let membership = process::in_transaction(read_membership);
     publish(identity, membership);
     repeat_marks(identity.node_id);
     let config = config(identity, membership, epoch, first_xid);
@@ -260,11 +260,9 @@ fn config(
     }
 }
 
-/// The membership's record; none in a new cluster. One that cannot be right stops the node.
-fn read_membership() -> Option<MembershipRecord> {
-    let body = process::in_transaction(|| {
-        DurableTable::open(c"marks", MARK_ROWS).read_all()[MEMBERS_ROW as usize]
-    });
+/// The membership's record; none in a new cluster. One that cannot be right stops the node. Runs in a transaction.
+pub fn read_membership() -> Option<MembershipRecord> {
+    let body = DurableTable::open(c"marks", MARK_ROWS).read_all()[MEMBERS_ROW as usize];
     if body == [0; records::BODY_BYTES] {
         return None;
     }
@@ -369,20 +367,10 @@ pub fn run_thread(
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async move {
         let (mesh, events) = start_mesh(&identity, &settings).await?;
-        Arbiter::new(
-            node,
-            configured,
-            decider,
-            main,
-            mesh,
-            HeartbeatTimes {
-                send_ms: settings.send_ms,
-                recv_ms: settings.recv_ms,
-            },
-        )
-        .run(events, from_main)
-        .await
-        .map_err(|error| format!("network thread failed: {error}"))
+        Arbiter::new(node, configured, decider, main, mesh, &settings)
+            .run(events, from_main)
+            .await
+            .map_err(|error| format!("network thread failed: {error}"))
     })
 }
 
@@ -420,11 +408,17 @@ impl Children {
             0,
             shared.finisher.is_set(),
         );
-        if let Some(donor) = shared.recover_from() {
+        let needs_copy = shared
+            .node_id()
+            .is_some_and(|node| shared.needs_copy().contains(node));
+        if needs_copy {
+            return;
+        }
+        if let Some(order) = shared.recovery_order() {
             self.keep(
                 "multimaster recovery",
                 "multimaster_recovery_main",
-                i32::from(donor.get()),
+                i32::from(order.from().get()),
                 shared.recovery.is_set(),
             );
         }

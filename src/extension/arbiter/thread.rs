@@ -6,20 +6,26 @@
 mod answers;
 mod delays;
 mod effects;
+mod extras;
+mod health;
 mod lease;
 mod links;
 mod main_link;
 mod members;
+mod stuck;
+mod suspects;
 
+pub use lease::SEND_MS_MAX;
 pub use main_link::{FromMain, HeartbeatTimes, LogLevel, LogRecord, MainLink, ToMain};
 
 use super::counters::Refusals;
 use super::durable::{DurableOrder, Tuples};
 use super::event::{self, LocalEvent};
 use super::finishing::Finishing;
+use super::net_config::NetSettings;
 use super::start::Decider;
 use super::trace;
-use super::user_votes::{UserTally, UserVotes};
+use super::user_votes::{UserTally, UserVotes, generation_over};
 use crate::failpoint::{Failpoint, hit_in_thread};
 use crate::pg::shared::{self, EVENT_BYTES, outcome, shared};
 use crate::pg::thread as os_thread;
@@ -61,6 +67,7 @@ pub struct Arbiter {
     peer_views: BTreeMap<NodeId, NodeSet>,
     leases: lease::LeaseKeeper,
     members: members::Members,
+    stuck: stuck::Stuck,
     /// Heartbeat times of the peers, as they say.
     peer_times: BTreeMap<NodeId, Option<HeartbeatTimes>>,
     refusals: Refusals,
@@ -91,8 +98,9 @@ impl Arbiter {
         decider: Decider,
         main: MainLink,
         mesh: MeshHandle,
-        timing: HeartbeatTimes,
+        settings: &NetSettings,
     ) -> Arbiter {
+        let timing = settings.times();
         let silence = Duration::from_millis(timing.recv_ms);
         let members = members::Members::new(node, configured, decider.membership, 0);
         let leases = lease::LeaseKeeper::new(node, decider.epoch, configured, timing, &mesh);
@@ -115,6 +123,7 @@ impl Arbiter {
             peer_views: BTreeMap::new(),
             leases,
             members,
+            stuck: stuck::Stuck::new(settings.slow_ms),
             peer_times: BTreeMap::new(),
             refusals: Refusals::default(),
         }
@@ -131,7 +140,7 @@ impl Arbiter {
         self.carry_out(first.drain());
         hit_in_thread(Failpoint::StartAfterEffects);
         self.adopt_waiting_backends();
-        self.carry_out_members();
+        self.start_members();
         let wake = os_thread::wake_readiness()?;
         // An earlier life of this process may have died between draining the descriptor and saying so.
         accept_wakes();
@@ -253,8 +262,10 @@ impl Arbiter {
             }),
             LocalEvent::UserPreparing { gid, backend } => {
                 self.waiting.insert(gid, Waiting::begin(backend, false));
-                self.user_votes
-                    .expect(gid, self.configured.without(self.node));
+                if gid.generation < shared().generation() {
+                    return self.answer_user(gid, UserTally::Refused(generation_over()));
+                }
+                self.user_votes.expect(gid, gid.members.without(self.node));
             }
             LocalEvent::UserVoted { gid, vote } => {
                 self.send(gid.coordinator, &Message::Vote { gid, vote })
@@ -301,15 +312,28 @@ impl Arbiter {
             FromMain::Outcome { gid, outcome } => {
                 self.input(Input::CoordinatorOutcome { gid, outcome })
             }
-            FromMain::Reconfigure(timing) => {
+            FromMain::Reconfigure(settings) => {
+                let timing = settings.times();
+                self.stuck.set_timeout(settings.slow_ms);
                 self.silence = Duration::from_millis(timing.recv_ms);
                 self.leases.reconfigure(timing);
                 self.reconfigure(timing);
+                for (peer, theirs) in self.peer_times.clone() {
+                    self.tell_unequal(peer, theirs);
+                }
+            }
+            FromMain::CopyNeeded => self.on_copy_needed(),
+            FromMain::Notice(notice) => {
+                self.note(notice.node, notice.event, &notice.text, 0);
+                self.publish();
             }
             FromMain::MembershipDurable => self.on_member_record(),
             FromMain::MarkerWritten(num) => self.on_marker_written(num),
             FromMain::Drained { num, drained } => self.on_drained(num, drained),
-            FromMain::Alive => self.mesh.speak_for(Some(self.silence)),
+            FromMain::Alive => {
+                self.mesh.speak_for(Some(self.silence));
+                self.stuck.alive(self.now());
+            }
             FromMain::Stop => {}
         }
     }
@@ -335,6 +359,7 @@ impl Arbiter {
 
     fn on_tick(&mut self) {
         self.tick_members();
+        self.tick_stuck();
         self.refresh_status();
         self.input(Input::Tick);
         self.place();
