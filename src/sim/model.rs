@@ -259,6 +259,9 @@ impl Model for Scope {
             resolvers: 0,
             checker: Checker::new(self.configured()),
         };
+        for node in self.configured().iter() {
+            cluster.start(self, node);
+        }
         for gid in self.gids() {
             let node = cluster
                 .nodes
@@ -267,9 +270,6 @@ impl Model for Scope {
             node.prepared.insert(gid);
             node.waiting.insert(gid);
             cluster.checker.on_prepared(gid.coordinator, gid, None);
-        }
-        for node in self.configured().iter() {
-            cluster.start(self, node);
         }
         vec![cluster]
     }
