@@ -7,6 +7,7 @@ use std::process::ExitCode;
 mod bulk;
 mod clients;
 mod crash;
+mod cut_off;
 mod failover;
 mod growth;
 mod hosts;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         bulk::cases(),
         failover::cases(),
         minority::cases(),
+        cut_off::cases(),
         clients::cases(),
         open_sessions::cases(),
         split::cases(),
