@@ -5,7 +5,9 @@
 use std::process::ExitCode;
 
 mod bulk;
+mod clients;
 mod crash;
+mod cut_off;
 mod failover;
 mod growth;
 mod hosts;
@@ -17,6 +19,7 @@ mod lists;
 mod load;
 mod minority;
 mod nemesis;
+mod open_sessions;
 mod refusals;
 mod split;
 mod standby;
@@ -31,6 +34,9 @@ fn main() -> ExitCode {
         bulk::cases(),
         failover::cases(),
         minority::cases(),
+        cut_off::cases(),
+        clients::cases(),
+        open_sessions::cases(),
         split::cases(),
         stuck::cases(),
         nemesis::cases(),
