@@ -32,13 +32,13 @@ thread_local! {
 }
 
 /// Whether this node takes reads and writes at this moment.
-fn serves() -> bool {
+pub fn serves() -> bool {
     let shared = shared::shared();
     shared.serving() && shared.lease_holds()
 }
 
 /// Whether the statements of this process are to be looked at.
-fn applies() -> bool {
+pub fn applies() -> bool {
     // SAFETY: a plain variable of this process.
     shared::exists() && unsafe { pg_sys::ParallelWorkerNumber < 0 } && hooks::in_cluster()
 }
@@ -84,17 +84,41 @@ pub unsafe fn check_utility(statement: *mut pg_sys::Node) {
 
 /// Whether some table of the plan is a user's. Temporary ones are the session's own business.
 unsafe fn touches_data(plan: &pg_sys::PlannedStmt) -> bool {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let own_schema = own_schema();
+        has_relation(plan, |relation| is_data(relation, own_schema))
+    }
+}
+
+/// Whether the plan reads views of the extension, and no user's table.
+pub unsafe fn shows_only_the_cluster(plan: &pg_sys::PlannedStmt) -> bool {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let own_schema = own_schema();
+        has_relation(plan, |relation| {
+            pg_sys::get_rel_namespace(relation) == own_schema
+        }) && !touches_data(plan)
+    }
+}
+
+unsafe fn own_schema() -> pg_sys::Oid {
+    // SAFETY: a catalog look-up in a transaction.
+    unsafe { pg_sys::get_namespace_oid(c"mtm".as_ptr(), true) }
+}
+
+unsafe fn has_relation(
+    plan: &pg_sys::PlannedStmt,
+    mut is_meant: impl FnMut(pg_sys::Oid) -> bool,
+) -> bool {
     // SAFETY: the range table is a list of range table entries.
     unsafe {
-        if plan.rtable.is_null() {
-            return false;
-        }
-        let own_schema = pg_sys::get_namespace_oid(c"mtm".as_ptr(), true);
-        (0..(*plan.rtable).length).any(|position| {
-            let entry = (*(*plan.rtable).elements.add(position as usize)).ptr_value
-                as *const pg_sys::RangeTblEntry;
-            (*entry).rtekind == pg_sys::RTEKind::RTE_RELATION && is_data((*entry).relid, own_schema)
-        })
+        !plan.rtable.is_null()
+            && (0..(*plan.rtable).length).any(|position| {
+                let entry = (*(*plan.rtable).elements.add(position as usize)).ptr_value
+                    as *const pg_sys::RangeTblEntry;
+                (*entry).rtekind == pg_sys::RTEKind::RTE_RELATION && is_meant((*entry).relid)
+            })
     }
 }
 

@@ -4,6 +4,7 @@
 //! what is here, `SetLatch` and the eventfd.
 
 use super::board::{Board, RecentLog};
+use super::in_flight;
 use super::queue::{Queue, Ring};
 use super::raw;
 use crate::latency::Latencies;
@@ -620,7 +621,7 @@ pub fn exists() -> bool {
     !SHARED.load(Ordering::Acquire).is_null()
 }
 
-fn backend_count() -> usize {
+pub(super) fn backend_count() -> usize {
     // SAFETY: set once by the postmaster before shared memory is sized. Auxiliary processes have numbers above MaxBackends.
     unsafe { pg_sys::MaxBackends as usize + pg_sys::NUM_AUXILIARY_PROCS as usize }
 }
@@ -839,13 +840,14 @@ unsafe extern "C-unwind" fn request() {
             size_of::<Shared>()
                 + backend_count() * size_of::<BackendSlot>()
                 + workers_requested() * (size_of::<WorkerSlot>() + size_of::<WorkerRing>())
+                + in_flight::shared_bytes()
                 + 4096,
         );
     }
 }
 
 /// Attaches to or makes one zeroed area; returns it and whether it was there already.
-unsafe fn area<T>(name: &std::ffi::CStr, count: usize) -> (*mut T, bool) {
+pub(super) unsafe fn area<T>(name: &std::ffi::CStr, count: usize) -> (*mut T, bool) {
     let mut found = false;
     // SAFETY: the caller holds AddinShmemInitLock; the space was requested.
     unsafe {
@@ -887,6 +889,7 @@ unsafe extern "C-unwind" fn startup() {
                 .workers_max
                 .store(workers_requested() as u32, Ordering::Relaxed);
         }
+        in_flight::attach();
         SHARED.store(shared, Ordering::Release);
         pg_sys::LWLockRelease(lock);
     }
