@@ -123,8 +123,8 @@ fn every_statement_that_reads_waits(rig: &Rig) -> Result<()> {
     let simple = [
         COUNT,
         "SELECT count_stable()",
-        "SELECT count_loop()",
         "EXECUTE p",
+        "SELECT count_loop()",
         "BEGIN; DECLARE c CURSOR FOR SELECT count(*) FROM t; FETCH c; COMMIT",
         "SELECT 0 LIMIT 0; SELECT count(*) FROM t",
         "INSERT INTO u SELECT count(*) FROM t RETURNING n",

@@ -97,7 +97,9 @@ pub unsafe fn before_command(pstmt: *mut pg_sys::PlannedStmt) {
             return;
         }
         let portal = &mut *pg_sys::ActivePortal;
-        if !is_used_once(portal.portalSnapshot, 0) {
+        // The portal of a command with an answer holds it, too, only so that nothing is removed that the answer refers to.
+        let held = u32::from(portal.holdSnapshot == portal.portalSnapshot);
+        if !is_used_once(portal.portalSnapshot, held) {
             return;
         }
         let first = begin_statement();
