@@ -14,9 +14,10 @@
 //! | serializable | BEGIN; a snapshot cannot be replaced there, since predicate locking has begun with it |
 
 use super::in_flight::{Pending, Prepared};
-use super::{commit, gate, raw};
+use super::{commit, gate, raw, shared};
 use crate::guc;
 use pgrx::pg_sys;
+use protocol::GenerationNum;
 use std::cell::Cell;
 use std::ffi::{CStr, c_long};
 use std::time::{Duration, Instant};
@@ -27,8 +28,8 @@ const LOOK_AROUND: Duration = Duration::from_millis(50);
 thread_local! {
     /// The last transaction of this session, by its local number, that has run a statement which uses a snapshot.
     static HAS_READ: Cell<u32> = const { Cell::new(0) };
-    /// The last one for which BEGIN has waited.
-    static WAITED_AT_BEGIN: Cell<u32> = const { Cell::new(0) };
+    /// The last one for which BEGIN has waited, and the generation in which this node was online then.
+    static WAITED_AT_BEGIN: Cell<(u32, GenerationNum)> = const { Cell::new((0, GenerationNum(0))) };
 }
 
 /// What waits.
@@ -76,12 +77,13 @@ pub unsafe fn before_query(query: *mut pg_sys::QueryDesc) {
         if !waits(first) {
             return;
         }
-        await_prepared(Reader::Query(plan));
-        let fresh = take_snapshot();
-        raw::PopActiveSnapshot();
-        raw::PushActiveSnapshot(fresh);
-        raw::UnregisterSnapshot(snapshot);
-        (*query).snapshot = raw::RegisterSnapshot(raw::GetActiveSnapshot());
+        in_one_generation(Reader::Query(plan), || {
+            let fresh = take_snapshot();
+            raw::PopActiveSnapshot();
+            raw::PushActiveSnapshot(fresh);
+            raw::UnregisterSnapshot((*query).snapshot);
+            (*query).snapshot = raw::RegisterSnapshot(raw::GetActiveSnapshot());
+        });
     }
 }
 
@@ -106,12 +108,13 @@ pub unsafe fn before_command(pstmt: *mut pg_sys::PlannedStmt) {
         if !waits(first) {
             return;
         }
-        await_prepared(Reader::Command(command));
-        let fresh = take_snapshot();
-        portal.portalSnapshot = std::ptr::null_mut();
-        raw::PopActiveSnapshot();
-        raw::PushActiveSnapshotWithLevel(fresh, portal.createLevel);
-        portal.portalSnapshot = raw::GetActiveSnapshot();
+        in_one_generation(Reader::Command(command), || {
+            let fresh = take_snapshot();
+            portal.portalSnapshot = std::ptr::null_mut();
+            raw::PopActiveSnapshot();
+            raw::PushActiveSnapshotWithLevel(fresh, portal.createLevel);
+            portal.portalSnapshot = raw::GetActiveSnapshot();
+        });
     }
 }
 
@@ -136,8 +139,9 @@ pub unsafe fn after_command(command: *mut pg_sys::Node) {
             && !pg_sys::FirstSnapshotSet
             && gate::applies()
         {
+            let generation = shared::shared().online_in();
             await_prepared(Reader::Command(command));
-            WAITED_AT_BEGIN.set(transaction());
+            WAITED_AT_BEGIN.set((transaction(), generation));
         }
     }
 }
@@ -202,8 +206,8 @@ unsafe fn waits(first: bool) -> bool {
     unsafe {
         match raw::XactIsoLevel as u32 {
             pg_sys::XACT_SERIALIZABLE => {
-                if first && WAITED_AT_BEGIN.get() != transaction() {
-                    refuse_serializable();
+                if first {
+                    check_wait_at_begin();
                 }
                 false
             }
@@ -213,15 +217,26 @@ unsafe fn waits(first: bool) -> bool {
     }
 }
 
-unsafe fn refuse_serializable() {
+/// Raises unless the BEGIN of a serializable transaction has waited, and its snapshot is of the same generation.
+unsafe fn check_wait_at_begin() {
+    let (waited, generation) = WAITED_AT_BEGIN.get();
     // SAFETY: as the callers of the hooks' functions promise.
     unsafe {
-        commit::raise(
-            pgrx::PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED as i32,
-            c"a serializable transaction with strict reads must start with BEGIN",
-            c"Its snapshot was taken before the wait for transactions that are being committed.",
-            c"Use BEGIN, or repeatable read, or set multimaster.strict_reads to off.",
-        );
+        if waited != transaction() {
+            commit::raise(
+                pgrx::PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED as i32,
+                c"a serializable transaction with strict reads must start with BEGIN",
+                c"Its snapshot was taken before the wait for transactions that are being committed.",
+                c"Use BEGIN, or repeatable read, or set multimaster.strict_reads to off.",
+            );
+        } else if generation != shared::shared().online_in() {
+            commit::raise(
+                pgrx::PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32,
+                c"the set of working nodes has changed since the transaction began",
+                c"",
+                c"Run the transaction again.",
+            );
+        }
     }
 }
 
@@ -249,6 +264,25 @@ unsafe fn take_snapshot() -> pg_sys::Snapshot {
         let snapshot = raw::GetTransactionSnapshot();
         raw::XactIsoLevel = level;
         snapshot
+    }
+}
+
+/// Waits, and has a snapshot taken, while this node is online in one and the same generation; it serves when this returns.
+///
+/// A node that was away in between was told of what it had missed after the snapshot, and serves again all the same.
+unsafe fn in_one_generation(reader: Reader, mut take: impl FnMut()) {
+    // SAFETY: as the callers of the hooks' functions promise.
+    unsafe {
+        loop {
+            let generation = shared::shared().online_in();
+            reader.check();
+            await_prepared(reader);
+            take();
+            reader.check();
+            if shared::shared().online_in() == generation {
+                return;
+            }
+        }
     }
 }
 
