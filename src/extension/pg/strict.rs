@@ -77,7 +77,7 @@ pub unsafe fn before_query(query: *mut pg_sys::QueryDesc) {
         if !waits(first) {
             return;
         }
-        in_one_generation(Reader::Query(plan), || {
+        in_one_generation(Reader::Query(plan), snapshot, || {
             let fresh = take_snapshot();
             raw::PopActiveSnapshot();
             raw::PushActiveSnapshot(fresh);
@@ -108,7 +108,7 @@ pub unsafe fn before_command(pstmt: *mut pg_sys::PlannedStmt) {
         if !waits(first) {
             return;
         }
-        in_one_generation(Reader::Command(command), || {
+        in_one_generation(Reader::Command(command), portal.portalSnapshot, || {
             let fresh = take_snapshot();
             portal.portalSnapshot = std::ptr::null_mut();
             raw::PopActiveSnapshot();
@@ -270,14 +270,19 @@ unsafe fn take_snapshot() -> pg_sys::Snapshot {
 /// Waits, and has a snapshot taken, while this node is online in one and the same generation; it serves when this returns.
 ///
 /// A node that was away in between was told of what it had missed after the snapshot, and serves again all the same.
-unsafe fn in_one_generation(reader: Reader, mut take: impl FnMut()) {
+unsafe fn in_one_generation(reader: Reader, snapshot: pg_sys::Snapshot, mut take: impl FnMut()) {
     // SAFETY: as the callers of the hooks' functions promise.
     unsafe {
+        let taken_at = (*snapshot).snapXactCompletionCount;
+        let mut replaced = false;
         loop {
             let generation = shared::shared().online_in();
             reader.check();
-            await_prepared(reader);
-            take();
+            // In this order: what has ended since the snapshot was struck out later than it was counted.
+            if await_prepared(reader) || replaced || ended_transactions() != taken_at {
+                take();
+                replaced = true;
+            }
             reader.check();
             if shared::shared().online_in() == generation {
                 return;
@@ -290,15 +295,17 @@ unsafe fn in_one_generation(reader: Reader, mut take: impl FnMut()) {
 ///
 /// Nobody waits for ever, and there is no cycle: a prepared transaction has all its locks and needs nothing of this session. What it waits for are other
 /// nodes' votes; where those wait for a lock of this session, this session is running, and the conflict rule makes it a victim.
-unsafe fn await_prepared(reader: Reader) {
+///
+/// False when nothing was prepared.
+unsafe fn await_prepared(reader: Reader) -> bool {
     let Some(prepared) = Prepared::now() else {
-        return;
+        return false;
     };
     let begun = Instant::now();
     // SAFETY: as the callers promise; the list lies in shared memory.
     unsafe {
         if reader.shows_only_the_cluster() {
-            return;
+            return true;
         }
         while let Some(pending) = prepared.pending() {
             raw::ConditionVariablePrepareToSleep(pending.list());
@@ -309,11 +316,18 @@ unsafe fn await_prepared(reader: Reader) {
             if !gate::serves() {
                 reader.check();
                 if !gate::serves() {
-                    return;
+                    break;
                 }
             }
         }
+        true
     }
+}
+
+/// How many transactions have ended in this server since its start: a snapshot is still that of this moment when it says the same.
+fn ended_transactions() -> u64 {
+    // SAFETY: one aligned word in shared memory, which this process is attached to.
+    unsafe { std::ptr::read_volatile(&raw const (*pg_sys::ShmemVariableCache).xactCompletionCount) }
 }
 
 /// Sleeps until something on the list has ended, or a while.
