@@ -19,6 +19,7 @@ static HEARTBEAT_RECV_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(2000);
 static SLOW_NODE_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 static MAX_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(32);
 static WAIT_PEER_COMMITS: GucSetting<bool> = GucSetting::<bool>::new(true);
+static STRICT_READS: GucSetting<bool> = GucSetting::<bool>::new(false);
 static COMMIT_MODE: GucSetting<CommitMode> = GucSetting::<CommitMode>::new(CommitMode::Fast);
 static MIN_RECOVERY_LAG: GucSetting<i32> = GucSetting::<i32>::new(100);
 static MAX_RECOVERY_LAG: GucSetting<i32> = GucSetting::<i32>::new(1024 * 1024);
@@ -134,6 +135,14 @@ fn register_commit() {
         GucContext::Userset,
         GucFlags::default(),
     );
+    GucRegistry::define_bool_guc(
+        c"multimaster.strict_reads",
+        c"A statement sees every transaction whose COMMIT was answered before, on whatever node.",
+        c"It waits until what is prepared on this node when it begins is finished.",
+        &STRICT_READS,
+        GucContext::Userset,
+        GucFlags::default(),
+    );
     GucRegistry::define_enum_guc(
         c"multimaster.commit_mode",
         c"How a commit is decided: in one round trip to the other nodes (fast), or in two (e3pc).",
@@ -221,6 +230,11 @@ pub fn max_workers() -> usize {
 /// Whether COMMIT waits until the peers have committed too.
 pub fn wait_peer_commits() -> bool {
     WAIT_PEER_COMMITS.get()
+}
+
+/// Whether statements wait for what is prepared here when they begin.
+pub fn strict_reads() -> bool {
+    STRICT_READS.get()
 }
 
 /// Whether COMMIT is to be decided on the votes alone, where the number of nodes allows it.

@@ -10,8 +10,10 @@ mod commit;
 mod conflicts;
 mod constraints;
 mod ddl;
+mod held;
 mod rows;
 mod stream;
+mod strict;
 mod traps;
 mod views;
 mod workers;
@@ -31,7 +33,11 @@ fn main() -> ExitCode {
     ]
     .concat();
     if !plain() {
-        cases.extend([conflicts::cases(), views::cases()].into_iter().flatten());
+        cases.extend(
+            [conflicts::cases(), strict::cases(), views::cases()]
+                .into_iter()
+                .flatten(),
+        );
     }
     run_shared(NODES, cases)
 }

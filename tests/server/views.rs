@@ -9,6 +9,7 @@ use xtask::cluster::wait_for;
 use xtask::trace;
 
 use crate::conflicts::fight;
+use crate::held::Held;
 
 pub fn cases() -> Vec<SharedCase> {
     cases![
@@ -183,44 +184,6 @@ fn ordinary_users_cannot_change_the_cluster(rig: &Rig) -> Result<()> {
 
 /// How long a transaction may take to get into a state.
 const STATE_LIMIT: Duration = Duration::from_secs(20);
-
-/// Lets nodes hold their processes at failpoints; undone when dropped.
-struct Held<'r> {
-    rig: &'r Rig,
-    nodes: Vec<usize>,
-}
-
-impl<'r> Held<'r> {
-    fn new(rig: &'r Rig) -> Self {
-        Held {
-            rig,
-            nodes: Vec::new(),
-        }
-    }
-
-    fn hold(&mut self, node: usize, point: &str) -> Result<()> {
-        self.nodes.push(node);
-        arm(self.rig, node, &format!("{point}=hold"))
-    }
-
-    fn release(&mut self, node: usize) -> Result<()> {
-        arm(self.rig, node, "")
-    }
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        for node in &self.nodes {
-            // A case that fails here costs its cluster anyway.
-            let _ = arm(self.rig, *node, "");
-        }
-    }
-}
-
-fn arm(rig: &Rig, node: usize, value: &str) -> Result<()> {
-    rig.session(node)?
-        .run(&format!("SET multimaster.failpoint = '{value}'"))
-}
 
 /// Waits until a node shows the only transaction in flight like this: role, state, ballot, missing.
 fn await_shown(rig: &Rig, node: usize, expected: &str) -> Result<()> {

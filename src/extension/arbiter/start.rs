@@ -14,7 +14,7 @@ use crate::pg::outcome::next_xid;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::{self, outcome, shared};
-use crate::pg::{catalog_scan, ddl, locks, sequences};
+use crate::pg::{catalog_scan, ddl, in_flight, locks, sequences};
 use protocol::membership::{Generation, MembershipRecord};
 use protocol::{
     Config, Core, Effects, GenerationNum, Gid, Lsn, NodeId, NodeSet, Record, Recovered,
@@ -142,9 +142,12 @@ pub fn recover(identity: &Identity) -> RecoveredState {
     let first_xid = next_xid();
     // Prepared transactions first: a finish writes its record before, so what is not prepared has its record by then.
     let prepared: Vec<Gid> = locks::prepared_names()
-        .values()
-        .filter_map(|name| Gid::parse(name))
-        .map(|(_, gid)| gid)
+        .iter()
+        .filter_map(|(xid, name)| {
+            let (_, gid) = Gid::parse(name)?;
+            in_flight::enter(gid, *xid);
+            Some(gid)
+        })
         .collect();
     let (records, bodies) = process::in_transaction(|| {
         let table = DurableTable::open(c"records", RECORDS_MAX);

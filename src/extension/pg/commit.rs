@@ -12,7 +12,7 @@
 
 use super::process::{self, Wait};
 use super::shared::{self, outcome, stage};
-use super::{barrier, fixed_text::FixedText, gate, raw, senders, standby, twophase};
+use super::{barrier, fixed_text::FixedText, gate, in_flight, raw, senders, standby, twophase};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit, hit_in_backend};
 use crate::guc;
@@ -169,6 +169,7 @@ pub unsafe fn commit_globally() {
                 hit_in_backend(Failpoint::BackendBeforeCommit);
                 let decided = Instant::now();
                 finish(name.as_ptr(), true);
+                in_flight::leave(gid);
                 let finished = Instant::now();
                 latencies.note(Phase::Commit, finished - decided);
                 hit_in_backend(Failpoint::BackendAfterCommit);
@@ -190,6 +191,7 @@ pub unsafe fn commit_globally() {
             outcome::ABORT => {
                 hit_in_backend(Failpoint::BackendBeforeRollback);
                 finish(name.as_ptr(), false);
+                in_flight::leave(gid);
                 hit_in_backend(Failpoint::BackendAfterRollback);
                 UNFINISHED.set(None);
                 submit(&LocalEvent::Finished { gid });
@@ -338,6 +340,9 @@ unsafe fn prepare_under(
         standby::wait_in_transaction();
         if barrier::enter() != gid.generation {
             refuse_changed_generation();
+        }
+        if preparing == Preparing::Commit {
+            in_flight::enter(gid, raw::GetTopTransactionIdIfAny().into_inner());
         }
         before_prepare();
         hit_in_backend(Failpoint::BackendBeforePrepare);

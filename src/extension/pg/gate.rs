@@ -34,13 +34,13 @@ thread_local! {
 }
 
 /// Whether this node takes reads and writes at this moment.
-fn serves() -> bool {
+pub fn serves() -> bool {
     let shared = shared::shared();
     shared.serving() && shared.lease_holds()
 }
 
 /// Whether the statements of this process are to be looked at.
-fn applies() -> bool {
+pub fn applies() -> bool {
     // SAFETY: a plain variable of this process.
     shared::exists() && unsafe { pg_sys::ParallelWorkerNumber < 0 } && hooks::in_cluster()
 }
@@ -125,26 +125,45 @@ unsafe fn copies_no_data(copy: *mut pg_sys::CopyStmt) -> bool {
 
 /// Whether some table of the plan is a user's. Temporary ones are the session's own business.
 unsafe fn touches_data(plan: &pg_sys::PlannedStmt) -> bool {
-    // SAFETY: the range table is a list of range table entries.
+    // SAFETY: as the caller promises.
     unsafe {
-        if plan.rtable.is_null() {
-            return false;
-        }
         let own_schema = own_schema();
-        (0..(*plan.rtable).length).any(|position| {
-            let entry = (*(*plan.rtable).elements.add(position as usize)).ptr_value
-                as *const pg_sys::RangeTblEntry;
-            (*entry).rtekind == pg_sys::RTEKind::RTE_RELATION && is_data((*entry).relid, own_schema)
-        })
+        has_relation(plan, |relation| is_data(relation, own_schema))
     }
 }
 
-/// The schema of this extension.
+/// Whether the plan reads views of the extension, and no user's table.
+pub unsafe fn shows_only_the_cluster(plan: &pg_sys::PlannedStmt) -> bool {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let own_schema = own_schema();
+        has_relation(plan, |relation| {
+            pg_sys::get_rel_namespace(relation) == own_schema
+        }) && !touches_data(plan)
+    }
+}
+
 unsafe fn own_schema() -> pg_sys::Oid {
     // SAFETY: a catalog look-up in a transaction.
     unsafe { pg_sys::get_namespace_oid(c"mtm".as_ptr(), true) }
 }
 
+unsafe fn has_relation(
+    plan: &pg_sys::PlannedStmt,
+    mut is_meant: impl FnMut(pg_sys::Oid) -> bool,
+) -> bool {
+    // SAFETY: the range table is a list of range table entries.
+    unsafe {
+        !plan.rtable.is_null()
+            && (0..(*plan.rtable).length).any(|position| {
+                let entry = (*(*plan.rtable).elements.add(position as usize)).ptr_value
+                    as *const pg_sys::RangeTblEntry;
+                (*entry).rtekind == pg_sys::RTEKind::RTE_RELATION && is_meant((*entry).relid)
+            })
+    }
+}
+
+/// The schema of this extension.
 /// Views hold nothing themselves: what they read stands beside them in the range table.
 unsafe fn is_data(relation: pg_sys::Oid, own_schema: pg_sys::Oid) -> bool {
     // SAFETY: catalog look-ups in a transaction.

@@ -6,7 +6,7 @@
 //! see an empty transaction and could raise an error for what is already committed.
 
 use super::shared;
-use super::{commit, ddl_bridge, gate, process, raw, user_2pc, victim};
+use super::{commit, ddl_bridge, gate, process, raw, strict, user_2pc, victim};
 use pgrx::pg_sys;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
@@ -135,6 +135,8 @@ unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, flags:
         let plan = &*(*query).plannedstmt;
         gate::refresh_session();
         if flags as u32 & pg_sys::EXEC_FLAG_EXPLAIN_ONLY == 0 {
+            strict::before_query(query);
+            // With the snapshot that the query is going to use.
             gate::check_query(plan);
         }
         if plan.commandType != pg_sys::CmdType::CMD_SELECT || plan.hasModifyingCTE {
@@ -341,6 +343,7 @@ unsafe extern "C-unwind" fn utility(
         gate::refresh_session();
         if !is_transaction {
             victim::check();
+            strict::before_command(pstmt);
             gate::check_utility(node);
         }
         keep_cluster(node);
@@ -382,6 +385,7 @@ unsafe extern "C-unwind" fn utility(
             // What it did in the transaction it leaves behind is local. In a pipeline, others may follow in the same transaction.
             note_harmless();
         }
+        strict::after_command(node);
         if is_transaction && in_cluster {
             user_2pc::after_command(node.cast());
         }

@@ -16,6 +16,7 @@ pub use apply::{WorkerSlot, worker};
 pub use backend::{BackendSlot, outcome, stage};
 pub use cells::{GidCell, RefusalCell, StandingCell};
 pub use process::{ProcCell, my_backend_index, wake_proc};
+pub(super) use segment::{area, backend_count};
 pub use segment::{backends, exists, my_backend, register, ring, shared, wake_fd, workers};
 pub use status::NodeStatus;
 

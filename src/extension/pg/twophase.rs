@@ -1,7 +1,8 @@
 //! PREPARE, COMMIT PREPARED and ROLLBACK PREPARED from a background worker.
 
-use super::{process, senders};
+use super::{in_flight, process, senders};
 use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
+use protocol::Gid;
 use std::ffi::{CStr, CString};
 
 mod guarded {
@@ -109,6 +110,10 @@ fn quietly_if_ours<T>(name: &CStr, work: impl FnOnce() -> T) -> impl FnOnce() ->
 ///
 /// Raises (unwinding) when deferred constraints fail, when there is no free slot or the name is in use.
 pub fn prepare(name: &str) {
+    if let Some((_, gid)) = Gid::parse(name) {
+        // SAFETY: in a transaction; PREPARE would assign the xid otherwise.
+        in_flight::enter(gid, unsafe { pg_sys::GetTopTransactionId() }.into_inner());
+    }
     let name = CString::new(name).expect("names of prepared transactions have no zero bytes");
     // SAFETY: in a transaction begun by StartTransactionCommand; the order is the one of an explicit block.
     unsafe {

@@ -4,6 +4,7 @@ use super::Shared;
 use super::apply::{WorkerRing, WorkerSlot};
 use super::backend::BackendSlot;
 use super::process::my_proc_number;
+use crate::pg::in_flight;
 use pgrx::pg_sys;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, Ordering};
 
@@ -34,7 +35,7 @@ pub fn exists() -> bool {
     !SHARED.load(Ordering::Acquire).is_null()
 }
 
-fn backend_count() -> usize {
+pub fn backend_count() -> usize {
     // SAFETY: set once by the postmaster before shared memory is sized. Auxiliary processes have numbers above MaxBackends.
     unsafe { pg_sys::MaxBackends as usize + pg_sys::NUM_AUXILIARY_PROCS as usize }
 }
@@ -101,13 +102,14 @@ unsafe extern "C-unwind" fn request() {
             size_of::<Shared>()
                 + backend_count() * size_of::<BackendSlot>()
                 + workers_requested() * (size_of::<WorkerSlot>() + size_of::<WorkerRing>())
+                + in_flight::shared_bytes()
                 + 4096,
         );
     }
 }
 
 /// Attaches to or makes one zeroed area; returns it and whether it was there already.
-unsafe fn area<T>(name: &std::ffi::CStr, count: usize) -> (*mut T, bool) {
+pub unsafe fn area<T>(name: &std::ffi::CStr, count: usize) -> (*mut T, bool) {
     let mut found = false;
     // SAFETY: the caller holds AddinShmemInitLock; the space was requested.
     unsafe {
@@ -149,6 +151,7 @@ unsafe extern "C-unwind" fn startup() {
                 .workers_max
                 .store(workers_requested() as u32, Ordering::Relaxed);
         }
+        in_flight::attach();
         SHARED.store(shared, Ordering::Release);
         pg_sys::LWLockRelease(lock);
     }
