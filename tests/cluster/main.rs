@@ -5,6 +5,7 @@
 use std::process::ExitCode;
 
 mod bulk;
+mod clients;
 mod crash;
 mod failover;
 mod growth;
@@ -17,6 +18,7 @@ mod lists;
 mod load;
 mod minority;
 mod nemesis;
+mod open_sessions;
 mod refusals;
 mod split;
 mod standby;
@@ -30,6 +32,8 @@ fn main() -> ExitCode {
         bulk::cases(),
         failover::cases(),
         minority::cases(),
+        clients::cases(),
+        open_sessions::cases(),
         split::cases(),
         nemesis::cases(),
         crash::cases(),

@@ -257,6 +257,10 @@ fn apply(
     known: &BTreeSet<String>,
     online_in: GenerationNum,
 ) -> Result<Option<String>, ApplyFailure> {
+    // Looked up in a transaction of its own, so before this one begins.
+    if is_users_and_here(messages)? {
+        return Ok(None);
+    }
     process::begin_transaction();
     let mut applier = rows::RowApplier::begin();
     let mut begun = None::<Begun>;
@@ -266,7 +270,7 @@ fn apply(
             match frame.map_err(ApplyFailure::malformed)? {
                 StreamFrame::Begin(begin) => {
                     let users_name = begin.name.to_string();
-                    if is_here(begin.gid, &users_name, known, online_in) {
+                    if users_name.is_empty() && is_here(begin.gid, known, online_in) {
                         applier.abandon();
                         process::abort_transaction();
                         return Ok(None);
@@ -325,20 +329,32 @@ impl Begun {
     }
 }
 
-/// Whether there is nothing to do for the transaction. A user's own has a name, and is here when it is prepared.
+/// Whether there is nothing to do for a transaction of the cluster.
 ///
 /// One that needs this node's vote cannot have committed without it: it is here, prepared or finished, whatever the generation. That holds for those that
 /// follow while this process has not heard yet that the recovery is over.
-fn is_here(gid: Gid, users_name: &str, known: &BTreeSet<String>, online_in: GenerationNum) -> bool {
-    if !users_name.is_empty() {
-        return locks::prepared_names()
-            .values()
-            .any(|name| name == users_name);
-    }
+fn is_here(gid: Gid, known: &BTreeSet<String>, online_in: GenerationNum) -> bool {
     let votes = shared()
         .node_id()
         .is_some_and(|node| gid.members.contains(node));
     votes || gid.generation <= online_in || known.contains(&gid.text(shared().cluster_tag()))
+}
+
+/// Whether it is a user's own prepared transaction, and prepared here under its name.
+fn is_users_and_here(messages: &[Vec<u8>]) -> Result<bool, ApplyFailure> {
+    for bytes in messages {
+        let message = Message::parse(bytes).map_err(ApplyFailure::malformed)?;
+        for frame in message.frames() {
+            if let StreamFrame::Begin(begin) = frame.map_err(ApplyFailure::malformed)? {
+                let users_name = begin.name.to_string();
+                return Ok(!users_name.is_empty()
+                    && locks::prepared_names()
+                        .values()
+                        .any(|name| *name == users_name));
+            }
+        }
+    }
+    Ok(false)
 }
 
 fn finish_user(name: &[u8], commit: bool) {

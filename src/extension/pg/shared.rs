@@ -129,6 +129,8 @@ pub struct Shared {
     needs_copy: AtomicU32,
     /// The order to recover: see [`RecoveryOrder`]; 0 for none.
     recovery_order: AtomicU32,
+    /// Full xid of the last transaction that was recovered here since the server's start; 0 for none. They run one after the other.
+    pub last_recovered: AtomicU64,
     /// Bytes of the donor's WAL that have not been applied yet.
     pub recovery_lag: AtomicU64,
     /// Where this node stands, for those who apply.
