@@ -75,7 +75,23 @@ CREATE TABLE mtm.needs_copy (
 );
 COMMENT ON TABLE mtm.needs_copy IS 'nodes that were away for too long: the WAL they would need is no longer kept here, or, in the row about this node, elsewhere';
 
-REVOKE ALL ON mtm.cluster, mtm.cluster_nodes, mtm.records, mtm.marks, mtm.slots_made, mtm.recovered, mtm.needs_copy FROM PUBLIC;
+CREATE TABLE mtm.copies (
+    node_id    integer PRIMARY KEY,
+    number     bigint NOT NULL
+);
+COMMENT ON TABLE mtm.copies IS 'nodes that were replaced by a copy of another one, and the number of the last copy';
+
+CREATE TABLE mtm.copied (
+    singleton   boolean PRIMARY KEY DEFAULT true CHECK (singleton),
+    donor       integer NOT NULL,
+    generation  bigint NOT NULL,
+    is_fresh    boolean NOT NULL
+);
+COMMENT ON TABLE mtm.copied IS 'the node that this server was copied from, and the generation of that moment; at most one row';
+
+REVOKE ALL ON
+    mtm.cluster, mtm.cluster_nodes, mtm.records, mtm.marks, mtm.slots_made, mtm.recovered, mtm.needs_copy, mtm.copies, mtm.copied
+    FROM PUBLIC;
 
 -- Forming a cluster.
 
@@ -97,7 +113,25 @@ CREATE FUNCTION mtm.wake_arbiter() RETURNS void
 COMMENT ON FUNCTION mtm.wake_arbiter() IS
     'internal: make the arbiter read mtm.cluster again';
 
-REVOKE ALL ON FUNCTION mtm.init_cluster(text, text[]), mtm.node_identify(text), mtm.wake_arbiter() FROM PUBLIC;
+CREATE FUNCTION mtm.copy_state(
+    node_id integer,
+    OUT generation bigint,
+    OUT record bytea,
+    OUT mark bigint,
+    OUT obstacle text
+) RETURNS SETOF record
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE ROWS 1
+    AS 'MODULE_PATHNAME', 'copy_state_wrapper';
+COMMENT ON FUNCTION mtm.copy_state(integer) IS 'internal: whether a lost node may be replaced by a copy now, and what the copy needs; see mtm clone';
+
+CREATE FUNCTION mtm.begin_copy(node_id integer) RETURNS bigint
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'begin_copy_wrapper';
+COMMENT ON FUNCTION mtm.begin_copy(integer) IS 'internal: a lost node is going to be replaced by a copy; returns the number of the copy';
+
+REVOKE ALL ON FUNCTION
+    mtm.init_cluster(text, text[]), mtm.node_identify(text), mtm.wake_arbiter(), mtm.copy_state(integer), mtm.begin_copy(integer)
+    FROM PUBLIC;
 
 -- Watching it.
 

@@ -101,7 +101,8 @@ impl Arbiter {
     ) -> Arbiter {
         let timing = settings.times();
         let silence = Duration::from_millis(timing.recv_ms);
-        let members = members::Members::new(node, configured, decider.membership, 0);
+        let members =
+            members::Members::new(node, configured, decider.membership, decider.copied_from, 0);
         let leases = lease::LeaseKeeper::new(node, decider.epoch, configured, timing, &mesh);
         Arbiter {
             node,

@@ -221,6 +221,12 @@ impl Shared {
             .store(u32::from(nodes.bits()), Ordering::Release);
     }
 
+    /// The node is about to be copied: it no longer counts as one that cannot come back.
+    pub fn forget_copy_need(&self, node: NodeId) {
+        let bit = u32::from(NodeSet::EMPTY.with(node).bits());
+        self.needs_copy.fetch_and(!bit, Ordering::AcqRel);
+    }
+
     /// From whom to recover.
     pub fn recovery_order(&self) -> Option<RecoveryOrder> {
         RecoveryOrder::from_raw(self.recovery_order.load(Ordering::Acquire))

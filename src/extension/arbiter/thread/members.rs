@@ -50,11 +50,13 @@ impl Members {
         node: NodeId,
         configured: NodeSet,
         record: Option<MembershipRecord>,
+        copied_from: Option<NodeId>,
         now: Millis,
     ) -> Members {
         let mut effects = MembershipEffects::new();
         let config = MembershipConfig {
             promise_ms_max: lease::LASTS_MS_MAX,
+            copied_from,
             ..MembershipConfig::new(node, configured)
         };
         let membership = Membership::new(config, record, now, &mut effects);
