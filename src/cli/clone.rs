@@ -9,7 +9,9 @@
 //!
 //! Why that is right is in `docs/membership.md`, "A copy of a node".
 
-use std::fs;
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -34,6 +36,21 @@ const CONFIGURATION: [&str; 4] = [
 /// Files that say how the copied server was started or followed.
 const LEFT_OVER: [&str; 2] = ["standby.signal", "postmaster.opts"];
 
+/// The lost node has used values of its share that the donor's sequences know nothing of; those in columns that own a sequence can be found.
+const PASS_USED_VALUES: &str = "DO $$ DECLARE s record; used bigint; BEGIN \
+FOR s IN SELECT d.objid::regclass AS name, d.refobjid::regclass AS owner, a.attname, q.seqincrement > 0 AS rises \
+FROM pg_depend d JOIN pg_sequence q ON q.seqrelid = d.objid JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid \
+WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i') LOOP \
+EXECUTE format('SELECT CASE WHEN %L THEN max(%I) ELSE min(%I) END::bigint FROM %s', s.rises, s.attname, s.attname, s.owner) INTO used; \
+EXECUTE format('SELECT setval(%L, %L) FROM %s WHERE CASE WHEN %L THEN last_value < %L ELSE last_value > %L END', \
+s.name, used, s.name, s.rises, used, used); \
+END LOOP; END $$";
+
+/// Where the copy is made, within the data directory.
+const WORK: &str = "multimaster-copy";
+/// Without this file no server starts.
+const VERSION_FILE: &str = "PG_VERSION";
+
 /// Makes the copy, from the first question to a directory that can be started.
 pub fn run(options: &CloneOptions) -> Result<()> {
     let programs = Programs::find(options.bindir.as_deref())?;
@@ -54,16 +71,16 @@ pub fn run(options: &CloneOptions) -> Result<()> {
             .arg("--dbname")
             .arg(&options.from)
             .arg("--pgdata")
-            .arg(&target.pgdata);
+            .arg(&target.work);
     })?;
     // Whoever the lost node was, it must not have come back meanwhile.
     nodes.position()?;
     for name in LEFT_OVER {
-        let _ = fs::remove_file(target.pgdata.join(name));
+        let _ = fs::remove_file(target.work.join(name));
     }
     say("replaying what was written meanwhile");
     let list = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() AND gid LIKE 'mtm-%'";
-    let said = programs.single(&target.pgdata, &limits, &[list.to_owned()])?;
+    let said = programs.single(&target.work, &limits, &[list.to_owned()])?;
     let replayed = replayed_to(&said).context("the server did not say how far it has replayed")?;
     say(&format!("making it node {}", options.node));
     let plan = Plan {
@@ -75,7 +92,7 @@ pub fn run(options: &CloneOptions) -> Result<()> {
         begins: &begins,
     };
     programs.single(
-        &target.pgdata,
+        &target.work,
         &limits,
         &plan.statements(&values(&said, "gid"))?,
     )?;
@@ -84,10 +101,10 @@ pub fn run(options: &CloneOptions) -> Result<()> {
         command
             .arg(format!("--epoch={number}"))
             .arg(format!("--next-wal-file={segment}"))
-            .arg(&target.pgdata);
+            .arg(&target.work);
     })?;
     if let Some(directory) = &options.config {
-        take_configuration(directory, &target.pgdata)?;
+        take_configuration(directory, &target.work)?;
     }
     target.done()?;
     say(&format!(
@@ -101,58 +118,70 @@ fn say(text: &str) {
     println!("mtm: {text}");
 }
 
-/// The directory, and a note beside it that what is in it is ours to remove.
+/// The data directory. The copy is made in a directory within, which tells an interrupted run from somebody's data.
 struct Target {
     pgdata: PathBuf,
-    note: PathBuf,
+    work: PathBuf,
 }
 
 impl Target {
     fn new(pgdata: &Path) -> Result<Target> {
         let pgdata = std::path::absolute(pgdata).context("the data directory")?;
-        let name = pgdata
-            .file_name()
-            .context("the data directory has no name")?;
-        let note = pgdata.with_file_name(format!("{}.copying", name.to_string_lossy()));
-        let target = Target { pgdata, note };
+        let work = pgdata.join(WORK);
+        let target = Target { pgdata, work };
         ensure!(
-            target.note.exists() || target.is_empty()?,
+            target.work.exists() || target.entries()?.is_empty(),
             "{} is not empty; move away what is left of the lost node",
             target.pgdata.display()
         );
         Ok(target)
     }
 
-    fn is_empty(&self) -> Result<bool> {
+    fn entries(&self) -> Result<Vec<PathBuf>> {
         match fs::read_dir(&self.pgdata) {
-            Ok(mut entries) => Ok(entries.next().is_none()),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(true),
+            Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
             Err(error) => {
                 Err(error).with_context(|| format!("cannot read {}", self.pgdata.display()))
             }
         }
     }
 
-    /// Removes what an interrupted run has left.
+    /// Makes the directory, and removes what an interrupted run has left: that with the mark of such a run comes last.
     fn clear(&self) -> Result<()> {
-        if self.note.exists() {
-            let entries = fs::read_dir(&self.pgdata).into_iter().flatten().flatten();
-            for path in entries.map(|entry| entry.path()) {
-                let removed = if path.is_dir() && !path.is_symlink() {
-                    fs::remove_dir_all(&path)
-                } else {
-                    fs::remove_file(&path)
-                };
-                removed.with_context(|| format!("cannot remove {}", path.display()))?;
-            }
+        let rest = self
+            .entries()?
+            .into_iter()
+            .filter(|path| *path != self.work);
+        for path in rest.chain(self.work.exists().then(|| self.work.clone())) {
+            let removed = if path.is_dir() && !path.is_symlink() {
+                fs::remove_dir_all(&path)
+            } else {
+                fs::remove_file(&path)
+            };
+            removed.with_context(|| format!("cannot remove {}", path.display()))?;
         }
-        fs::write(&self.note, "mtm clone\n")
-            .with_context(|| format!("cannot write {}", self.note.display()))
+        fs::create_dir_all(&self.work)
+            .and_then(|()| fs::set_permissions(&self.pgdata, Permissions::from_mode(0o700)))
+            .and_then(|()| fs::set_permissions(&self.work, Permissions::from_mode(0o700)))
+            .with_context(|| format!("cannot make {}", self.work.display()))
     }
 
+    /// Moves the copy to its place. No server starts there before the last file has come.
     fn done(&self) -> Result<()> {
-        fs::remove_file(&self.note)
-            .with_context(|| format!("cannot remove {}", self.note.display()))
+        let move_up = |name: &OsStr| {
+            fs::rename(self.work.join(name), self.pgdata.join(name))
+                .with_context(|| format!("cannot move {}", name.display()))
+        };
+        let entries = fs::read_dir(&self.work).context("cannot read the copy")?;
+        let names: Vec<OsString> = entries
+            .map(|entry| Ok(entry?.file_name()))
+            .collect::<Result<_>>()?;
+        for name in names.iter().filter(|name| *name != VERSION_FILE) {
+            move_up(name)?;
+        }
+        move_up(OsStr::new(VERSION_FILE))?;
+        fs::remove_dir(&self.work).with_context(|| format!("cannot remove {}", self.work.display()))
     }
 }
 
@@ -185,6 +214,7 @@ impl Plan<'_> {
         for id in 0..MARK_ROWS {
             statements.push(self.mark_row(id)?);
         }
+        statements.push(PASS_USED_VALUES.to_owned());
         statements.push(format!("UPDATE mtm.cluster SET node_id = {}", self.node));
         statements.push(format!(
             "INSERT INTO mtm.copied VALUES (true, {}, {}, true)",

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 mod bulk;
 mod clients;
+mod clone;
 mod crash;
 mod failover;
 mod growth;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         life::cases(),
         bulk::cases(),
         failover::cases(),
+        clone::cases(),
         minority::cases(),
         clients::cases(),
         open_sessions::cases(),

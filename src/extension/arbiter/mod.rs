@@ -15,7 +15,7 @@ mod thread;
 mod trace;
 mod user_votes;
 
-pub use start::{MARK_ROWS, body_of, find, holds_older, number_in, read_membership};
+pub use start::{MARK_ROWS, body_of, find, number_in, read_membership};
 
 use crate::failpoint::{Failpoint, hit};
 use crate::pg::process::{self, Wait};

@@ -9,9 +9,9 @@
 
 use pgrx::prelude::*;
 use protocol::membership::MembershipRecord;
-use protocol::{GenerationNum, NodeId, NodeSet};
+use protocol::{GenerationNum, Gid, NodeId, NodeSet};
 
-use crate::arbiter::{MARK_ROWS, holds_older, number_in, read_membership};
+use crate::arbiter::{MARK_ROWS, number_in, read_membership};
 use crate::pg::records::DurableTable;
 use crate::pg::shared::{NodeStatus, shared};
 
@@ -127,6 +127,21 @@ fn state_for(node_id: i32) -> Result<(MembershipRecord, u64), String> {
         ..record
     };
     Ok((first, number_in(&marks[usize::from(node.get())])))
+}
+
+/// Whether a transaction of an older generation is prepared here; users' own do not count. Runs in a transaction.
+fn holds_older(num: GenerationNum) -> bool {
+    let older = Spi::connect(|client| {
+        let rows = client.select("SELECT gid FROM pg_catalog.pg_prepared_xacts", None, &[])?;
+        let mut gids = rows.map(|row| row.get::<String>(1));
+        gids.try_fold(false, |older, gid| {
+            let gid = gid?.and_then(|name| Gid::parse(&name));
+            Ok::<_, pgrx::spi::Error>(older || gid.is_some_and(|(_, gid)| gid.generation < num))
+        })
+    });
+    older.unwrap_or_else(|error| {
+        pgrx::error!("multimaster cannot list prepared transactions: {error}")
+    })
 }
 
 /// The copy is about to be taken: its WAL is going to be kept again. Returns the number of the copy, higher than that of any earlier one.
