@@ -231,6 +231,19 @@ CREATE FUNCTION mtm.latencies(
     AS 'MODULE_PATHNAME', 'latencies_wrapper';
 COMMENT ON FUNCTION mtm.latencies() IS 'internal: see the view mtm.commit_latency';
 
+CREATE FUNCTION mtm.recovery_progress(
+    OUT donor integer,
+    OUT began_at timestamptz,
+    OUT bytes_done bigint,
+    OUT bytes_left bigint,
+    OUT transactions bigint,
+    OUT rate bigint,
+    OUT retries bigint
+) RETURNS SETOF record
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE ROWS 1
+    AS 'MODULE_PATHNAME', 'recovery_progress_wrapper';
+COMMENT ON FUNCTION mtm.recovery_progress() IS 'internal: see the view mtm.recovery';
+
 CREATE FUNCTION mtm.reset_commit_latency() RETURNS void
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'reset_commit_latency_wrapper';
@@ -355,6 +368,18 @@ CREATE VIEW mtm.events AS
       FROM mtm.recent_events();
 COMMENT ON VIEW mtm.events IS 'who was lost or came back, when, why, and after how long, as this node saw it';
 
+CREATE VIEW mtm.recovery AS
+    SELECT s.status, p.donor, p.began_at, p.bytes_done, p.bytes_left, p.transactions, p.rate,
+           CASE WHEN p.rate > 0 THEN p.bytes_left / p.rate::double precision * interval '1 second' END AS estimate,
+           p.retries,
+           CASE WHEN s.status = 'failed' THEN
+               (SELECT e.reason FROM mtm.recent_events() e WHERE e.event = 'failed' ORDER BY e.happened_at DESC LIMIT 1)
+           END AS error
+      FROM mtm.status() s
+      LEFT JOIN mtm.recovery_progress() p ON true
+     WHERE p.donor IS NOT NULL OR s.status = 'failed';
+COMMENT ON VIEW mtm.recovery IS 'while this node fetches what it has missed: from whom, how much is left (bytes of WAL), how fast, and what stopped it';
+
 CREATE VIEW mtm.stat_commits AS
     SELECT outcome, reason, transactions FROM mtm.counters();
 COMMENT ON VIEW mtm.stat_commits IS 'transactions of this node since its start, by outcome and reason';
@@ -369,9 +394,10 @@ GRANT USAGE ON SCHEMA mtm TO PUBLIC;
 
 REVOKE ALL ON FUNCTION
     mtm.without_secrets(text), mtm.peer_states(), mtm.in_flight(), mtm.recent_conflicts(), mtm.recent_events(), mtm.counters(),
-    mtm.latencies(), mtm.reset_commit_latency(), mtm.get_nodes_state(), mtm.nodes()
+    mtm.latencies(), mtm.reset_commit_latency(), mtm.recovery_progress(), mtm.get_nodes_state(), mtm.nodes()
     FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION
-    mtm.peer_states(), mtm.in_flight(), mtm.recent_conflicts(), mtm.recent_events(), mtm.counters(), mtm.latencies(), mtm.get_nodes_state(), mtm.nodes()
+    mtm.peer_states(), mtm.in_flight(), mtm.recent_conflicts(), mtm.recent_events(), mtm.counters(), mtm.latencies(), mtm.recovery_progress(),
+    mtm.get_nodes_state(), mtm.nodes()
     TO mtm_monitor, pg_monitor;
-GRANT SELECT ON mtm.transactions, mtm.conflicts, mtm.events, mtm.stat_commits, mtm.commit_latency TO mtm_monitor, pg_monitor;
+GRANT SELECT ON mtm.transactions, mtm.conflicts, mtm.events, mtm.recovery, mtm.stat_commits, mtm.commit_latency TO mtm_monitor, pg_monitor;

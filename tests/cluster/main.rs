@@ -20,6 +20,7 @@ mod load;
 mod minority;
 mod nemesis;
 mod open_sessions;
+mod recovery;
 mod refusals;
 mod split;
 mod standby;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         bulk::cases(),
         failover::cases(),
         clone::cases(),
+        recovery::cases(),
         minority::cases(),
         clients::cases(),
         open_sessions::cases(),

@@ -290,6 +290,7 @@ impl Arbiter {
             LocalEvent::MarkerReached { .. }
             | LocalEvent::RecoveryLevel { .. }
             | LocalEvent::RecoveryLost { .. } => self.on_recovery(&event),
+            LocalEvent::RecoveryFailed { reason } => self.on_recovery_failed(&reason),
             LocalEvent::Ask { number, question } => self.answer(number, &question),
             LocalEvent::MarkStored { node, lsn } => {
                 self.input(Input::MarkPassed { origin: node, lsn })

@@ -9,6 +9,7 @@ mod apply;
 mod backend;
 mod cells;
 mod process;
+mod recovery;
 mod segment;
 mod status;
 
@@ -16,6 +17,7 @@ pub use apply::{WorkerSlot, worker};
 pub use backend::{BackendSlot, outcome, stage};
 pub use cells::{GidCell, RefusalCell, StandingCell};
 pub use process::{ProcCell, my_backend_index, wake_proc};
+pub use recovery::RecoveryProgress;
 pub use segment::{backends, exists, my_backend, register, ring, shared, wake_fd, workers};
 pub use status::NodeStatus;
 
@@ -131,8 +133,8 @@ pub struct Shared {
     recovery_order: AtomicU32,
     /// Full xid of the last transaction that was recovered here since the server's start; 0 for none. They run one after the other.
     pub last_recovered: AtomicU64,
-    /// Bytes of the donor's WAL that have not been applied yet.
-    pub recovery_lag: AtomicU64,
+    /// How far the recovery is.
+    pub recovery_progress: RecoveryProgress,
     /// Where this node stands, for those who apply.
     pub standing: StandingCell,
     /// True while an event has been queued that the tokio thread has not looked at: no second write to the eventfd is needed.
