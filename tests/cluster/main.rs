@@ -8,6 +8,7 @@ mod bulk;
 mod clients;
 mod clone;
 mod crash;
+mod cut_off;
 mod failover;
 mod growth;
 mod hosts;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         clone::cases(),
         recovery::cases(),
         minority::cases(),
+        cut_off::cases(),
         clients::cases(),
         open_sessions::cases(),
         split::cases(),
