@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 mod bulk;
 mod clients;
+mod clone;
 mod crash;
 mod cut_off;
 mod failover;
@@ -20,6 +21,7 @@ mod load;
 mod minority;
 mod nemesis;
 mod open_sessions;
+mod recovery;
 mod refusals;
 mod split;
 mod standby;
@@ -33,6 +35,8 @@ fn main() -> ExitCode {
         life::cases(),
         bulk::cases(),
         failover::cases(),
+        clone::cases(),
+        recovery::cases(),
         minority::cases(),
         cut_off::cases(),
         clients::cases(),

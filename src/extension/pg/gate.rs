@@ -11,7 +11,7 @@
 
 use super::process::{self, Wait};
 use super::shared::{self, NodeStatus};
-use super::{clock, commit, fixed_text::FixedText, hooks, raw};
+use super::{clock, commit, fixed_text::FixedText, hooks, outcome, raw};
 use crate::guc;
 use pgrx::pg_sys;
 use std::cell::Cell;
@@ -22,6 +22,9 @@ use std::time::{Duration, Instant};
 
 /// How often a statement looks whether the lease has been renewed.
 const LOOK_AROUND: Duration = Duration::from_millis(5);
+
+/// How far back 32 bits of an xid say which one is meant, with room to spare.
+const RECENT_XIDS: u64 = 1 << 30;
 
 /// First oid that is not part of every new database (`FirstNormalObjectId` of access/transam.h).
 const FIRST_NORMAL_OID: u32 = 16384;
@@ -240,6 +243,34 @@ unsafe fn await_service(reads_only: bool) {
     }
 }
 
+/// Raises when the snapshot lacks something that this node has recovered: it was taken before the node could serve, however long ago that was.
+///
+/// What is recovered commits one after the other, so who sees the last of them sees all.
+///
+/// # Safety
+/// As [`check_query`]; the snapshot is none or valid.
+pub unsafe fn check_snapshot(snapshot: pg_sys::Snapshot) {
+    if snapshot.is_null() || !shared::exists() {
+        return;
+    }
+    let last = shared::shared().last_recovered.load(Ordering::Acquire);
+    // SAFETY: as the caller promises; the rest are plain values of this process.
+    unsafe {
+        if last == 0
+            || (*snapshot).snapshot_type != pg_sys::SnapshotType::SNAPSHOT_MVCC
+            || !pg_sys::XidInMVCCSnapshot(pg_sys::TransactionId::from(last as u32), snapshot)
+            || !applies()
+            || guc::minority_reads()
+        {
+            return;
+        }
+        // So long ago that the xid may have come round.
+        if outcome::next_xid() - last < RECENT_XIDS {
+            refuse_old_snapshot();
+        }
+    }
+}
+
 /// Whether the lease has ended so short a time ago that the others may only be slow. A node that has been cut off for longer refuses at once.
 fn lease_may_return() -> bool {
     let ended = shared::shared().lease_until_ms.load(Ordering::Acquire);
@@ -256,7 +287,7 @@ unsafe fn refuse_old_snapshot() {
     unsafe {
         commit::raise(
             pgrx::PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32,
-            c"this node has come back to the cluster while the statement waited",
+            c"this node has come back to the cluster since the snapshot was taken",
             c"What it would have read may be older than what other nodes have committed.",
             c"Run the transaction again.",
         );

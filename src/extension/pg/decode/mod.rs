@@ -141,7 +141,11 @@ unsafe extern "C-unwind" fn filter_prepare(
     name: *const c_char,
 ) -> bool {
     // SAFETY: core calls with the context given to `startup`, and a zero-terminated name.
-    unsafe { decoder(context).is_for_commit(xid, CStr::from_ptr(name)) }
+    unsafe {
+        // A slot that is being made decodes nothing, but asks, when transactions are prepared meanwhile.
+        let decoder = (*context).output_plugin_private.cast::<Decoder>().as_mut();
+        decoder.is_some_and(|decoder| decoder.is_for_commit(xid, CStr::from_ptr(name)))
+    }
 }
 
 #[pg_guard]
