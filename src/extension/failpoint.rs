@@ -7,7 +7,7 @@
 //! |---|---|
 //! | `NAME=crash` | the whole server is killed at once, as by a power failure; `crash@N` at the N-th time |
 //! | `NAME=sleep:MS` | the process or thread waits that many milliseconds, every time |
-//! | `NAME=hold` | the process or thread waits until the setting changes |
+//! | `NAME=hold` | the process or thread waits until the setting changes; the log says that it does |
 //! | `NAME=error` | the process raises an error, once; the network thread, which cannot, goes on |
 //! | empty | nothing |
 //!
@@ -175,7 +175,7 @@ mod hits {
 #[cfg(feature = "failpoints")]
 mod hits {
     use super::Failpoint;
-    use crate::pg::failpoint::{is_armed, lose_power, raise_in_backend, take};
+    use crate::pg::failpoint::{is_armed, log_line, lose_power, raise_in_backend, take};
     use std::time::Duration;
 
     /// Time for a message to leave before the server dies.
@@ -260,6 +260,7 @@ mod hits {
     fn act(point: Failpoint, action: Option<Action>) {
         match action {
             Some(Action::Hold) => {
+                log_line(point, "held");
                 while is_armed(point) {
                     std::thread::sleep(LOOK);
                 }

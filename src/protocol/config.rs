@@ -29,6 +29,9 @@ pub struct Config {
     /// This node's transactions below this `xid` may have begun before this core did, which may therefore have been told of their end by an
     /// earlier one and not know it. The server's next xid, read before its prepared transactions are.
     pub first_xid: u64,
+    /// The generation in which this node was copied from another one, or 0. What an earlier server of its name knew of transactions of this generation
+    /// and older ones is lost.
+    pub copied_in: GenerationNum,
     /// How long a participant's link to the coordinator is down before it resolves.
     pub resolve_after_ms: u64,
     /// How long a competing resolver waits per place in the order of nodes; more than a round trip.
@@ -51,6 +54,7 @@ impl Config {
             generation: GenerationNum(1),
             epoch,
             first_xid: 0,
+            copied_in: GenerationNum(0),
             resolve_after_ms: 1_000,
             resolve_step_ms: 100,
             resend_after_ms: 200,

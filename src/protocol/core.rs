@@ -343,6 +343,9 @@ impl Core {
         }
         match msg.gid() {
             None => self.on_horizon_message(from, &msg, out),
+            Some(gid) if gid.generation <= self.site.config.copied_in => {
+                self.on_older_than_copy(now, from, gid, &msg, out);
+            }
             Some(gid) if self.txns.contains_key(&gid) => {
                 self.entry(gid, now, out, |txn, turn| txn.on_message(turn, from, msg));
             }

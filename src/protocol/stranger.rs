@@ -51,6 +51,28 @@ impl Core {
         }
     }
 
+    /// About a transaction of which an earlier server of this node's name may have promised, accepted or voted something that is lost. Nobody is told
+    /// anything that could count as an answer of that server; the copy holds the outcome, since it was taken when every such transaction had one or
+    /// needed no vote of this node. See `docs/membership.md`, "A copy of a node".
+    pub(crate) fn on_older_than_copy(
+        &mut self,
+        now: Millis,
+        from: NodeId,
+        gid: Gid,
+        msg: &Message,
+        out: &mut Effects,
+    ) {
+        match msg {
+            Message::Decided { decision, csn, .. } => {
+                self.acknowledge_forgotten(now, from, gid, *decision, *csn, out);
+            }
+            Message::Finished { .. } if gid.coordinator == self.site.node() => {
+                out.send(from, Message::Forget { gid });
+            }
+            _ => {}
+        }
+    }
+
     fn acknowledge_forgotten(
         &mut self,
         now: Millis,

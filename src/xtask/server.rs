@@ -437,6 +437,22 @@ impl Server {
         Ok(())
     }
 
+    /// Loses everything that a stopped server had on its disk but for its configuration, which is moved to `keep`.
+    ///
+    /// # Errors
+    /// When a file cannot be moved or removed.
+    pub fn lose_data(&self, keep: &Path) -> Result<()> {
+        for name in ["postgresql.conf", "pg_hba.conf"] {
+            fs::copy(self.data.join(name), keep.join(name))
+                .with_context(|| format!("cannot keep {name}"))?;
+            host::give_to_server(&keep.join(name))?;
+        }
+        fs::remove_dir_all(&self.data)?;
+        fs::create_dir(&self.data)?;
+        fs::set_permissions(&self.data, fs::Permissions::from_mode(0o700))?;
+        host::give_to_server(&self.data)
+    }
+
     /// Process id of the postmaster.
     pub fn postmaster(&self) -> Option<u32> {
         self.process.as_ref().map(Child::id)

@@ -12,8 +12,15 @@ fn packages(major: u32) -> Vec<String> {
     let mut names: Vec<String> = ["postgresql", "postgresql-client", "postgresql-server-dev"]
         .map(|stem| format!("{stem}-{major}"))
         .to_vec();
-    // bindgen reads PostgreSQL's headers through libclang; cluster tests use `ip`.
-    names.extend(["build-essential", "clang", "libclang-dev", "iproute2"].map(String::from));
+    // bindgen reads PostgreSQL's headers through libclang; cluster tests use `ip`, and psycopg as an application would.
+    let others = [
+        "build-essential",
+        "clang",
+        "libclang-dev",
+        "iproute2",
+        "python3-psycopg",
+    ];
+    names.extend(others.map(String::from));
     names
 }
 
@@ -58,7 +65,7 @@ fn missing(wanted: &[String], major: u32) -> Result<Vec<String>> {
     if !Path::new("/etc/debian_version").exists() {
         bail!(
             "this is not Debian, so packages cannot be installed for you; needed are PostgreSQL {major} with its \
-             server headers, a C compiler, clang, libclang and iproute2"
+             server headers, a C compiler, clang, libclang, iproute2 and psycopg 3 for /usr/bin/python3"
         );
     }
     let mut missing = Vec::new();

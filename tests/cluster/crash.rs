@@ -56,7 +56,7 @@ fn rounds() -> u64 {
 }
 
 /// The points of this run in an order of its own: all of them, but for a short run, which visits `few`.
-fn chosen<T>(mut points: Vec<T>, dice: &mut Dice, few: usize) -> Vec<T> {
+pub fn chosen<T>(mut points: Vec<T>, dice: &mut Dice, few: usize) -> Vec<T> {
     for last in (1..points.len()).rev() {
         points.swap(last, dice.below(last as u64 + 1) as usize);
     }

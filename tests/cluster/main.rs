@@ -5,7 +5,10 @@
 use std::process::ExitCode;
 
 mod bulk;
+mod clients;
+mod clone;
 mod crash;
+mod cut_off;
 mod failover;
 mod growth;
 mod hosts;
@@ -17,6 +20,8 @@ mod lists;
 mod load;
 mod minority;
 mod nemesis;
+mod open_sessions;
+mod recovery;
 mod refusals;
 mod split;
 mod standby;
@@ -30,7 +35,12 @@ fn main() -> ExitCode {
         life::cases(),
         bulk::cases(),
         failover::cases(),
+        clone::cases(),
+        recovery::cases(),
         minority::cases(),
+        cut_off::cases(),
+        clients::cases(),
+        open_sessions::cases(),
         split::cases(),
         stuck::cases(),
         nemesis::cases(),

@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use multimaster_tests::{OwnCase, Session, cases};
 use xtask::cluster::wait_for;
-use xtask::command;
 use xtask::installation::Installation;
 
 use crate::hosts::{Hosts, PATIENCE, with_hosts};
@@ -32,7 +31,6 @@ fn minority_refuses_what_touches_data(installation: &Installation) -> Result<()>
         refuses_data(&mut open)?;
         shows_itself(&mut open)?;
         allows_minority_reads(&mut open)?;
-        sends_clients_on(hosts)?;
         hosts.network.heal()?;
         hosts.await_status(2, "online")?;
         open.run("UPDATE t SET n = n + 1")?;
@@ -93,31 +91,6 @@ fn allows_minority_reads(session: &mut Session) -> Result<()> {
     session.run("COPY t TO PROGRAM 'cat > /dev/null'")?;
     session.refused_with(CANNOT_CONNECT_NOW, "UPDATE t SET n = 2")?;
     session.run("RESET multimaster.minority_reads")
-}
-
-/// libpq, given all hosts, goes on to one that takes writes.
-fn sends_clients_on(hosts: &Hosts) -> Result<()> {
-    let addresses = |order: &[usize]| {
-        let list: Vec<String> = order
-            .iter()
-            .map(|node| hosts.network.address(*node).to_string())
-            .collect();
-        list.join(",")
-    };
-    let mut psql = hosts.cluster.nodes[0].client_program("psql");
-    psql.args(["--no-psqlrc", "--no-align", "--tuples-only", "--dbname"])
-        .arg(format!(
-            "host={} port=5432 user=postgres dbname=postgres target_session_attrs=read-write connect_timeout=5",
-            addresses(&[2, 0])
-        ))
-        .args(["--command", "SELECT my_node_id FROM mtm.status()"]);
-    let node = command::capture(&mut psql).context("psql with two hosts")?;
-    ensure!(node.trim() == "1", "psql went to node {node}");
-    let read_only = hosts
-        .session(2)?
-        .text("SHOW default_transaction_read_only")?;
-    ensure!(read_only == "on", "a session there says {read_only}");
-    Ok(())
 }
 
 /// A node that was stopped in the middle of everything does not know that the others went on: its lease has run out.

@@ -17,7 +17,7 @@ use crate::pg::records::{self, DurableTable};
 use crate::pg::recovered;
 use crate::pg::shared::{RecoveryOrder, shared};
 use crate::pg::walreceiver::{Received, Stream};
-use crate::pg::{ddl, locks, rows, sequences, twophase};
+use crate::pg::{clock, ddl, locks, rows, sequences, twophase};
 use protocol::{GenerationNum, Gid, Lsn, NodeId};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -31,6 +31,10 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// Pause before a transaction that failed is tried again, and how often it is.
 const RETRY_PAUSE_MS: u64 = 500;
 const TRIES: u32 = 5;
+/// How often the rate is worked out anew.
+const RATE_INTERVAL: Duration = Duration::from_secs(1);
+/// Most that is told of an error.
+const REASON_CHARS: usize = 400;
 
 /// Whom this process recovers from; for the exit callback.
 static DONOR: AtomicU32 = AtomicU32::new(0);
@@ -53,6 +57,26 @@ struct Recovery {
     seen: Lsn,
     told_at: Instant,
     was_level: bool,
+    /// When the rate was last worked out, and how far the recovery was then.
+    rated_at: Instant,
+    rated: Lsn,
+}
+
+/// Why a recovery ends before its time.
+#[derive(Debug, thiserror::Error)]
+enum RecoveryError {
+    /// Another donor may do better.
+    #[error("{0}")]
+    Stream(String),
+    /// A transaction that is committed elsewhere cannot be applied here.
+    #[error("{0}")]
+    Replay(String),
+}
+
+impl From<String> for RecoveryError {
+    fn from(text: String) -> RecoveryError {
+        RecoveryError::Stream(text)
+    }
 }
 
 /// Body of the background worker `multimaster recovery`.
@@ -72,10 +96,15 @@ pub fn main(donor: NodeId) {
     };
     if let Err(error) = run(order) {
         pgrx::warning!("multimaster recovery from node {}: {error}", donor.get());
+        if let RecoveryError::Replay(reason) = error {
+            submit(&LocalEvent::RecoveryFailed { reason });
+            shared().arbiter.wake();
+        }
     }
 }
 
 fn leave() {
+    shared().recovery_progress.donor.store(0, Ordering::Release);
     if shared().recovery.release()
         && let Some(from) = NodeId::new(DONOR.load(Ordering::Relaxed) as u8)
     {
@@ -84,12 +113,12 @@ fn leave() {
     }
 }
 
-fn run(order: RecoveryOrder) -> Result<(), String> {
+fn run(order: RecoveryOrder) -> Result<(), RecoveryError> {
     let donor = order.from();
     let identity = match process::in_transaction(Identity::load) {
         Ok(Some(identity)) => identity,
         Ok(None) => return Ok(()),
-        Err(error) => return Err(error.to_string()),
+        Err(error) => return Err(error.to_string().into()),
     };
     let Some(target) = identity.nodes.iter().find(|node| node.id == donor) else {
         return Ok(());
@@ -123,13 +152,18 @@ fn run(order: RecoveryOrder) -> Result<(), String> {
         seen: mark,
         told_at: Instant::now(),
         was_level: false,
+        rated_at: Instant::now(),
+        rated: mark,
     };
+    shared()
+        .recovery_progress
+        .begin(donor.get().into(), clock::now_us(), mark.0);
     recovery.receive_all(&mut stream)
 }
 
 impl Recovery {
     /// Until this process is no longer wanted, or the stream ends.
-    fn receive_all(&mut self, stream: &mut Stream) -> Result<(), String> {
+    fn receive_all(&mut self, stream: &mut Stream) -> Result<(), RecoveryError> {
         let mut waiting = None::<SocketWait>;
         loop {
             process::check_interrupts();
@@ -145,7 +179,7 @@ impl Recovery {
                         .insert(wait.unwrap_or_else(|| SocketWait::new(socket)))
                         .wait(Duration::from_millis(100), Wait::Stream);
                 }
-                Received::End => return Err("the stream ended".to_owned()),
+                Received::End => return Err("the stream ended".to_owned().into()),
             }
             if self.told_at.elapsed() >= STATUS_INTERVAL {
                 self.tell(stream);
@@ -153,7 +187,7 @@ impl Recovery {
         }
     }
 
-    fn on_message(&mut self, message: &[u8]) -> Result<(), String> {
+    fn on_message(&mut self, message: &[u8]) -> Result<(), RecoveryError> {
         match message.first() {
             Some(b'w') if message.len() > DATA_HEADER_BYTES => {
                 self.on_data(Lsn(number(message, 1)), &message[DATA_HEADER_BYTES..])?;
@@ -164,13 +198,13 @@ impl Recovery {
                     self.seen = self.seen.max(Lsn(number(message, 1)));
                 }
             }
-            _ => return Err("unknown replication message".to_owned()),
+            _ => return Err("unknown replication message".to_owned().into()),
         }
         self.measure();
         Ok(())
     }
 
-    fn on_data(&mut self, at: Lsn, bytes: &[u8]) -> Result<(), String> {
+    fn on_data(&mut self, at: Lsn, bytes: &[u8]) -> Result<(), RecoveryError> {
         let message = Message::parse(bytes).map_err(|error| error.to_string())?;
         let (begins, ends) = (message.begins(), message.ends());
         if begins || !self.pending.is_empty() {
@@ -190,7 +224,7 @@ impl Recovery {
                 StreamFrame::FinishUser(finish) => {
                     self.finish_user(finish.name.as_bytes(), finish.commit);
                 }
-                _ => return Err("a change outside of a transaction".to_owned()),
+                _ => return Err("a change outside of a transaction".to_owned().into()),
             }
         }
         self.seen = self.seen.max(at);
@@ -208,31 +242,38 @@ impl Recovery {
     }
 
     /// Applies a transaction, again if that fails: locks of what this node prepared before it went away go when its outcome is known.
-    fn commit(&mut self, messages: &[Vec<u8>]) -> Result<(), String> {
+    fn commit(&mut self, messages: &[Vec<u8>]) -> Result<(), RecoveryError> {
         let head = head_of(messages)?;
         if self.is_here(&head) {
             return Ok(());
         }
-        self.fence(head.gid.generation);
+        self.fence(self.generation_of(&head));
         let mut tries = 0;
         loop {
             let result = attempt(|| apply(messages, &head));
             match result {
                 Ok(applied) => {
                     self.known.extend(applied);
+                    let done = &shared().recovery_progress.transactions;
+                    done.fetch_add(1, Ordering::Relaxed);
                     return Ok(());
                 }
                 Err(failure) => {
                     rows::forget_all();
                     process::abort_transaction();
                     tries += 1;
+                    let retries = &shared().recovery_progress.retries;
+                    retries.fetch_add(1, Ordering::Relaxed);
                     pgrx::warning!(
                         "multimaster recovery could not apply a transaction: {} ({})",
                         failure.message,
                         failure.detail
                     );
                     if tries == TRIES {
-                        return Err(failure.message);
+                        let what = format!("{} ({})", failure.message, failure.detail);
+                        return Err(RecoveryError::Replay(
+                            what.chars().take(REASON_CHARS).collect(),
+                        ));
                     }
                     process::pause_ms(RETRY_PAUSE_MS);
                 }
@@ -246,20 +287,28 @@ impl Recovery {
     /// One that needs this node's vote cannot have committed without it: it is here, prepared or finished, whatever the generation. That holds for those that
     /// follow while this process has not heard yet that the recovery is over.
     ///
-    /// Of a user's own the gid says nothing, but it lies behind the marker of its generation on every node.
+    /// That is all the same for a user's own but that its gid names the members of the generation in which the donor is now.
     fn is_here(&self, head: &Head) -> bool {
+        let node = shared().node_id();
+        let is_member = node.is_some_and(|node| head.gid.members.contains(node));
+        let generation = self.generation_of(head);
+        if generation <= self.online_in || (is_member && generation >= head.gid.generation) {
+            return true;
+        }
         match &head.users_name {
             Some(name) => {
-                self.generation <= self.online_in
-                    || self.known.contains(name)
+                self.known.contains(name)
                     || locks::prepared_names().values().any(|other| other == name)
             }
-            None => {
-                let node = shared().node_id();
-                node.is_some_and(|node| head.gid.members.contains(node))
-                    || head.gid.generation <= self.online_in
-                    || self.known.contains(&head.gid.text(shared().cluster_tag()))
-            }
+            None => self.known.contains(&head.gid.text(shared().cluster_tag())),
+        }
+    }
+
+    /// The generation of a transaction. A user's own does not name it, but lies behind its marker on every node.
+    fn generation_of(&self, head: &Head) -> GenerationNum {
+        match head.users_name {
+            Some(_) => self.generation,
+            None => head.gid.generation,
         }
     }
 
@@ -297,7 +346,7 @@ impl Recovery {
     fn measure(&mut self) {
         let end = shared().node(self.donor).flushed.load(Ordering::Relaxed);
         let lag = end.saturating_sub(self.seen.0);
-        shared().recovery_lag.store(lag, Ordering::Relaxed);
+        self.show(end);
         let level = end > 0 && lag <= guc::min_recovery_lag();
         if level != self.was_level {
             self.was_level = level;
@@ -305,6 +354,20 @@ impl Recovery {
                 from: self.donor,
                 level,
             });
+        }
+    }
+
+    fn show(&mut self, end: u64) {
+        let progress = &shared().recovery_progress;
+        progress.applied.store(self.seen.0, Ordering::Relaxed);
+        progress.end.store(end.max(self.seen.0), Ordering::Relaxed);
+        let since = self.rated_at.elapsed();
+        if since >= RATE_INTERVAL {
+            let bytes = self.seen.0.saturating_sub(self.rated.0);
+            let rate = bytes as f64 / since.as_secs_f64();
+            progress.rate.store(rate as u64, Ordering::Relaxed);
+            self.rated_at = Instant::now();
+            self.rated = self.seen;
         }
     }
 

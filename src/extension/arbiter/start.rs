@@ -7,6 +7,7 @@ use super::net_config::{NetSettings, millis, start_mesh};
 use super::thread::{Arbiter, FromMain, MainLink};
 use super::{retention, slots};
 use crate::cluster::Identity;
+use crate::cluster::copy::{self, Copied};
 use crate::cluster::identity::ClusterState;
 use crate::failpoint::{Failpoint, hit};
 use crate::guc;
@@ -129,6 +130,8 @@ pub struct Decider {
     pub tuples: Tuples,
     /// What the membership remembers; none in a new cluster.
     pub membership: Option<MembershipRecord>,
+    /// The node that this server is a copy of.
+    pub copied_from: Option<NodeId>,
     /// Number of this start.
     pub epoch: u32,
     /// What the core wants done first.
@@ -168,10 +171,10 @@ pub fn recover(identity: &Identity) -> RecoveredState {
         process::in_transaction(|| !slots::missing(identity).is_empty()),
         Ordering::Release,
     );
-    let membership = process::in_transaction(read_membership);
+    let (membership, copied) = process::in_transaction(|| (read_membership(), copy::load()));
     publish(identity, membership);
     repeat_marks(identity.node_id);
-    let config = config(identity, membership, epoch, first_xid);
+    let config = config(identity, membership, copied, epoch, first_xid);
     let tuples = Tuples::new(found.iter().map(|(gid, (tuple, _))| (*gid, *tuple)));
     let mut effects = Effects::new();
     let core = Core::new(config, recovered(&found, &prepared), 0, &mut effects);
@@ -180,6 +183,7 @@ pub fn recover(identity: &Identity) -> RecoveredState {
             core,
             tuples,
             membership,
+            copied_from: copied.map(|copied| copied.donor),
             epoch,
             effects,
         },
@@ -240,6 +244,7 @@ fn recovered(found: &BTreeMap<Gid, (u32, Record)>, prepared: &[Gid]) -> Vec<Reco
 fn config(
     identity: &Identity,
     membership: Option<MembershipRecord>,
+    copied: Option<Copied>,
     epoch: u32,
     first_xid: u64,
 ) -> Config {
@@ -252,6 +257,7 @@ fn config(
         generation: current.num,
         epoch,
         first_xid,
+        copied_in: copied.map_or(GenerationNum(0), |copied| copied.generation),
         resolve_after_ms: millis(guc::heartbeat_recv_timeout()),
         resolve_step_ms: 200,
         resend_after_ms: 500,
@@ -294,7 +300,7 @@ pub fn holds_older(num: GenerationNum) -> bool {
         .any(|(_, gid)| gid.generation < num)
 }
 
-/// At the first start of this node in its cluster: tables get a replica identity, sequences their share. Again after a crash in between.
+/// At the first start of this node in its cluster, or of a copy as this node: tables get a replica identity, sequences their share. Again after a crash in between.
 fn prepare_database(node: NodeId) {
     ddl::prepare_existing_tables();
     sequences::prepare_existing_sequences(node);
@@ -305,8 +311,10 @@ fn next_epoch(node: NodeId) -> u32 {
     let end = process::in_transaction(|| {
         let marks = DurableTable::open(c"marks", MARK_ROWS);
         let epoch = number_in(&marks.read_all()[EPOCH_ROW as usize]) + 1;
-        if epoch == 1 {
+        let fresh_copy = copy::load().is_some_and(|copied| copied.is_fresh);
+        if epoch == 1 || fresh_copy {
             prepare_database(node);
+            copy::settle();
         }
         shared().epoch.store(epoch as u32, Ordering::Release);
         marks.write(&mut [(EPOCH_ROW, body_of(epoch))])

@@ -102,7 +102,8 @@ impl Arbiter {
     ) -> Arbiter {
         let timing = settings.times();
         let silence = Duration::from_millis(timing.recv_ms);
-        let members = members::Members::new(node, configured, decider.membership, 0);
+        let members =
+            members::Members::new(node, configured, decider.membership, decider.copied_from, 0);
         let leases = lease::LeaseKeeper::new(node, decider.epoch, configured, timing, &mesh);
         Arbiter {
             node,
@@ -290,6 +291,7 @@ impl Arbiter {
             LocalEvent::MarkerReached { .. }
             | LocalEvent::RecoveryLevel { .. }
             | LocalEvent::RecoveryLost { .. } => self.on_recovery(&event),
+            LocalEvent::RecoveryFailed { reason } => self.on_recovery_failed(&reason),
             LocalEvent::Ask { number, question } => self.answer(number, &question),
             LocalEvent::MarkStored { node, lsn } => {
                 self.input(Input::MarkPassed { origin: node, lsn })

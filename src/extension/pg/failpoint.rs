@@ -139,18 +139,24 @@ pub fn raise_in_backend() {
     }
 }
 
+/// Writes into the server log what happens at a point, so that a test can tell. Callable from any thread.
+pub fn log_line(point: Failpoint, what: &str) {
+    let name = Failpoint::ALL
+        .get(point as usize)
+        .map_or("", |(_, name)| name);
+    let line = format!("failpoint {name}: {what}\n");
+    // SAFETY: a plain system call.
+    unsafe { libc::write(2, line.as_ptr().cast(), line.len()) };
+}
+
 /// Kills the postmaster and then every process of the server, this one last: what was not flushed is lost. Callable from any thread.
 ///
 /// The server log says at which point, so that a test can tell this death from others.
 pub fn lose_power(point: Failpoint) -> ! {
-    let name = Failpoint::ALL
-        .get(point as usize)
-        .map_or("", |(_, name)| name);
-    let line = format!("failpoint {name}: the server dies\n");
+    log_line(point, "the server dies");
     // SAFETY: ProcGlobal lives in shared memory, which stays mapped; plain system calls otherwise. The postmaster dies first, so that
     // it neither restarts nor reports anything.
     unsafe {
-        libc::write(2, line.as_ptr().cast(), line.len());
         libc::kill(pg_sys::PostmasterPid, libc::SIGKILL);
         let own = libc::getpid();
         let all = &*pg_sys::ProcGlobal;

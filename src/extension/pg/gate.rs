@@ -3,23 +3,28 @@
 //! A node without a majority, or one that has not caught up, must not answer from its tables: others may have changed what it shows. Every
 //! statement that touches data therefore ends with 57P03, on which drivers and pools go to another server, while catalogs, settings and the
 //! `mtm` views stay readable. The check comes after the statement's snapshot was taken and looks at a lease (`protocol::Leases`), so a
-//! process that was stopped between the two answers nothing stale either. `multimaster.minority_reads` lets plain reads pass.
+//! process that was stopped between the two answers nothing stale either. It is repeated whenever a query is run on: rows of a cursor, or of a
+//! portal of the extended protocol, are data too. `multimaster.minority_reads` lets plain reads pass.
 //!
 //! A session that begins on such a node says `default_transaction_read_only = on`, which libpq's `target_session_attrs=read-write` reads: with
 //! several hosts it goes on to the next. When the node serves again the session's next statement takes that back.
 
 use super::process::{self, Wait};
 use super::shared::{self, NodeStatus};
-use super::{commit, fixed_text::FixedText, hooks, raw};
+use super::{clock, commit, fixed_text::FixedText, hooks, outcome, raw};
 use crate::guc;
 use pgrx::pg_sys;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char};
 use std::fmt::Write;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// How often a statement looks whether the lease has been renewed.
 const LOOK_AROUND: Duration = Duration::from_millis(5);
+
+/// How far back 32 bits of an xid say which one is meant, with room to spare.
+const RECENT_XIDS: u64 = 1 << 30;
 
 /// First oid that is not part of every new database (`FirstNormalObjectId` of access/transam.h).
 const FIRST_NORMAL_OID: u32 = 16384;
@@ -43,10 +48,10 @@ fn applies() -> bool {
     shared::exists() && unsafe { pg_sys::ParallelWorkerNumber < 0 } && hooks::in_cluster()
 }
 
-/// A query is about to run.
+/// A query is about to begin, or to run on.
 ///
 /// # Safety
-/// From the executor's start hook: raises by `longjmp`, so no frame owns anything.
+/// From the executor's hooks: raises by `longjmp`, so no frame owns anything.
 pub unsafe fn check_query(plan: &pg_sys::PlannedStmt) {
     if !shared::exists() || serves() {
         return;
@@ -76,9 +81,48 @@ pub unsafe fn check_utility(statement: *mut pg_sys::Node) {
         if !applies() || is_harmless(statement) {
             return;
         }
-        let reads_only = (*statement).type_ == pg_sys::NodeTag::T_CopyStmt
-            && !(*statement.cast::<pg_sys::CopyStmt>()).is_from;
-        await_service(reads_only);
+        await_service(only_reads(statement));
+    }
+}
+
+/// COMMIT PREPARED or ROLLBACK PREPARED is about to run: a node without a majority could not tell the others, who keep it prepared.
+///
+/// # Safety
+/// As [`check_query`].
+pub unsafe fn check_finish() {
+    if !serves() {
+        // SAFETY: as the caller promises.
+        unsafe { await_service(false) };
+    }
+}
+
+/// Whether a command that touches data changes nothing. Locks are this server's own; pg_dump takes them on what it reads.
+unsafe fn only_reads(statement: *mut pg_sys::Node) -> bool {
+    // SAFETY: the node's tag says what it is.
+    unsafe {
+        match (*statement).type_ {
+            pg_sys::NodeTag::T_CopyStmt => !(*statement.cast::<pg_sys::CopyStmt>()).is_from,
+            pg_sys::NodeTag::T_LockStmt => true,
+            _ => false,
+        }
+    }
+}
+
+/// Whether COPY leaves users' tables alone. The query of `COPY (...) TO` is looked at when it begins.
+unsafe fn copies_no_data(copy: *mut pg_sys::CopyStmt) -> bool {
+    // SAFETY: a valid statement. A name that leads nowhere is reported by COPY itself.
+    unsafe {
+        if (*copy).relation.is_null() {
+            return true;
+        }
+        let relation = raw::RangeVarGetRelidExtended(
+            (*copy).relation,
+            pg_sys::NoLock as i32,
+            pg_sys::RVROption::RVR_MISSING_OK,
+            std::ptr::null(),
+            std::ptr::null_mut(),
+        );
+        relation != pg_sys::Oid::INVALID && !is_data(relation, own_schema())
     }
 }
 
@@ -89,7 +133,7 @@ unsafe fn touches_data(plan: &pg_sys::PlannedStmt) -> bool {
         if plan.rtable.is_null() {
             return false;
         }
-        let own_schema = pg_sys::get_namespace_oid(c"mtm".as_ptr(), true);
+        let own_schema = own_schema();
         (0..(*plan.rtable).length).any(|position| {
             let entry = (*(*plan.rtable).elements.add(position as usize)).ptr_value
                 as *const pg_sys::RangeTblEntry;
@@ -98,10 +142,18 @@ unsafe fn touches_data(plan: &pg_sys::PlannedStmt) -> bool {
     }
 }
 
+/// The schema of this extension.
+unsafe fn own_schema() -> pg_sys::Oid {
+    // SAFETY: a catalog look-up in a transaction.
+    unsafe { pg_sys::get_namespace_oid(c"mtm".as_ptr(), true) }
+}
+
+/// Views hold nothing themselves: what they read stands beside them in the range table.
 unsafe fn is_data(relation: pg_sys::Oid, own_schema: pg_sys::Oid) -> bool {
     // SAFETY: catalog look-ups in a transaction.
     unsafe {
         relation.to_u32() >= FIRST_NORMAL_OID
+            && pg_sys::get_rel_relkind(relation) as u8 != pg_sys::RELKIND_VIEW
             && pg_sys::get_rel_namespace(relation) != own_schema
             && pg_sys::get_rel_persistence(relation) != pg_sys::RELPERSISTENCE_TEMP as c_char
     }
@@ -112,6 +164,9 @@ unsafe fn is_harmless(statement: *mut pg_sys::Node) -> bool {
     use pg_sys::NodeTag::*;
     // SAFETY: the node's tag says what it is.
     unsafe {
+        if (*statement).type_ == T_CopyStmt {
+            return copies_no_data(statement.cast());
+        }
         matches!(
             (*statement).type_,
             T_TransactionStmt
@@ -140,21 +195,83 @@ unsafe fn is_harmless(statement: *mut pg_sys::Node) -> bool {
 }
 
 /// Returns when the node serves; raises when it is known not to, or when its lease is not renewed for as long as a node may be silent.
+///
+/// Raises also when the node was away meanwhile: the statement's snapshot is older than what it has recovered.
 unsafe fn await_service(reads_only: bool) {
     if reads_only && guc::minority_reads() {
         return;
     }
     let begun = Instant::now();
+    let recovered_to = shared::shared().standing.get().recovered_to;
     while !serves() {
-        let shared = shared::shared();
-        let settling = shared.serving() || shared.status() == NodeStatus::Switching;
-        if !settling || begun.elapsed() >= guc::heartbeat_recv_timeout() {
-            // SAFETY: as check_query.
-            unsafe { refuse() };
-        }
-        process::wait_latch(LOOK_AROUND, Wait::Work);
+        let settling = match shared::shared().status() {
+            NodeStatus::Online | NodeStatus::Degraded => lease_may_return(),
+            NodeStatus::Switching => begun.elapsed() < guc::heartbeat_recv_timeout(),
+            _ => false,
+        };
         // SAFETY: as check_query.
-        unsafe { raw::check_for_interrupts() };
+        unsafe {
+            if !settling {
+                refuse();
+            }
+            process::wait_latch(LOOK_AROUND, Wait::Work);
+            raw::check_for_interrupts();
+        }
+    }
+    if shared::shared().standing.get().recovered_to != recovered_to {
+        // SAFETY: as check_query.
+        unsafe { refuse_old_snapshot() };
+    }
+}
+
+/// Raises when the snapshot lacks something that this node has recovered: it was taken before the node could serve, however long ago that was.
+///
+/// What is recovered commits one after the other, so who sees the last of them sees all.
+///
+/// # Safety
+/// As [`check_query`]; the snapshot is none or valid.
+pub unsafe fn check_snapshot(snapshot: pg_sys::Snapshot) {
+    if snapshot.is_null() || !shared::exists() {
+        return;
+    }
+    let last = shared::shared().last_recovered.load(Ordering::Acquire);
+    // SAFETY: as the caller promises; the rest are plain values of this process.
+    unsafe {
+        if last == 0
+            || (*snapshot).snapshot_type != pg_sys::SnapshotType::SNAPSHOT_MVCC
+            || !pg_sys::XidInMVCCSnapshot(pg_sys::TransactionId::from(last as u32), snapshot)
+            || !applies()
+            || guc::minority_reads()
+        {
+            return;
+        }
+        // So long ago that the xid may have come round.
+        if outcome::next_xid() - last < RECENT_XIDS {
+            refuse_old_snapshot();
+        }
+    }
+}
+
+/// Whether the lease has ended so short a time ago that the others may only be slow. A node that has been cut off for longer refuses at once.
+fn lease_may_return() -> bool {
+    let ended = shared::shared().lease_until_ms.load(Ordering::Acquire);
+    let patience = u64::try_from(guc::heartbeat_recv_timeout().as_millis()).unwrap_or(u64::MAX);
+    clock::monotonic_ms() < ended.saturating_add(patience)
+}
+
+/// Ends a statement that began before this node had recovered.
+///
+/// # Safety
+/// As [`check_query`].
+unsafe fn refuse_old_snapshot() {
+    // SAFETY: as the caller promises.
+    unsafe {
+        commit::raise(
+            pgrx::PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32,
+            c"this node has come back to the cluster since the snapshot was taken",
+            c"What it would have read may be older than what other nodes have committed.",
+            c"Run the transaction again.",
+        );
     }
 }
 
@@ -165,9 +282,11 @@ unsafe fn await_service(reads_only: bool) {
 pub unsafe fn await_online() {
     let begun = Instant::now();
     loop {
-        let settling = match shared::shared().status() {
+        let shared = shared::shared();
+        let settling = match shared.status() {
             NodeStatus::Online => return,
-            NodeStatus::Degraded | NodeStatus::Switching => true,
+            NodeStatus::Degraded => shared.lease_holds() || lease_may_return(),
+            NodeStatus::Switching => true,
             _ => false,
         };
         // SAFETY: as the caller promises.
@@ -214,11 +333,12 @@ pub fn describe(message: &mut impl Write, detail: &mut impl Write) {
         message,
         "node {node} is {state} and takes no reads or writes"
     );
-    let _ = write!(
-        detail,
-        "Nodes it is connected with: {}.",
-        shared::connected_nodes()
-    );
+    let connected = shared::connected_nodes();
+    let _ = if connected.is_empty() {
+        write!(detail, "It is connected with no other node.")
+    } else {
+        write!(detail, "Nodes it is connected with: {connected}.")
+    };
 }
 
 /// The first transaction of a session ends: its start. Called before the client is told of its settings.
@@ -250,7 +370,7 @@ unsafe fn belongs_to_cluster() -> bool {
     let database = unsafe { pg_sys::MyDatabaseId.to_u32() };
     !process::is_local_process()
         && !process::is_standby()
-        && database == shared.database.load(std::sync::atomic::Ordering::Acquire)
+        && database == shared.database.load(Ordering::Acquire)
         && shared.node_id().is_some()
 }
 

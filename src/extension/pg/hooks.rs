@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering;
 
 static mut PREVIOUS_UTILITY: pg_sys::ProcessUtility_hook_type = None;
 static mut PREVIOUS_EXECUTOR_START: pg_sys::ExecutorStart_hook_type = None;
+static mut PREVIOUS_EXECUTOR_RUN: pg_sys::ExecutorRun_hook_type = None;
 
 /// What the running transaction is known to have done; reset at its end.
 #[derive(Clone, Copy, Default)]
@@ -40,6 +41,8 @@ pub fn register() {
         pg_sys::ProcessUtility_hook = Some(utility);
         PREVIOUS_EXECUTOR_START = pg_sys::ExecutorStart_hook;
         pg_sys::ExecutorStart_hook = Some(executor_start);
+        PREVIOUS_EXECUTOR_RUN = pg_sys::ExecutorRun_hook;
+        pg_sys::ExecutorRun_hook = Some(executor_run);
         pg_sys::RegisterXactCallback(Some(transaction_event), std::ptr::null_mut());
     }
 }
@@ -75,7 +78,6 @@ pub fn in_cluster() -> bool {
             && pg_sys::MyDatabaseId.to_u32() == database
             && pg_sys::IsUnderPostmaster
             && pg_sys::MyBackendType != pg_sys::BackendType::B_AUTOVAC_WORKER
-            && pg_sys::MyBackendType != pg_sys::BackendType::B_WAL_SENDER
     }
 }
 
@@ -134,6 +136,7 @@ unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, flags:
         gate::refresh_session();
         if flags as u32 & pg_sys::EXEC_FLAG_EXPLAIN_ONLY == 0 {
             gate::check_query(plan);
+            gate::check_snapshot((*query).snapshot);
         }
         if plan.commandType != pg_sys::CmdType::CMD_SELECT || plan.hasModifyingCTE {
             if flags as u32 & pg_sys::EXEC_FLAG_EXPLAIN_ONLY == 0 {
@@ -145,6 +148,22 @@ unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, flags:
         match PREVIOUS_EXECUTOR_START {
             Some(previous) => previous(query, flags),
             None => raw::standard_ExecutorStart(query, flags),
+        }
+    }
+}
+
+unsafe extern "C-unwind" fn executor_run(
+    query: *mut pg_sys::QueryDesc,
+    direction: pg_sys::ScanDirection::Type,
+    count: u64,
+    execute_once: bool,
+) {
+    // SAFETY: PostgreSQL passes a valid query; this frame owns nothing.
+    unsafe {
+        gate::check_query(&*(*query).plannedstmt);
+        match PREVIOUS_EXECUTOR_RUN {
+            Some(previous) => previous(query, direction, count, execute_once),
+            None => raw::standard_ExecutorRun(query, direction, count, execute_once),
         }
     }
 }
@@ -392,6 +411,7 @@ unsafe fn run_transaction_command(statement: *mut pg_sys::TransactionStmt) -> bo
             }
             TRANS_STMT_COMMIT_PREPARED | TRANS_STMT_ROLLBACK_PREPARED => {
                 user_2pc::check_name((*statement).gid);
+                gate::check_finish();
                 false
             }
             _ => false,

@@ -60,6 +60,21 @@ unsafe extern "C-unwind" {
 
     // executor/executor.h
     pub fn standard_ExecutorStart(query: *mut pg_sys::QueryDesc, flags: c_int);
+    pub fn standard_ExecutorRun(
+        query: *mut pg_sys::QueryDesc,
+        direction: pg_sys::ScanDirection::Type,
+        count: u64,
+        execute_once: bool,
+    );
+
+    // catalog/namespace.h
+    pub fn RangeVarGetRelidExtended(
+        relation: *const pg_sys::RangeVar,
+        lock: c_int,
+        flags: u32,
+        callback: *const std::ffi::c_void,
+        argument: *mut std::ffi::c_void,
+    ) -> pg_sys::Oid;
 
     // utils/elog.h
     pub fn errstart(level: c_int, domain: *const c_char) -> bool;

@@ -9,6 +9,7 @@ mod apply;
 mod backend;
 mod cells;
 mod process;
+mod recovery;
 mod segment;
 mod status;
 
@@ -16,6 +17,7 @@ pub use apply::{WorkerSlot, worker};
 pub use backend::{BackendSlot, outcome, stage};
 pub use cells::{GidCell, RefusalCell, StandingCell};
 pub use process::{ProcCell, my_backend_index, wake_proc};
+pub use recovery::RecoveryProgress;
 pub use segment::{backends, exists, my_backend, register, ring, shared, wake_fd, workers};
 pub use status::NodeStatus;
 
@@ -131,8 +133,10 @@ pub struct Shared {
     needs_copy: AtomicU32,
     /// The order to recover: see [`RecoveryOrder`]; 0 for none.
     recovery_order: AtomicU32,
-    /// Bytes of the donor's WAL that have not been applied yet.
-    pub recovery_lag: AtomicU64,
+    /// Full xid of the last transaction that was recovered here since the server's start; 0 for none. They run one after the other.
+    pub last_recovered: AtomicU64,
+    /// How far the recovery is.
+    pub recovery_progress: RecoveryProgress,
     /// Where this node stands, for those who apply.
     pub standing: StandingCell,
     /// True while an event has been queued that the tokio thread has not looked at: no second write to the eventfd is needed.
@@ -219,6 +223,12 @@ impl Shared {
     pub fn set_needs_copy(&self, nodes: NodeSet) {
         self.needs_copy
             .store(u32::from(nodes.bits()), Ordering::Release);
+    }
+
+    /// The node is about to be copied: it no longer counts as one that cannot come back.
+    pub fn forget_copy_need(&self, node: NodeId) {
+        let bit = u32::from(NodeSet::EMPTY.with(node).bits());
+        self.needs_copy.fetch_and(!bit, Ordering::AcqRel);
     }
 
     /// From whom to recover.

@@ -52,6 +52,8 @@ pub struct MembershipConfig {
     pub campaign_ms: Millis,
     /// How long promises of this node's earlier life may still run after its start: the longest that can be set.
     pub promise_ms_max: Millis,
+    /// The node that this one is a copy of. Until it has been online, the copy can be completed by that node only: nobody else's WAL tells what it holds.
+    pub copied_from: Option<NodeId>,
     /// A rule broken on purpose, to prove that a checker finds it. `None` outside the checkers' own tests.
     pub fault: Option<MembershipFault>,
 }
@@ -66,6 +68,7 @@ impl MembershipConfig {
             resend_ms: 50,
             campaign_ms: 500,
             promise_ms_max: 1_000,
+            copied_from: None,
             fault: None,
         }
     }

@@ -271,7 +271,7 @@ fn unreachable_peer(peer: NodeId) -> Refusal {
 }
 
 /// Microseconds since 2000-01-01 by the system clock; for display only.
-fn postgres_now_us() -> i64 {
+pub(super) fn postgres_now_us() -> i64 {
     const POSTGRES_EPOCH_S: u64 = 946_684_800;
     let since = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH + Duration::from_secs(POSTGRES_EPOCH_S))

@@ -5,7 +5,7 @@
 use super::super::event::LocalEvent;
 use super::super::user_votes::{UserTally, generation_over};
 use super::extras::{self, Extra};
-use super::links::LEAVING_PAUSE;
+use super::links::{LEAVING_PAUSE, postgres_now_us};
 use super::main_link::{LogLevel, ToMain};
 use super::{Arbiter, lease};
 use crate::pg::barrier;
@@ -15,6 +15,7 @@ use protocol::membership::{
     MembershipInput, MembershipRecord, Phase, Presence, Status,
 };
 use protocol::{GenerationNum, Message, Millis, NodeId, NodeSet};
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 
@@ -38,6 +39,10 @@ pub struct Members {
     asked: bool,
     /// The generation in which this node may prepare.
     opened: Option<GenerationNum>,
+    /// Recovery has given up, until the server is started again.
+    failed: bool,
+    /// Since when the others wait for this node to become level, microseconds since 2000-01-01; 0 while they do not.
+    awaited_since_us: Cell<i64>,
 }
 
 impl Members {
@@ -46,11 +51,13 @@ impl Members {
         node: NodeId,
         configured: NodeSet,
         record: Option<MembershipRecord>,
+        copied_from: Option<NodeId>,
         now: Millis,
     ) -> Members {
         let mut effects = MembershipEffects::new();
         let config = MembershipConfig {
             promise_ms_max: lease::LASTS_MS_MAX,
+            copied_from,
             ..MembershipConfig::new(node, configured)
         };
         let membership = Membership::new(config, record, now, &mut effects);
@@ -67,6 +74,8 @@ impl Members {
             draining: None,
             asked: false,
             opened: None,
+            failed: false,
+            awaited_since_us: Cell::new(0),
         }
     }
 
@@ -92,7 +101,9 @@ impl Members {
     /// What heartbeats carry about a recovery.
     pub fn lag_extra(&self) -> Option<Extra> {
         shared().recovery_order()?;
-        let lag = shared().recovery_lag.load(Ordering::Relaxed);
+        let progress = &shared().recovery_progress;
+        let end = progress.end.load(Ordering::Relaxed);
+        let lag = end.saturating_sub(progress.applied.load(Ordering::Relaxed));
         extras::put(extras::LAG, &lag)
     }
 
@@ -113,6 +124,9 @@ impl Members {
 
     /// What users read, as far as the membership knows. `complete` says whether changes flow between all members.
     pub fn status(&self, before: NodeStatus, complete: bool) -> NodeStatus {
+        if self.failed {
+            return NodeStatus::Failed;
+        }
         if self.needs_copy() {
             return NodeStatus::NeedsCopy;
         }
@@ -204,7 +218,8 @@ impl Arbiter {
             }
             MembershipEffect::Open { generation } => self.open(generation),
             MembershipEffect::Recover { from } => {
-                recover_from(Some(from).filter(|_| !self.members.needs_copy()));
+                let gives_up = self.members.failed || self.members.needs_copy();
+                recover_from(Some(from).filter(|_| !gives_up));
             }
             MembershipEffect::StopRecovery => recover_from(None),
             MembershipEffect::Beat => {
@@ -306,6 +321,20 @@ impl Arbiter {
         self.main.send(ToMain::NeedCopy { node, reason });
     }
 
+    /// What is committed elsewhere cannot be applied here. Nobody is to wait for this node; it says good-bye, as a server does that stops.
+    pub(super) fn on_recovery_failed(&mut self, reason: &str) {
+        if self.members.failed || self.members.is_open() {
+            return;
+        }
+        self.members.failed = true;
+        self.note(self.node, "failed", reason, 0);
+        recover_from(None);
+        self.member_input(MembershipInput::Leave);
+        self.refresh_status();
+        self.publish();
+        self.beat_all();
+    }
+
     /// It is durable that this node needs a copy.
     pub(super) fn on_copy_needed(&mut self) {
         self.members.copy_asked = false;
@@ -372,6 +401,10 @@ impl Arbiter {
     fn report_member_event(&self, event: &MembershipEvent) {
         let (node, kind, text) = match event {
             MembershipEvent::Switched { from, to } => {
+                let member = to.generation.members.contains(self.node);
+                let awaited = member && !to.donors.contains(self.node);
+                let since = if awaited { postgres_now_us() } else { 0 };
+                self.members.awaited_since_us.set(since);
                 for lost in from.members.difference(to.generation.members).iter() {
                     self.note(lost, "excluded", "a majority goes on without it", 0);
                 }
@@ -397,7 +430,12 @@ impl Arbiter {
             }
             other => return self.main.log(LogLevel::Info, format!("{other:?}")),
         };
-        self.note(node, kind, &text, 0);
+        let since = match event {
+            // For the last stretch of a recovery the others wait.
+            MembershipEvent::Online { .. } => self.members.awaited_since_us.take(),
+            _ => 0,
+        };
+        self.note(node, kind, &text, since);
         self.main.log(LogLevel::Info, format!("{kind}: {text}"));
     }
 }

@@ -118,8 +118,9 @@ unsafe extern "C-unwind" fn filter_by_origin(
     context: Context,
     origin: pg_sys::RepOriginId,
 ) -> bool {
-    // SAFETY: core calls with the context given to `startup`.
-    origin != 0 && !unsafe { decoder(context) }.recovers()
+    // SAFETY: core calls with the context given to `startup`; see `filter_prepare`.
+    let decoder = unsafe { (*context).output_plugin_private.cast::<Decoder>().as_ref() };
+    origin != 0 && !decoder.is_some_and(Decoder::recovers)
 }
 
 /// Every prepared transaction is decoded at its PREPARE, the users' own included; for a node that recovers, the cluster's at their commit.
@@ -130,7 +131,11 @@ unsafe extern "C-unwind" fn filter_prepare(
     name: *const c_char,
 ) -> bool {
     // SAFETY: core calls with the context given to `startup`, and a zero-terminated name.
-    unsafe { decoder(context).is_for_commit(xid, CStr::from_ptr(name)) }
+    unsafe {
+        // A slot that is being made decodes nothing, but asks, when transactions are prepared meanwhile.
+        let decoder = (*context).output_plugin_private.cast::<Decoder>().as_mut();
+        decoder.is_some_and(|decoder| decoder.is_for_commit(xid, CStr::from_ptr(name)))
+    }
 }
 
 #[pg_guard]

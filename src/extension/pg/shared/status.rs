@@ -22,6 +22,8 @@ pub enum NodeStatus {
     Minority = 7,
     /// Not a member, and it cannot recover: what it has missed is no longer kept.
     NeedsCopy = 8,
+    /// Not a member; what others have committed cannot be applied here.
+    Failed = 9,
 }
 
 impl NodeStatus {
@@ -35,6 +37,7 @@ impl NodeStatus {
             6 => NodeStatus::Catchup,
             7 => NodeStatus::Minority,
             8 => NodeStatus::NeedsCopy,
+            9 => NodeStatus::Failed,
             _ => NodeStatus::Disabled,
         }
     }
@@ -51,6 +54,7 @@ impl NodeStatus {
             NodeStatus::Catchup => "catchup",
             NodeStatus::Minority => "minority",
             NodeStatus::NeedsCopy => "needs_copy",
+            NodeStatus::Failed => "failed",
         }
     }
 }

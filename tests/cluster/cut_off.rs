@@ -1,0 +1,206 @@
+//! The network takes a coordinator away at each moment of a COMMIT: what its client hears, and what then is true on all nodes.
+
+use std::sync::mpsc::{self, Receiver};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use multimaster_tests::{OwnCase, Session, cases};
+use xtask::cluster::wait_for;
+use xtask::installation::Installation;
+use xtask::server::Server;
+
+use crate::crash::{arm, chosen, dice};
+use crate::hosts::{Hosts, PATIENCE, with_hosts};
+
+pub fn cases() -> Vec<OwnCase> {
+    cases![a_client_of_a_coordinator_that_is_cut_off_hears_the_truth]
+}
+
+/// The node (from 0) that is cut off.
+const COORDINATOR: usize = 2;
+/// A client that hears nothing for so long has been forgotten. The core gives up looking for a quorum after 3 s.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// How many moments a short run visits.
+const IN_CI: usize = 5;
+
+/// Where the coordinator stops when it is cut off, the node with that failpoint, and what its client may hear.
+struct Moment {
+    name: &'static str,
+    node: usize,
+    hears: &'static [Heard],
+}
+
+/// What a client hears of its COMMIT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Heard {
+    Committed,
+    /// 40001 and 57P03: nothing has happened.
+    Nothing,
+    /// 08007.
+    Unknown,
+}
+
+const FAST: &[Moment] = &[
+    at(
+        "backend-before-prepare",
+        COORDINATOR,
+        &[Heard::Nothing, Heard::Unknown],
+    ),
+    at(
+        "backend-after-prepare",
+        COORDINATOR,
+        &[Heard::Unknown, Heard::Committed],
+    ),
+    at(
+        "backend-after-announcing",
+        COORDINATOR,
+        &[Heard::Unknown, Heard::Committed],
+    ),
+    at("decode-prepare", COORDINATOR, &[Heard::Unknown]),
+    at("apply-before-prepare", 0, &[Heard::Unknown]),
+    at("before-vote", 0, &[Heard::Unknown]),
+    // All votes are in: its COMMIT PREPARED is the decision, whoever listens.
+    at("backend-before-commit", COORDINATOR, &[Heard::Committed]),
+    at("backend-after-commit", COORDINATOR, &[Heard::Committed]),
+    at("before-decided", COORDINATOR, &[Heard::Committed]),
+];
+
+const E3PC: &[Moment] = &[
+    at(
+        "backend-after-announcing",
+        COORDINATOR,
+        &[Heard::Unknown, Heard::Committed],
+    ),
+    at("before-vote", 0, &[Heard::Unknown]),
+    at("before-precommit", COORDINATOR, &[Heard::Unknown]),
+    at(
+        "before-precommitted",
+        0,
+        &[Heard::Unknown, Heard::Committed],
+    ),
+    at("before-decided", COORDINATOR, &[Heard::Committed]),
+];
+
+const fn at(name: &'static str, node: usize, hears: &'static [Heard]) -> Moment {
+    Moment { name, node, hears }
+}
+
+fn a_client_of_a_coordinator_that_is_cut_off_hears_the_truth(
+    installation: &Installation,
+) -> Result<()> {
+    with_hosts(installation, 3, |hosts| {
+        hosts
+            .session(0)?
+            .run("CREATE TABLE line (n int PRIMARY KEY)")?;
+        let fast = FAST.iter().map(|moment| ("fast", moment));
+        let all = fast.chain(E3PC.iter().map(|moment| ("e3pc", moment)));
+        let moments = chosen(all.collect(), &mut dice(), IN_CI);
+        for (number, (mode, moment)) in moments.into_iter().enumerate() {
+            cut_off_at(hosts, mode, moment, number)
+                .with_context(|| format!("{mode}, at {}", moment.name))?;
+        }
+        xtask::checks::whole(&hosts.cluster, PATIENCE)
+    })
+}
+
+fn cut_off_at(hosts: &mut Hosts, mode: &str, moment: &Moment, number: usize) -> Result<()> {
+    let mut client = hosts.session(COORDINATOR)?;
+    client.run(&format!(
+        "SET multimaster.commit_mode = {mode}; BEGIN; INSERT INTO line VALUES ({number})"
+    ))?;
+    let gid = client.text("SELECT mtm.current_gid()")?;
+    let before = holds(&hosts.cluster.nodes[moment.node], moment);
+    arm(
+        &hosts.cluster.nodes[moment.node],
+        &format!("{}=hold", moment.name),
+    )?;
+    let answer = commit_aside(client);
+    await_hold(hosts, moment, before)?;
+    hosts.network.isolate(COORDINATOR)?;
+    let cut = Instant::now();
+    if moment.node != COORDINATOR {
+        // One of the two that go on: it may be its network thread that is held.
+        arm(&hosts.cluster.nodes[moment.node], "")?;
+    }
+    // The others have gone on before the coordinator moves again.
+    wait_for("a generation without the node", PATIENCE, || {
+        let members = hosts
+            .session(0)?
+            .text("SELECT gen_members FROM mtm.status()")?;
+        Ok(members == "{1,2}")
+    })?;
+    arm(&hosts.cluster.nodes[moment.node], "")?;
+    let heard = answer
+        .recv_timeout(ANSWER_LIMIT)
+        .context("the client hears nothing")??;
+    let after = cut.elapsed();
+    hosts.network.heal()?;
+    hosts.await_status(COORDINATOR, "online")?;
+    let there = truth(hosts, &gid, number)?;
+    println!(
+        "  {mode}, {}: the client hears {heard:?} {} ms after the cut; {}",
+        moment.name,
+        after.as_millis(),
+        if there { "committed" } else { "rolled back" }
+    );
+    ensure!(moment.hears.contains(&heard), "the client hears {heard:?}");
+    match heard {
+        Heard::Committed => ensure!(there, "it was told committed and is not there"),
+        Heard::Nothing => ensure!(!there, "it was told that nothing happened, and is there"),
+        Heard::Unknown => {}
+    }
+    Ok(())
+}
+
+fn commit_aside(mut client: Session) -> Receiver<Result<Heard>> {
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        let heard = match client.batch_execute("COMMIT") {
+            Ok(()) => Ok(Heard::Committed),
+            Err(error) => match error.code().map(|code| code.code()) {
+                Some("40001" | "57P03") => Ok(Heard::Nothing),
+                Some("08007") => Ok(Heard::Unknown),
+                _ => Err(anyhow::Error::new(error).context("in COMMIT")),
+            },
+        };
+        // Nobody listens any more when it took too long.
+        let _ = sender.send(heard);
+    });
+    receiver
+}
+
+fn await_hold(hosts: &Hosts, moment: &Moment, before: usize) -> Result<()> {
+    let server = &hosts.cluster.nodes[moment.node];
+    wait_for("the failpoint to be passed", PATIENCE, || {
+        Ok(holds(server, moment) > before)
+    })
+}
+
+/// How often something was held there.
+fn holds(server: &Server, moment: &Moment) -> usize {
+    let line = format!("failpoint {}: held", moment.name);
+    server.log_text().matches(&line).count()
+}
+
+/// Whether the row is there: on all nodes or on none, and as every node says of the transaction.
+fn truth(hosts: &Hosts, gid: &str, number: usize) -> Result<bool> {
+    let mut found = Vec::new();
+    for node in 0..3 {
+        let mut session = hosts.session(node)?;
+        let ask = format!("SELECT mtm.transaction_status('{gid}')");
+        wait_for("an outcome", PATIENCE, || {
+            Ok(["committed", "aborted"].contains(&session.text(&ask)?.as_str()))
+        })?;
+        let told = session.text(&ask)?;
+        let count = format!("SELECT count(*) FROM line WHERE n = {number}");
+        wait_for("the row to be as the node says", PATIENCE, || {
+            Ok((session.text(&count)? == "1") == (told == "committed"))
+        })?;
+        found.push(told);
+    }
+    if found.iter().any(|told| *told != found[0]) {
+        bail!("the nodes say {found:?}");
+    }
+    Ok(found[0] == "committed")
+}
