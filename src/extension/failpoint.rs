@@ -19,6 +19,7 @@
 //! | `...-refused`, `...-disturbed` | one is refused; the client is interrupted while votes are awaited |
 //! | `start` | a node starts again after it was killed under load |
 //! | `user` | a user's own prepared transaction is finished |
+//! | `change` | the members change |
 //! | `rare` | resolvers compete, or a promise was made without a vote: not at will |
 
 /// Declares the points: variant, name, and the role of the nodes that pass it.
@@ -74,6 +75,7 @@ points! {
     RecordsBeforeFlush "records-before-flush" "both",
     RecordsBeforeAnswer "records-before-answer" "both",
     RecordsAfterAnswer "records-after-answer" "both",
+    MembersBeforeWrite "members-before-write" "change",
     // What the arbiter says. A point after a message lets it leave first.
     BeforeVote "before-vote" "participant",
     AfterVote "after-vote" "participant",

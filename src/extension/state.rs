@@ -300,11 +300,12 @@ fn node_row(node: NodeId) -> NodeStateRow {
         enabled: shared().current().members.contains(node),
         connected: is_connected(node),
         stopped: shared().needs_copy().contains(node),
-        catch_up: is_self
-            && matches!(
-                shared().status(),
-                NodeStatus::Recovery | NodeStatus::Catchup
-            ),
+        catch_up: if is_self {
+            let status = shared().status();
+            matches!(status, NodeStatus::Recovery | NodeStatus::Catchup)
+        } else {
+            state.recovers.load(Ordering::Relaxed)
+        },
         avg_trans_delay_us: (votes.count > 0).then_some(votes.mean_us as i64),
         last_status_change: Some(state.last_change_us.load(Ordering::Relaxed))
             .filter(|at| *at != 0),

@@ -9,10 +9,13 @@
 #![forbid(unsafe_code)]
 
 mod apply;
+mod change_model;
+mod changing;
 mod checker;
 mod cluster;
 mod event;
 mod faults;
+mod hazards;
 mod members;
 mod members_checker;
 pub mod model;
@@ -22,6 +25,7 @@ mod shell;
 mod storm;
 mod world;
 
+pub use change_model::{ChangeScope, search_changes};
 pub use checker::Violation;
 pub use storm::{Report, SeedFailure, Summary, run_seed, run_seed_with, run_seeds, trace_seed};
-pub use storm::{run_changing_seed, trace_changing_seed};
+pub use storm::{run_changing_seed, run_harsh_seed, trace_changing_seed, trace_harsh_seed};

@@ -1,11 +1,13 @@
-//! `sim seeds <nodes> <first> <last>`, `sim trace <nodes> <seed>`, `sim quick`, `sim model [<steps>]`.
+//! `sim seeds <nodes> <first> <last>`, `sim trace <nodes> <seed>`, the same for changing members as
+//! `sim members` and `sim trace-members`, `sim quick`, `sim model [<steps>]`.
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;
 
-use sim::model::{Scope, search};
+use sim::model::{Findings, Scope, search};
+use sim::{ChangeScope, search_changes};
 
-const USAGE: &str = "usage: sim seeds <nodes> <first> <last> | sim trace <nodes> <seed> | sim quick | sim model [<steps>]";
+const USAGE: &str = "usage: sim seeds <nodes> <first> <last> | sim trace <nodes> <seed> | sim members <nodes> <first> <last> | sim trace-members <nodes> <seed> | sim quick | sim model [<steps>]";
 
 /// Steps that a search takes when none are given: more than any scope has.
 const MODEL_STEPS: usize = 100_000_000;
@@ -21,7 +23,7 @@ fn main() -> ExitCode {
         (Some("seeds"), Some([nodes, first, last])) => seeds(*nodes as u8, *first, *last),
         (Some("members"), Some([nodes, first, last])) => members(*nodes as u8, *first, *last),
         (Some("trace-members"), Some([nodes, seed])) => {
-            shown(sim::trace_changing_seed(*seed, *nodes as u8))
+            shown(sim::trace_harsh_seed(*seed, *nodes as u8))
         }
         (Some("trace"), Some([nodes, seed])) => trace(*nodes as u8, *seed),
         (Some("quick"), Some([])) => quick(),
@@ -61,7 +63,7 @@ fn seeds(nodes: u8, first: u64, last: u64) -> bool {
 fn members(nodes: u8, first: u64, last: u64) -> bool {
     let (mut committed, mut generations, mut recovered) = (0, 0, 0);
     for seed in first..last {
-        match sim::run_changing_seed(seed, nodes, None) {
+        match sim::run_harsh_seed(seed, nodes, None) {
             Ok(report) => {
                 committed += report.committed;
                 generations += report.generations;
@@ -94,18 +96,26 @@ fn shown((lines, result): (Vec<String>, Result<sim::Report, sim::SeedFailure>)) 
 
 /// Scopes that must be searched to the end.
 fn quick() -> bool {
-    Scope::quick().into_iter().all(|scope| {
-        let findings = search(scope);
-        println!("{scope}: {findings}");
-        findings.broken.is_empty() && findings.complete
-    })
+    let complete = |findings: &Findings| findings.broken.is_empty() && findings.complete;
+    Scope::quick()
+        .into_iter()
+        .all(|scope| complete(&told(scope, search(scope))))
+        && ChangeScope::quick()
+            .into_iter()
+            .all(|scope| complete(&told(scope, search_changes(scope))))
 }
 
 fn model(states_max: usize) -> bool {
     quick()
-        && Scope::large(states_max).into_iter().all(|scope| {
-            let findings = search(scope);
-            println!("{scope}: {findings}");
-            findings.broken.is_empty()
-        })
+        && Scope::large(states_max)
+            .into_iter()
+            .all(|scope| told(scope, search(scope)).broken.is_empty())
+        && ChangeScope::large(states_max)
+            .into_iter()
+            .all(|scope| told(scope, search_changes(scope)).broken.is_empty())
+}
+
+fn told(scope: impl std::fmt::Display, findings: Findings) -> Findings {
+    println!("{scope}: {findings}");
+    findings
 }

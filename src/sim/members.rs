@@ -28,6 +28,8 @@ pub(crate) struct Members {
     queue: VecDeque<MembershipEffect>,
     /// The generation under which this node prepares.
     pub open: Option<Generation>,
+    /// It has said good-bye.
+    pub left: bool,
     draining: Option<GenerationNum>,
     /// The donor, and up to where its WAL has been read.
     cursor: Option<(NodeId, usize)>,
@@ -50,7 +52,7 @@ impl World {
         if !self.changing {
             return;
         }
-        let (life, now, configured) = (self.life(node), self.now, self.configured);
+        let (life, now, configured) = (self.life(node), self.clock(node), self.configured);
         let config = MembershipConfig {
             fault: self.members_fault,
             promise_ms_max: LEASE_MS * 2,
@@ -71,6 +73,7 @@ impl World {
             storing: None,
             queue: VecDeque::new(),
             open: None,
+            left: false,
             draining: None,
             cursor: None,
             recoveries: 0,
@@ -98,7 +101,7 @@ impl World {
             let (num, members) = (GenerationNum(1), self.configured);
             return Some(Generation { num, members });
         }
-        self.members_of(node)?.open
+        self.members_of(node).filter(|members| !members.left)?.open
     }
 
     pub fn may_prepare(&self, node: NodeId, gid: Gid) -> bool {
@@ -116,7 +119,7 @@ impl World {
 
     /// Gives an input to a node's membership and carries out what it asks for.
     pub fn members(&mut self, node: NodeId, input: MembershipInput) {
-        let now = self.now;
+        let now = self.clock(node);
         let mut out = MembershipEffects::new();
         let Some(members) = self.members_mut(node) else {
             return;
@@ -158,7 +161,11 @@ impl World {
                 if let Some(members) = self.members_mut(node) {
                     members.storing = Some(record);
                 }
-                self.later(1, 8, Event::MembersStored { node, life });
+                self.later(
+                    1,
+                    self.hazards.disk_max_ms,
+                    Event::MembersStored { node, life },
+                );
             }
             MembershipEffect::Send { to, msg } => self.send(node, to, Message::Membership(msg)),
             MembershipEffect::Close { generation } => self.close(node, generation),
@@ -169,7 +176,8 @@ impl World {
             }
             MembershipEffect::WriteMarker { elected } => {
                 let num = elected.generation.num;
-                self.later(1, 8, Event::WriteMarker { node, life, num });
+                let slowest = self.hazards.disk_max_ms;
+                self.later(1, slowest, Event::WriteMarker { node, life, num });
             }
             MembershipEffect::Open { generation } => self.open(node, generation),
             MembershipEffect::Recover { from } => self.recover(node, from),
@@ -307,7 +315,7 @@ impl World {
             return;
         };
         server.flush_all(checker);
-        server.disk.stream.push(StreamItem::Marker(num));
+        server.disk.log(StreamItem::Marker(num));
         checker.on_marker(node, num);
         if let Some(members) = self.members_mut(node) {
             members.fenced = members.fenced.max(num);
@@ -317,7 +325,7 @@ impl World {
     }
 
     pub fn tick_members(&mut self, node: NodeId) {
-        let (now, configured) = (self.now, self.configured);
+        let (now, configured) = (self.clock(node), self.configured);
         let Some(server) = self.servers.get_mut(&node) else {
             return;
         };
@@ -349,7 +357,7 @@ impl World {
 
     /// Sends a heartbeat to every peer.
     pub fn beat(&mut self, node: NodeId, again: bool) {
-        let (life, now, slowest) = (self.life(node), self.now, self.climate.delay_max_ms);
+        let (life, now, slowest) = (self.life(node), self.clock(node), self.climate.delay_max_ms);
         let Some(members) = self.members_of(node) else {
             return;
         };
@@ -361,7 +369,7 @@ impl World {
         };
         for peer in self.configured.without(node).iter() {
             let link = self.links.get(&pair(node, peer)).copied();
-            let Some(link) = link.filter(|link| link.up) else {
+            let Some(link) = link.filter(|link| link.up && self.muted(node, peer).is_none()) else {
                 continue;
             };
             let event = Event::Heartbeat {
@@ -373,21 +381,25 @@ impl World {
             self.later(1, slowest, event);
         }
         if again {
-            self.agenda.plan(now + BEAT_MS, Event::Beat { node, life });
+            self.agenda
+                .plan(self.now + BEAT_MS, Event::Beat { node, life });
         }
     }
 
     pub fn on_heartbeat(&mut self, link: u32, from: NodeId, to: NodeId, beat: &Beat) {
-        let now = self.now;
+        let now = self.clock(to);
         let current = self.links.get(&pair(from, to)).copied().unwrap_or_default();
         if !current.up || current.number != link {
             return;
         }
+        let presence = beat.presence;
         if let Some(members) = self.members_mut(to) {
             members.leases.heard(from, beat.epoch, beat.sent, now);
             members.leases.on_grants(from, &beat.grants);
+            if presence.leaving {
+                members.leases.released_by(from);
+            }
         }
-        let presence = beat.presence;
         self.members(to, MembershipInput::Presence { from, presence });
     }
 
@@ -416,15 +428,14 @@ impl World {
 
     /// LEASE, of every node.
     fn check_serving(&mut self) {
-        let now = self.now;
-        let serving: Vec<NodeId> = self
-            .configured
-            .iter()
-            .filter(|node| {
-                self.members_of(*node)
-                    .is_some_and(|members| members.open.is_some() && members.leases.until() > now)
-            })
-            .collect();
+        let serves = |node: &NodeId| {
+            let now = self.clock(*node);
+            let holds = |members: &Members| {
+                members.open.is_some() && !members.left && members.leases.until() > now
+            };
+            !self.is_paused(*node) && self.members_of(*node).is_some_and(holds)
+        };
+        let serving: Vec<NodeId> = self.configured.iter().filter(serves).collect();
         for node in serving {
             let Some(server) = self.servers.get(&node) else {
                 continue;
@@ -477,11 +488,12 @@ impl World {
         let linked = self
             .streams
             .get(&(from, node))
-            .is_some_and(|stream| stream.up);
+            .is_some_and(|stream| stream.up && !self.is_paused(from));
         let Some(donor) = self.servers.get(&from).filter(|_| linked) else {
             return self.later(5, 20, event);
         };
-        let (length, item) = (donor.disk.stream.len(), donor.disk.stream.get(at).copied());
+        let shown = donor.disk.shown();
+        let (length, item) = (shown.len(), shown.get(at).copied());
         let in_doubt = self
             .servers
             .get(&node)
@@ -505,6 +517,9 @@ impl World {
         }
         self.tell_level(node, from, length - at - 1);
         if let StreamItem::Marker(num) = item {
+            if let Some((server, checker)) = self.disk(node) {
+                server.flush_all(checker);
+            }
             self.members(node, MembershipInput::MarkerReached { from, num });
         }
     }
@@ -527,6 +542,7 @@ impl World {
     /// Applies and commits in one step; says whether it could.
     fn apply_recovered(&mut self, node: NodeId, gid: Gid) -> bool {
         let key = self.plans.get(&gid).map_or(0, |plan| plan.key);
+        let lazy = self.hazards.lazy_recovery;
         let Some((server, checker)) = self.disk(node) else {
             return false;
         };
@@ -546,14 +562,13 @@ impl World {
             && members.fenced < gid.generation
         {
             members.fenced = gid.generation;
-            server.disk.stream.push(StreamItem::Fence(gid.generation));
+            server.flush_all(checker);
+            server.disk.log(StreamItem::Fence(gid.generation));
         }
-        server.flush_all(checker);
-        server.disk.finished.insert(gid, Decision::Commit);
-        let commit = StreamItem::Outcome(gid, Decision::Commit);
-        server.disk.stream.push(commit);
-        checker.on_finished(node, gid, Decision::Commit);
-        checker.on_row_committed(node, key, gid);
+        server.write_recovered(gid, key);
+        if !lazy {
+            server.flush_all(checker);
+        }
         self.recovered += 1;
         self.pump_all(node);
         true

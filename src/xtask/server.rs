@@ -361,6 +361,30 @@ impl Server {
         self.signal_all(Signal::SIGCONT)
     }
 
+    /// Stops one process of the server where it is (SIGSTOP).
+    ///
+    /// # Errors
+    /// When there is no such process.
+    pub fn freeze_process(&self, pid: i32) -> Result<()> {
+        self.signal_one(pid, Signal::SIGSTOP)
+    }
+
+    /// Lets a frozen process go on.
+    ///
+    /// # Errors
+    /// When there is no such process.
+    pub fn thaw_process(&self, pid: i32) -> Result<()> {
+        self.signal_one(pid, Signal::SIGCONT)
+    }
+
+    fn signal_one(&self, pid: i32, signal: Signal) -> Result<()> {
+        let own = descendants_of(self.postmaster().unwrap_or_default());
+        if !own.contains(&Pid::from_raw(pid)) {
+            bail!("{} has no process {pid}", self.name)
+        }
+        kill(Pid::from_raw(pid), signal).with_context(|| format!("cannot send {signal}"))
+    }
+
     fn signal_all(&self, signal: Signal) -> Result<()> {
         // The postmaster first: it starts nobody then.
         self.signal(signal)?;

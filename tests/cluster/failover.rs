@@ -25,7 +25,7 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// Load before and after the loss.
 pub const LOAD: Duration = Duration::from_secs(2);
 /// Nodes (from 0) that are lost first and second.
-const LOST: usize = 2;
+pub const LOST: usize = 2;
 const LOST_TOO: usize = 1;
 
 /// How long a node is away while the load goes on.
@@ -90,7 +90,7 @@ fn count_up(client: usize, conninfo: &str, stop: &AtomicBool) -> Vec<Instant> {
 }
 
 /// The longest time without a commit of a client, from `since` on.
-fn longest_gap(commits: &[Instant], since: Instant) -> Duration {
+pub fn longest_gap(commits: &[Instant], since: Instant) -> Duration {
     let last_before = commits.iter().rev().find(|at| **at <= since).copied();
     let after = commits.iter().copied().filter(|at| *at > since);
     let moments: Vec<Instant> = last_before.into_iter().chain(after).collect();

@@ -25,6 +25,7 @@ mod recovery;
 mod refusals;
 mod split;
 mod standby;
+mod stuck;
 
 fn main() -> ExitCode {
     let cases = [
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         clients::cases(),
         open_sessions::cases(),
         split::cases(),
+        stuck::cases(),
         nemesis::cases(),
         crash::cases(),
         kill::cases(),

@@ -46,8 +46,12 @@ struct Recovery {
     donor: NodeId,
     /// Transactions of this generation and older are here, or can never commit.
     online_in: GenerationNum,
-    /// Names of what has been recovered since.
+    /// Names of what has been recovered since; of users' prepared transactions, those that have been finished.
     known: BTreeSet<String>,
+    /// The generation that the donor's WAL is in here, as its markers and fences say.
+    generation: GenerationNum,
+    /// The highest marker or fence in this node's own WAL.
+    fenced: GenerationNum,
     /// Messages of the transaction that is being received.
     pending: Vec<Vec<u8>>,
     seen: Lsn,
@@ -136,11 +140,14 @@ fn run(order: RecoveryOrder) -> Result<(), RecoveryError> {
         "multimaster recovers from node {}, from {mark}",
         donor.get()
     );
+    let online_in = shared().online_in();
     let mut recovery = Recovery {
         order,
         donor,
-        online_in: shared().online_in(),
+        online_in,
         known,
+        generation: GenerationNum(0),
+        fenced: online_in,
         pending: Vec::new(),
         seen: mark,
         told_at: Instant::now(),
@@ -212,10 +219,10 @@ impl Recovery {
         for frame in message.frames() {
             match frame.map_err(|error| error.to_string())? {
                 StreamFrame::Marker(marker) => self.on_marker(marker),
-                StreamFrame::CommitPrepared(end) => finish_user(end.name.as_bytes(), true),
-                StreamFrame::RollbackPrepared(end) => finish_user(end.name.as_bytes(), false),
+                StreamFrame::CommitPrepared(end) => self.finish_user(end.name.as_bytes(), true),
+                StreamFrame::RollbackPrepared(end) => self.finish_user(end.name.as_bytes(), false),
                 StreamFrame::FinishUser(finish) => {
-                    finish_user(finish.name.as_bytes(), finish.commit);
+                    self.finish_user(finish.name.as_bytes(), finish.commit);
                 }
                 _ => return Err("a change outside of a transaction".to_owned().into()),
             }
@@ -225,7 +232,8 @@ impl Recovery {
     }
 
     /// Everything older than the generation lies before: it counts once it is flushed.
-    fn on_marker(&self, marker: Marker) {
+    fn on_marker(&mut self, marker: Marker) {
+        self.generation = self.generation.max(marker.generation);
         records::flush_all();
         submit(&LocalEvent::MarkerReached {
             from: self.donor,
@@ -235,17 +243,21 @@ impl Recovery {
 
     /// Applies a transaction, again if that fails: locks of what this node prepared before it went away go when its outcome is known.
     fn commit(&mut self, messages: &[Vec<u8>]) -> Result<(), RecoveryError> {
+        let head = head_of(messages)?;
+        if self.is_here(&head) {
+            return Ok(());
+        }
+        self.fence(head.gid.generation);
         let mut tries = 0;
         loop {
-            let result = attempt(|| apply(messages, &self.known, self.online_in));
+            let result = attempt(|| apply(messages, &head));
             match result {
-                Ok(Some(name)) => {
-                    self.known.insert(name);
+                Ok(applied) => {
+                    self.known.extend(applied);
                     let done = &shared().recovery_progress.transactions;
                     done.fetch_add(1, Ordering::Relaxed);
                     return Ok(());
                 }
-                Ok(None) => return Ok(()),
                 Err(failure) => {
                     rows::forget_all();
                     process::abort_transaction();
@@ -266,6 +278,58 @@ impl Recovery {
                     process::pause_ms(RETRY_PAUSE_MS);
                 }
             }
+            process::check_interrupts();
+        }
+    }
+
+    /// Whether there is nothing to do for a transaction.
+    ///
+    /// One that needs this node's vote cannot have committed without it: it is here, prepared or finished, whatever the generation. That holds for those that
+    /// follow while this process has not heard yet that the recovery is over.
+    ///
+    /// Of a user's own the gid says nothing, but it lies behind the marker of its generation on every node.
+    fn is_here(&self, head: &Head) -> bool {
+        match &head.users_name {
+            Some(name) => {
+                self.generation <= self.online_in
+                    || self.known.contains(name)
+                    || locks::prepared_names().values().any(|other| other == name)
+            }
+            None => {
+                let node = shared().node_id();
+                node.is_some_and(|node| head.gid.members.contains(node))
+                    || head.gid.generation <= self.online_in
+                    || self.known.contains(&head.gid.text(shared().cluster_tag()))
+            }
+        }
+    }
+
+    /// Before a transaction of a generation, this node's WAL has a marker or fence of that or a later one: who recovers from this node later must read it from there
+    /// on, and its ordinary stream does not show it the transaction.
+    fn fence(&mut self, generation: GenerationNum) {
+        if generation > self.fenced {
+            // What is tagged as applied is left out of the ordinary streams.
+            process::untagged(|| {
+                process::in_transaction(|| recovered::write_marker(generation));
+            });
+            self.fenced = generation;
+        }
+    }
+
+    /// Finishes a user's prepared transaction. A commit is noted first: should the stream begin again, at this donor or another one, the PREPARE comes again, and
+    /// that of an earlier one of this name that was rolled back.
+    fn finish_user(&mut self, name: &[u8], commit: bool) {
+        let Ok(name) = std::str::from_utf8(name) else {
+            return;
+        };
+        if commit && self.generation > self.online_in && self.known.insert(name.to_owned()) {
+            process::in_transaction(|| recovered::note(name));
+        }
+        if !commit && self.known.contains(name) {
+            return;
+        }
+        while twophase::finish(name, commit) == twophase::Finished::Busy {
+            process::wait_latch(Duration::from_millis(5), Wait::Work);
             process::check_interrupts();
         }
     }
@@ -306,16 +370,28 @@ impl Recovery {
     }
 }
 
-/// One transaction from its first frame to its commit; returns the name under which it is known from now on, if it was not here already.
-fn apply(
-    messages: &[Vec<u8>],
-    known: &BTreeSet<String>,
-    online_in: GenerationNum,
-) -> Result<Option<String>, ApplyFailure> {
-    // Looked up in a transaction of its own, so before this one begins.
-    if is_users_and_here(messages)? {
-        return Ok(None);
+/// Which transaction it is.
+struct Head {
+    gid: Gid,
+    /// What a user's own prepared one is called.
+    users_name: Option<String>,
+}
+
+/// Reads the first frame of a transaction.
+fn head_of(messages: &[Vec<u8>]) -> Result<Head, String> {
+    let first = messages.first().map_or(&[][..], Vec::as_slice);
+    let message = Message::parse(first).map_err(|error| error.to_string())?;
+    match message.frames().next() {
+        Some(Ok(StreamFrame::Begin(begin))) => Ok(Head {
+            gid: begin.gid,
+            users_name: Some(begin.name.to_string()).filter(|name| !name.is_empty()),
+        }),
+        _ => Err("a transaction without its head".to_owned()),
     }
+}
+
+/// One transaction from its first frame to its commit; returns the name under which it is known from now on.
+fn apply(messages: &[Vec<u8>], head: &Head) -> Result<Option<String>, ApplyFailure> {
     process::begin_transaction();
     let mut applier = rows::RowApplier::begin();
     let mut begun = None::<Begun>;
@@ -323,15 +399,7 @@ fn apply(
         let message = Message::parse(bytes).map_err(ApplyFailure::malformed)?;
         for frame in message.frames() {
             match frame.map_err(ApplyFailure::malformed)? {
-                StreamFrame::Begin(begin) => {
-                    let users_name = begin.name.to_string();
-                    if users_name.is_empty() && is_here(begin.gid, known, online_in) {
-                        applier.abandon();
-                        process::abort_transaction();
-                        return Ok(None);
-                    }
-                    begun = Some(Begun::new(begin.gid, users_name));
-                }
+                StreamFrame::Begin(_) => begun = Some(Begun::new(head)),
                 StreamFrame::Ddl(payload) => {
                     applier.before_ddl();
                     ddl::execute(payload).map_err(ApplyFailure::from)?;
@@ -361,11 +429,11 @@ enum Begun {
 
 impl Begun {
     /// Notes the transaction as recovered, within itself.
-    fn new(gid: Gid, users_name: String) -> Begun {
-        if !users_name.is_empty() {
-            return Begun::User(users_name);
+    fn new(head: &Head) -> Begun {
+        if let Some(name) = &head.users_name {
+            return Begun::User(name.clone());
         }
-        let name = gid.text(shared().cluster_tag());
+        let name = head.gid.text(shared().cluster_tag());
         recovered::add(&name);
         Begun::Cluster(name)
     }
@@ -381,43 +449,5 @@ impl Begun {
                 None
             }
         }
-    }
-}
-
-/// Whether there is nothing to do for a transaction of the cluster.
-///
-/// One that needs this node's vote cannot have committed without it: it is here, prepared or finished, whatever the generation. That holds for those that
-/// follow while this process has not heard yet that the recovery is over.
-fn is_here(gid: Gid, known: &BTreeSet<String>, online_in: GenerationNum) -> bool {
-    let votes = shared()
-        .node_id()
-        .is_some_and(|node| gid.members.contains(node));
-    votes || gid.generation <= online_in || known.contains(&gid.text(shared().cluster_tag()))
-}
-
-/// Whether it is a user's own prepared transaction, and prepared here under its name.
-fn is_users_and_here(messages: &[Vec<u8>]) -> Result<bool, ApplyFailure> {
-    for bytes in messages {
-        let message = Message::parse(bytes).map_err(ApplyFailure::malformed)?;
-        for frame in message.frames() {
-            if let StreamFrame::Begin(begin) = frame.map_err(ApplyFailure::malformed)? {
-                let users_name = begin.name.to_string();
-                return Ok(!users_name.is_empty()
-                    && locks::prepared_names()
-                        .values()
-                        .any(|name| *name == users_name));
-            }
-        }
-    }
-    Ok(false)
-}
-
-fn finish_user(name: &[u8], commit: bool) {
-    let Ok(name) = std::str::from_utf8(name) else {
-        return;
-    };
-    while twophase::finish(name, commit) == twophase::Finished::Busy {
-        process::wait_latch(Duration::from_millis(5), Wait::Work);
-        process::check_interrupts();
     }
 }

@@ -159,6 +159,7 @@ impl MainThread {
                 }
                 ToMain::LookUp(gid) => self.look_up(gid),
                 ToMain::WriteMembership(record) => {
+                    hit(Failpoint::MembersBeforeWrite);
                     start::write_membership(record);
                     let _ = self.replies.send(FromMain::MembershipDurable);
                 }

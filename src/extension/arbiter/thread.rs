@@ -6,6 +6,7 @@
 mod answers;
 mod delays;
 mod effects;
+mod extras;
 mod health;
 mod lease;
 mod links;

@@ -26,7 +26,8 @@ pub fn enter() -> GenerationNum {
     loop {
         // Both in this order: the arbiter closes first and looks then.
         slot.preparing.store(true, Ordering::SeqCst);
-        if !shared().barrier_closed.load(Ordering::SeqCst) {
+        // Nobody opens it while there is no arbiter, and until there is one again nothing is prepared: `opened` was taken back when it was closed.
+        if !shared().barrier_closed.load(Ordering::SeqCst) || !shared().arbiter.is_set() {
             return GenerationNum(shared().opened.load(Ordering::SeqCst));
         }
         leave();

@@ -215,6 +215,18 @@ pub fn tag_as_applied() {
     unsafe { pg_sys::replorigin_session_origin = pg_sys::RepOriginId::MAX };
 }
 
+/// Runs `work` as if its WAL came from here.
+pub fn untagged<T>(work: impl FnOnce() -> T) -> T {
+    // SAFETY: plain accesses to a variable of this process. An error in between ends the process or is not caught before the next tag_as_applied.
+    unsafe {
+        let tag = pg_sys::replorigin_session_origin;
+        pg_sys::replorigin_session_origin = pg_sys::RepOriginId::MIN;
+        let result = work();
+        pg_sys::replorigin_session_origin = tag;
+        result
+    }
+}
+
 /// Installs SIGTERM (core's `die`) and SIGHUP handlers and unblocks signals.
 pub fn attach_signals() {
     use pgrx::bgworkers::{BackgroundWorker, SignalWakeFlags};

@@ -33,6 +33,11 @@ pub fn names() -> BTreeSet<String> {
 /// Names the running transaction, here and to whoever recovers from this node later.
 pub fn add(name: &str) {
     log_message(decode::RECOVERED_PREFIX, name.as_bytes(), true);
+    note(name);
+}
+
+/// Names a transaction here only. Runs in a transaction.
+pub fn note(name: &str) {
     // SAFETY: in a transaction; the snapshot is taken off again right below, or by the abort.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
     let added = Spi::run_with_args("INSERT INTO mtm.recovered VALUES ($1)", &[name.into()]);

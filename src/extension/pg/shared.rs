@@ -65,6 +65,8 @@ pub struct NodeShared {
     /// The same, of the present connection.
     pub streamed: AtomicU64,
     pub connectivity: AtomicU32,
+    /// It replays what it has missed, as its last heartbeat said.
+    pub recovers: AtomicBool,
     pub heartbeats: AtomicU64,
     /// Microseconds since 2000-01-01.
     pub last_change_us: AtomicI64,

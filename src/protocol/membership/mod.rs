@@ -248,6 +248,12 @@ impl Membership {
         self.standing().may_pass(num)
     }
 
+    /// Drops what decides nothing: the pace of campaigns. See [`crate::Core::reduce`].
+    pub fn reduce(&mut self) {
+        self.campaign.reduce();
+        self.shown = Presence::default();
+    }
+
     fn is_peer(&self, peer: NodeId) -> bool {
         peer != self.config.node && self.config.configured.contains(peer)
     }

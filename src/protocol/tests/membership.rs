@@ -252,6 +252,22 @@ fn a_node_that_is_online_does_not_vote_itself_out() {
 }
 
 #[test]
+fn who_has_said_good_bye_opens_nothing_any_more() {
+    let mut bench = Bench::new(1, None);
+    bench.give(MembershipInput::Leave);
+    let next = elected(2, &[1, 2, 3], &[1, 2, 3]);
+    bench.say(2, MembershipMessage::Elected(next));
+    assert_eq!(
+        bench.close(2),
+        [MembershipEffect::WriteMarker { elected: next }]
+    );
+    let num = GenerationNum(2);
+    let effects = bench.give(MembershipInput::MarkerWritten { num });
+    assert!(matches!(effects[..], [MembershipEffect::Persist(_)]));
+    assert!(!bench.membership.is_online());
+}
+
+#[test]
 fn who_voted_higher_does_not_come_online() {
     let before = record(
         1,

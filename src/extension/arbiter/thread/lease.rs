@@ -1,5 +1,6 @@
 //! The lease of this node: promises in heartbeats, and the moment until which backends may serve reads.
 
+use super::extras::{self, Extra};
 use super::main_link::HeartbeatTimes;
 use crate::pg::clock;
 use crate::pg::shared::shared;
@@ -9,10 +10,6 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use wire::frame::Heartbeat;
 
-/// Tag of a heartbeat's extra: the sender's promises, as `Vec<Grant>`.
-const GRANTS_TAG: u16 = 2;
-/// Tag of a heartbeat's extra: the sender's heartbeat times, milliseconds.
-const TIMES_TAG: u16 = 3;
 /// A promise lasts a quarter of the silence after which a node counts as dead: whoever dies under load is missed for no longer.
 const LASTS_OF_SILENCE: u64 = 4;
 /// It lasts at least so many heartbeats, or it would end between two of them.
@@ -31,6 +28,8 @@ pub struct LeaseKeeper {
     /// `clock::monotonic_ms` when the mesh's clock was zero, or a little before.
     began_ms: u64,
     answered: BTreeMap<NodeId, Millis>,
+    /// This node has said good-bye, which released its peers from their promises.
+    ended: bool,
 }
 
 impl LeaseKeeper {
@@ -47,7 +46,14 @@ impl LeaseKeeper {
             times,
             began_ms: now.saturating_sub(mesh.now_ms() + 1),
             answered: BTreeMap::new(),
+            ended: false,
         }
+    }
+
+    /// Backends serve nothing from now on, whatever is promised.
+    pub fn end(&mut self) {
+        self.ended = true;
+        shared().lease_until_ms.store(0, Ordering::Release);
     }
 
     /// The heartbeat times have changed.
@@ -66,7 +72,9 @@ impl LeaseKeeper {
             .heard(from, heartbeat.epoch, heartbeat.sent_ms, now);
         self.leases.on_grants(from, &grants_of(heartbeat));
         let until = self.began_ms.saturating_add(self.leases.until());
-        shared().lease_until_ms.fetch_max(until, Ordering::AcqRel);
+        if !self.ended {
+            shared().lease_until_ms.fetch_max(until, Ordering::AcqRel);
+        }
     }
 
     /// Sends the promise soon, and not only with the next regular heartbeat: the way there and back is then all that a lease loses.
@@ -105,30 +113,22 @@ impl LeaseKeeper {
     }
 
     /// What heartbeats carry.
-    pub fn extras(&self) -> impl Iterator<Item = (u16, Vec<u8>)> {
+    pub fn extras(&self) -> impl Iterator<Item = Extra> {
         let grants: Vec<Grant> = self.leases.grants().collect();
-        let config = bincode::config::standard();
-        let grants = bincode::serde::encode_to_vec(&grants, config);
-        let times = bincode::serde::encode_to_vec((self.times.send_ms, self.times.recv_ms), config);
-        let found = [(GRANTS_TAG, grants), (TIMES_TAG, times)].into_iter();
-        found.filter_map(|(tag, bytes)| Some((tag, bytes.ok()?)))
+        let times = (self.times.send_ms, self.times.recv_ms);
+        [
+            extras::put(extras::GRANTS, &grants),
+            extras::put(extras::TIMES, &times),
+        ]
+        .into_iter()
+        .flatten()
     }
 }
 
 /// The heartbeat times of the sender.
 pub fn times_of(heartbeat: &Heartbeat) -> Option<HeartbeatTimes> {
-    let bytes = extra_of(heartbeat, TIMES_TAG)?;
-    let ((send_ms, recv_ms), _) =
-        bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok()?;
+    let (send_ms, recv_ms) = extras::get(heartbeat, extras::TIMES)?;
     Some(HeartbeatTimes { send_ms, recv_ms })
-}
-
-/// The bytes that a heartbeat carries under a tag.
-pub fn extra_of(heartbeat: &Heartbeat, tag: u16) -> Option<&[u8]> {
-    let mut extras = heartbeat.extras.iter();
-    extras
-        .find(|(found, _)| *found == tag)
-        .map(|(_, bytes)| bytes.as_slice())
 }
 
 fn duration(times: HeartbeatTimes) -> Millis {
@@ -142,9 +142,5 @@ const fn between_heartbeats(send_ms: u64) -> Millis {
 }
 
 fn grants_of(heartbeat: &Heartbeat) -> Vec<Grant> {
-    extra_of(heartbeat, GRANTS_TAG)
-        .and_then(|bytes| {
-            bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok()
-        })
-        .map_or_else(Vec::new, |(grants, _)| grants)
+    extras::get(heartbeat, extras::GRANTS).unwrap_or_default()
 }

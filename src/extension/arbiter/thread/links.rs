@@ -2,6 +2,7 @@
 
 use super::super::event::MemberEvent;
 use super::super::user_votes::UserTally;
+use super::extras;
 use super::main_link::{HeartbeatTimes, LogLevel};
 use super::{Arbiter, lease};
 use crate::failpoint::{self, hit_in_thread};
@@ -13,23 +14,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use wire::frame::Heartbeat;
 
-/// Tag of a heartbeat's extra: the nodes that the sender talks to and whose streams it receives, as a bit set.
-const RECEIVING_TAG: u16 = 1;
-
 /// Time for a good-bye to leave before the connections are closed.
 pub(super) const LEAVING_PAUSE: Duration = Duration::from_millis(60);
 
 fn view_of(heartbeat: &Heartbeat) -> NodeSet {
-    heartbeat
-        .extras
-        .iter()
-        .find(|(tag, _)| *tag == RECEIVING_TAG)
-        .and_then(|(_, bytes)| {
-            Some(NodeSet::from_bits(u16::from_le_bytes(
-                bytes.as_slice().try_into().ok()?,
-            )))
-        })
-        .unwrap_or_default()
+    NodeSet::from_bits(extras::get(heartbeat, extras::RECEIVING).unwrap_or_default())
 }
 
 impl Arbiter {
@@ -235,7 +224,7 @@ impl Arbiter {
 
     /// Tells the peers whose streams we receive.
     fn publish_view(&self, view: NodeSet) {
-        let heartbeat = Heartbeat {
+        let mut heartbeat = Heartbeat {
             generation: shared().generation(),
             online_generation: shared().online_in(),
             flushed: protocol::Lsn(shared().node(self.node).flushed.load(Ordering::Relaxed)),
@@ -250,16 +239,19 @@ impl Arbiter {
                     )
                 })
                 .collect(),
-            extras: [(RECEIVING_TAG, view.bits().to_le_bytes().to_vec())]
+            extras: extras::put(extras::RECEIVING, &view.bits())
                 .into_iter()
                 .chain(self.leases.extras())
-                .chain(self.members.extra())
                 .chain(self.members.needs_copy_extra())
+                .chain(self.members.lag_extra())
                 .chain(self.stuck.extra())
                 .collect(),
             ..Heartbeat::default()
         };
-        if let Err(error) = self.mesh.heartbeat_info(heartbeat) {
+        let said = heartbeat
+            .set_presence(&self.members.presence())
+            .and_then(|()| self.mesh.heartbeat_info(heartbeat));
+        if let Err(error) = said {
             self.main.log(
                 LogLevel::Warning,
                 format!("the heartbeat was not changed: {error}"),

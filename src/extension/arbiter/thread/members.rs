@@ -4,6 +4,7 @@
 
 use super::super::event::LocalEvent;
 use super::super::user_votes::{UserTally, generation_over};
+use super::extras::{self, Extra};
 use super::links::{LEAVING_PAUSE, postgres_now_us};
 use super::main_link::{LogLevel, ToMain};
 use super::{Arbiter, lease};
@@ -17,11 +18,6 @@ use protocol::{GenerationNum, Message, Millis, NodeId, NodeSet};
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
-
-/// Tag of a heartbeat's extra: the sender's `Presence`.
-const PRESENCE_TAG: u16 = 4;
-/// Tag of a heartbeat's extra: the nodes for which the sender keeps no WAL any more, as bits. Left out while there are none.
-const NEEDS_COPY_TAG: u16 = 5;
 
 /// The membership with what it waits for.
 pub struct Members {
@@ -83,27 +79,30 @@ impl Members {
         }
     }
 
-    /// What heartbeats carry. Others choose a donor and elect by it, so it claims nothing that a crash of this node could take back.
-    pub fn extra(&self) -> Option<(u16, Vec<u8>)> {
+    /// What the membership says in heartbeats. Others choose a donor and elect by it, so it claims nothing that a crash of this node could take back.
+    pub fn presence(&self) -> Presence {
         let latest = self.membership.presence();
-        let presence = Presence {
+        Presence {
             current: self.durable.current,
             online_in: self.durable.online_in,
             willing: latest.willing && self.persisting.is_none() && !self.needs_copy(),
             ..latest
-        };
-        let bytes = bincode::serde::encode_to_vec(presence, bincode::config::standard()).ok()?;
-        Some((PRESENCE_TAG, bytes))
+        }
     }
 
     /// What heartbeats carry about nodes that cannot recover any more.
-    pub fn needs_copy_extra(&self) -> Option<(u16, Vec<u8>)> {
+    pub fn needs_copy_extra(&self) -> Option<Extra> {
         let others = shared().needs_copy().without(self.node);
-        if others.is_empty() {
-            return None;
-        }
-        let bytes = bincode::serde::encode_to_vec(others.bits(), bincode::config::standard());
-        Some((NEEDS_COPY_TAG, bytes.ok()?))
+        (!others.is_empty())
+            .then(|| extras::put(extras::NEEDS_COPY, &others.bits()))
+            .flatten()
+    }
+
+    /// What heartbeats carry about a recovery.
+    pub fn lag_extra(&self) -> Option<Extra> {
+        shared().recovery_order()?;
+        let lag = shared().recovery_progress.left();
+        extras::put(extras::LAG, &lag)
     }
 
     /// Whether this node cannot recover any more.
@@ -286,10 +285,13 @@ impl Arbiter {
 
     /// What the heartbeat of a peer says about members.
     pub(super) fn hear_members(&mut self, from: NodeId, heartbeat: &wire::frame::Heartbeat) {
-        if let Some(bits) = decoded::<u16>(heartbeat, NEEDS_COPY_TAG) {
+        if let Some(bits) = extras::get(heartbeat, extras::NEEDS_COPY) {
             self.hear_of_copies(from, NodeSet::from_bits(bits));
         }
-        if let Some(presence) = decoded::<Presence>(heartbeat, PRESENCE_TAG) {
+        let recovers = extras::get::<u64>(heartbeat, extras::LAG).is_some();
+        let node = shared().node(from);
+        node.recovers.store(recovers, Ordering::Relaxed);
+        if let Some(presence) = heartbeat.presence() {
             if presence.leaving {
                 self.leases.released_by(from);
             }
@@ -387,7 +389,7 @@ impl Arbiter {
     /// This server ends: stop serving, then say so.
     pub(super) async fn say_goodbye(&mut self) {
         shared().set_status(NodeStatus::Starting);
-        shared().lease_until_ms.store(0, Ordering::Release);
+        self.leases.end();
         self.member_input(MembershipInput::Leave);
         self.publish();
         self.beat_all();
@@ -440,13 +442,4 @@ fn recover_from(node: Option<NodeId>) {
     shared().order_recovery(node);
     shared().recovery.wake();
     shared().arbiter.wake();
-}
-
-fn decoded<T: serde::de::DeserializeOwned>(
-    heartbeat: &wire::frame::Heartbeat,
-    tag: u16,
-) -> Option<T> {
-    let bytes = lease::extra_of(heartbeat, tag)?;
-    let (value, _) = bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok()?;
-    Some(value)
 }

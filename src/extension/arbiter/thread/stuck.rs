@@ -1,8 +1,8 @@
 //! Stuck databases: looks at this server's own, tells the others, and takes in what they say.
 
 use super::Arbiter;
+use super::extras::{self, Extra};
 use super::health::{Idle, Matter, Sight, Watches};
-use super::lease;
 use super::main_link::LogLevel;
 use super::suspects::{Suspects, Verdict};
 use crate::pg::clock;
@@ -13,8 +13,6 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use wire::frame::Heartbeat;
 
-/// Tag of a heartbeat's extra: what does not move at the sender, as [`Idle`]; left out while everything does.
-const IDLE_TAG: u16 = 6;
 /// How often this node looks at itself, milliseconds.
 const LOOK_EVERY: Millis = 250;
 /// Shorter than this nothing is told.
@@ -54,10 +52,9 @@ impl Stuck {
     }
 
     /// What heartbeats carry.
-    pub fn extra(&self) -> Option<(u16, Vec<u8>)> {
+    pub fn extra(&self) -> Option<Extra> {
         let idle = self.idle.filter(|idle| idle.for_ms >= TOLD_FROM)?;
-        let bytes = bincode::serde::encode_to_vec(idle, bincode::config::standard()).ok()?;
-        Some((IDLE_TAG, bytes))
+        extras::put(extras::IDLE, &idle)
     }
 
     /// The main thread works.
@@ -73,10 +70,7 @@ impl Stuck {
 
     /// What the heartbeat of a peer says about its database.
     pub fn hear(&mut self, peer: NodeId, heartbeat: &Heartbeat) {
-        let idle = lease::extra_of(heartbeat, IDLE_TAG).and_then(|bytes| {
-            let decoded = bincode::serde::decode_from_slice(bytes, bincode::config::standard());
-            decoded.ok().map(|(idle, _)| idle)
-        });
+        let idle = extras::get(heartbeat, extras::IDLE);
         self.suspects.heard(peer, idle);
     }
 }
