@@ -400,4 +400,5 @@ GRANT EXECUTE ON FUNCTION
     mtm.peer_states(), mtm.in_flight(), mtm.recent_conflicts(), mtm.recent_events(), mtm.counters(), mtm.latencies(), mtm.recovery_progress(),
     mtm.get_nodes_state(), mtm.nodes()
     TO mtm_monitor, pg_monitor;
-GRANT SELECT ON mtm.transactions, mtm.conflicts, mtm.events, mtm.recovery, mtm.stat_commits, mtm.commit_latency, mtm.needs_copy TO mtm_monitor, pg_monitor;
+GRANT SELECT ON mtm.transactions, mtm.conflicts, mtm.events, mtm.recovery, mtm.stat_commits, mtm.commit_latency, mtm.needs_copy
+    TO mtm_monitor, pg_monitor;

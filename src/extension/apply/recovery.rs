@@ -247,7 +247,7 @@ impl Recovery {
         if self.is_here(&head) {
             return Ok(());
         }
-        self.fence(head.gid.generation);
+        self.fence(self.generation_of(&head));
         let mut tries = 0;
         loop {
             let result = attempt(|| apply(messages, &head));
@@ -287,20 +287,28 @@ impl Recovery {
     /// One that needs this node's vote cannot have committed without it: it is here, prepared or finished, whatever the generation. That holds for those that
     /// follow while this process has not heard yet that the recovery is over.
     ///
-    /// Of a user's own the gid says nothing, but it lies behind the marker of its generation on every node.
+    /// That is all the same for a user's own but that its gid names the members of the generation in which the donor is now.
     fn is_here(&self, head: &Head) -> bool {
+        let node = shared().node_id();
+        let is_member = node.is_some_and(|node| head.gid.members.contains(node));
+        let generation = self.generation_of(head);
+        if generation <= self.online_in || (is_member && generation >= head.gid.generation) {
+            return true;
+        }
         match &head.users_name {
             Some(name) => {
-                self.generation <= self.online_in
-                    || self.known.contains(name)
+                self.known.contains(name)
                     || locks::prepared_names().values().any(|other| other == name)
             }
-            None => {
-                let node = shared().node_id();
-                node.is_some_and(|node| head.gid.members.contains(node))
-                    || head.gid.generation <= self.online_in
-                    || self.known.contains(&head.gid.text(shared().cluster_tag()))
-            }
+            None => self.known.contains(&head.gid.text(shared().cluster_tag())),
+        }
+    }
+
+    /// The generation of a transaction. A user's own does not name it, but lies behind its marker on every node.
+    fn generation_of(&self, head: &Head) -> GenerationNum {
+        match head.users_name {
+            Some(_) => self.generation,
+            None => head.gid.generation,
         }
     }
 

@@ -96,3 +96,60 @@ impl UserVotes {
         lost
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gid(generation: u32) -> Gid {
+        Gid {
+            coordinator: NodeId::new(1).expect("a node id"),
+            xid: 7,
+            generation: GenerationNum(generation),
+            members: NodeSet::from_bits(0b111),
+            started_at: 0,
+        }
+    }
+
+    fn yes(generation: u32) -> Message {
+        Message::Vote {
+            gid: gid(generation),
+            vote: Vote::Yes,
+        }
+    }
+
+    fn voters() -> NodeSet {
+        gid(1).participants()
+    }
+
+    #[test]
+    fn all_have_to_prepare_in_one_generation() {
+        let (first, second) = {
+            let mut nodes = voters().iter();
+            (nodes.next().expect("two"), nodes.next().expect("two"))
+        };
+        let mut votes = UserVotes::default();
+        votes.expect(gid(1), voters());
+        assert_eq!(
+            votes.count(first, &yes(1)),
+            Some((gid(1), UserTally::Pending))
+        );
+        assert_eq!(
+            votes.count(second, &yes(1)),
+            Some((gid(1), UserTally::Prepared))
+        );
+        votes.expect(gid(1), voters());
+        let late = votes.count(first, &yes(2));
+        assert_eq!(late, Some((gid(1), UserTally::Refused(generation_over()))));
+        assert_eq!(votes.count(second, &yes(1)), None);
+    }
+
+    #[test]
+    fn a_switch_ends_the_count_of_older_ones_only() {
+        let mut votes = UserVotes::default();
+        votes.expect(gid(2), voters());
+        assert_eq!(votes.lose_older(GenerationNum(2)), []);
+        assert_eq!(votes.lose_older(GenerationNum(3)), [gid(2)]);
+        assert_eq!(votes.interrupt(gid(2)), None);
+    }
+}

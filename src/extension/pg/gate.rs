@@ -344,6 +344,7 @@ pub fn describe(message: &mut impl Write, detail: &mut impl Write) {
     let node = shared.node_id().map_or(0, protocol::NodeId::get);
     let state = match shared.status() {
         NodeStatus::Online => "cut off from a majority of the nodes",
+        NodeStatus::NeedsCopy => "in need of a new copy",
         status => status.name(),
     };
     // A text that is too long is cut.

@@ -101,7 +101,9 @@ impl Members {
     /// What heartbeats carry about a recovery.
     pub fn lag_extra(&self) -> Option<Extra> {
         shared().recovery_order()?;
-        let lag = shared().recovery_progress.left();
+        let progress = &shared().recovery_progress;
+        let end = progress.end.load(Ordering::Relaxed);
+        let lag = end.saturating_sub(progress.applied.load(Ordering::Relaxed));
         extras::put(extras::LAG, &lag)
     }
 
