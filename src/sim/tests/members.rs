@@ -65,6 +65,14 @@ fn old_failures_stay_away() {
     }
 }
 
+/// The same, of storms with all that can go wrong.
+#[test]
+fn old_failures_of_harsh_storms_stay_away() {
+    for (nodes, seed) in [(3, 4002), (5, 985)] {
+        run_harsh_seed(seed, nodes, None).unwrap_or_else(|failure| panic!("{failure}"));
+    }
+}
+
 #[test]
 fn a_seed_repeats_its_run() {
     for storm in [run_changing_seed as Storm, run_harsh_seed] {
