@@ -4,8 +4,8 @@
 //!
 //! - a transaction that is committing too (prepared here, or being applied here): if the waiting one is younger it dies here; if it is older it
 //!   waits, because the younger one meets the older where that one is prepared, and dies there;
-//! - a running transaction: after the grace it is cancelled with 40001; a session that is idle in its transaction learns at its next statement, and
-//!   is ended if that does not come soon;
+//! - a running transaction: it is cancelled with 40001, at once if it is younger, after the grace if it is older and does not begin to commit by then;
+//!   a session that is idle in its transaction learns at its next statement, and is ended if that does not come soon;
 //! - a user's own prepared transaction: nobody knows how long it stays, so the waiting one dies after the grace.
 //!
 //! So waits among committing transactions only go from older to younger and never end in a running one: no cycle survives.
@@ -13,6 +13,7 @@
 use crate::arbiter::event::Conflict;
 use crate::guc;
 use crate::pg::clock;
+use crate::pg::in_flight;
 use crate::pg::locks::{self, Holder, LockSnapshot};
 use crate::pg::process::{self, Wait};
 use crate::pg::shared::{self, WorkerSlot, shared, stage, worker};
@@ -39,7 +40,8 @@ const VICTIM_PATIENCE: Duration = Duration::from_millis(500);
 enum Blocker {
     Committing(Gid),
     UserPrepared(String),
-    Running,
+    /// Since when it has run, microseconds since 2000-01-01; `None` when it has not written anything.
+    Running(Option<i64>),
     /// It has been told to give way.
     Victim(i32),
 }
@@ -124,6 +126,9 @@ impl Monitor {
 
     fn identify(&mut self, snapshot: &LockSnapshot, holder: Holder) -> Option<Blocker> {
         if holder.pid == 0 {
+            if let Some(gid) = snapshot.xids_of(holder).find_map(in_flight::gid_of) {
+                return Some(Blocker::Committing(gid));
+            }
             let name = self.name_of(snapshot, holder)?;
             return Some(match Gid::parse(&name) {
                 Some((_, gid)) => Blocker::Committing(gid),
@@ -140,7 +145,10 @@ impl Monitor {
         match backend.stage.load(Ordering::Acquire) {
             // Between its PREPARE and its announcement it has no gid to compare yet: look again.
             stage::COMMITTING => backend.gid.get().map(Blocker::Committing),
-            stage::RUNNING => Some(Blocker::Running),
+            stage::RUNNING => {
+                let started_at = backend.started_at.load(Ordering::Acquire);
+                Some(Blocker::Running((started_at != 0).then_some(started_at)))
+            }
             stage::VICTIM => Some(Blocker::Victim(holder.pid)),
             _ => None,
         }
@@ -184,7 +192,10 @@ impl Monitor {
                     cancel_worker(slot, transaction, &Refusal::retry(message, String::new()));
                 }
             }
-            Blocker::Running if self.grace_is_over(index, transaction, holder) => {
+            Blocker::Running(started_at)
+                if is_younger(started_at, gid)
+                    || self.grace_is_over(index, transaction, holder) =>
+            {
                 shared()
                     .counters
                     .conflicts_running
@@ -206,7 +217,7 @@ impl Monitor {
             Blocker::Victim(pid) if self.waited(index, transaction, holder) >= VICTIM_PATIENCE => {
                 locks::end_session(pid);
             }
-            Blocker::Running | Blocker::UserPrepared(_) | Blocker::Victim(_) => {}
+            Blocker::Running(_) | Blocker::UserPrepared(_) | Blocker::Victim(_) => {}
         }
     }
 
@@ -220,6 +231,14 @@ impl Monitor {
             .or_insert_with(Instant::now)
             .elapsed()
     }
+}
+
+/// Whether a running transaction of this node must lose against a committing one in any case: when it came to commit, that one would be older.
+fn is_younger(started_at: Option<i64>, committing: Gid) -> bool {
+    let here = shared().node_id();
+    started_at
+        .zip(here)
+        .is_some_and(|age| age > (committing.started_at, committing.coordinator))
 }
 
 /// Whether some worker applies.

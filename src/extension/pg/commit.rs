@@ -12,7 +12,9 @@
 
 use super::process::{self, Wait};
 use super::shared::{self, outcome, stage};
-use super::{barrier, fixed_text::FixedText, gate, in_flight, raw, senders, standby, twophase};
+use super::{
+    age, barrier, fixed_text::FixedText, gate, in_flight, raw, senders, standby, twophase,
+};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit, hit_in_backend};
 use crate::guc;
@@ -82,13 +84,8 @@ pub fn reset() {
 
 /// The gid of the running transaction of this backend, which must have an xid.
 fn current_gid() -> Option<Gid> {
-    // SAFETY: both read this backend's transaction state.
-    let (xid, started_at) = unsafe {
-        (
-            pg_sys::GetTopFullTransactionIdIfAny().value,
-            pg_sys::GetCurrentTransactionStartTimestamp(),
-        )
-    };
+    // SAFETY: reads this backend's transaction state.
+    let xid = unsafe { pg_sys::GetTopFullTransactionIdIfAny().value };
     let shared = shared::shared();
     (xid != 0).then_some(())?;
     let current = shared.current();
@@ -97,7 +94,7 @@ fn current_gid() -> Option<Gid> {
         xid,
         generation: current.num,
         members: current.members,
-        started_at,
+        started_at: age::started_at(),
     })
 }
 
@@ -170,6 +167,7 @@ pub unsafe fn commit_globally() {
                 let decided = Instant::now();
                 finish(name.as_ptr(), true);
                 in_flight::leave(gid);
+                age::won();
                 let finished = Instant::now();
                 latencies.note(Phase::Commit, finished - decided);
                 hit_in_backend(Failpoint::BackendAfterCommit);
@@ -194,6 +192,9 @@ pub unsafe fn commit_globally() {
                 in_flight::leave(gid);
                 hit_in_backend(Failpoint::BackendAfterRollback);
                 UNFINISHED.set(None);
+                if lost_a_conflict() {
+                    age::lost(gid.started_at);
+                }
                 submit(&LocalEvent::Finished { gid });
                 shared::shared()
                     .counters
@@ -276,6 +277,7 @@ unsafe fn claim_commit() {
         ) {
             Ok(_) | Err(stage::COMMITTING) => return,
             Err(stage::VICTIM) => {
+                age::lost(age::started_at());
                 leave();
                 // SAFETY: raises; this frame owns nothing.
                 unsafe { raise_refusal() };
@@ -560,6 +562,14 @@ fn copy_refusal(message: &mut FixedText<1024>, detail: &mut FixedText<1024>) -> 
     let _ = message.write_str(refusal.message());
     let _ = detail.write_str(refusal.detail());
     sqlstate_number(refusal.sqlstate())
+}
+
+/// Whether the refusal in this backend's slot says that the transaction may succeed when it is run again.
+fn lost_a_conflict() -> bool {
+    shared::my_backend()
+        .refusal
+        .get()
+        .is_none_or(|refusal| refusal.sqlstate() == *b"40001")
 }
 
 /// `MAKE_SQLSTATE` of utils/elog.h.

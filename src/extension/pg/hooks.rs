@@ -6,7 +6,7 @@
 //! see an empty transaction and could raise an error for what is already committed.
 
 use super::shared;
-use super::{commit, ddl_bridge, gate, process, raw, strict, user_2pc, victim};
+use super::{age, commit, ddl_bridge, gate, process, raw, strict, user_2pc, victim};
 use pgrx::pg_sys;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
@@ -50,6 +50,7 @@ pub fn note_write() {
         wrote: true,
         ..FOOTPRINT.get()
     });
+    show_age();
 }
 
 /// Notes an explanation for the transaction's WAL that needs no replication.
@@ -58,6 +59,13 @@ pub fn note_harmless() {
         harmless: true,
         ..FOOTPRINT.get()
     });
+}
+
+/// Before the first lock that somebody may wait for.
+fn show_age() {
+    if shared::exists() && has_proc() {
+        age::show();
+    }
 }
 
 /// Whether commits of this process can be global at all.
@@ -142,6 +150,7 @@ unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, flags:
                 note_plan_writes(plan);
             }
         } else if !plan.rowMarks.is_null() {
+            show_age();
             note_harmless();
         }
         match PREVIOUS_EXECUTOR_START {
@@ -199,6 +208,9 @@ unsafe extern "C-unwind" fn transaction_event(
                 end_of_transaction();
             }
             pg_sys::XactEvent::XACT_EVENT_ABORT => {
+                if shared::exists() && has_proc() && shared::my_backend().is_victim() {
+                    age::lost(age::started_at());
+                }
                 commit::reset();
                 end_of_transaction();
                 LOCAL_DEPTH.set(0);

@@ -324,6 +324,8 @@ pub struct BackendSlot {
     /// `xid` of the last transaction of this backend that every member is known to have finished.
     peers_finished: AtomicU64,
     pub gid: GidCell,
+    /// When the first attempt of the running transaction started, once it has begun to write; 0 before. See `age`.
+    pub started_at: AtomicI64,
     /// In the middle of a PREPARE: see `barrier`.
     pub preparing: AtomicBool,
     /// `gid` is a user's own PREPARE TRANSACTION: votes are counted, nothing is decided.
@@ -416,6 +418,7 @@ impl BackendSlot {
 
     /// The backend's transaction has ended, one way or the other.
     pub fn end_transaction(&self) {
+        self.started_at.store(0, Ordering::Release);
         loop {
             match self.stage.load(Ordering::Acquire) {
                 stage::RUNNING => return,
