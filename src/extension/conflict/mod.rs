@@ -12,6 +12,7 @@
 
 use crate::arbiter::event::Conflict;
 use crate::guc;
+use crate::pg::age::WaitingWorker;
 use crate::pg::clock;
 use crate::pg::in_flight;
 use crate::pg::locks::{self, Holder, LockSnapshot};
@@ -19,6 +20,7 @@ use crate::pg::process::{self, Wait};
 use crate::pg::shared::{self, WorkerSlot, shared, stage, worker};
 use protocol::{Gid, NodeId, Refusal};
 use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -200,10 +202,7 @@ impl Monitor {
                     .counters
                     .conflicts_running
                     .fetch_add(1, Ordering::Relaxed);
-                let message = format!(
-                    "canceling transaction because it blocks a committing transaction of node {}",
-                    gid.coordinator.get()
-                );
+                let message = format!("{BLOCKS} {}", gid.coordinator.get());
                 let target = awaited_row(slot);
                 if locks::cancel_running(holder, &Refusal::retry(message, place_of(&target))) {
                     remember("running", None, Some(gid), &target);
@@ -231,6 +230,23 @@ impl Monitor {
             .or_insert_with(Instant::now)
             .elapsed()
     }
+}
+
+/// Why a transaction that has not begun to commit loses; the node follows.
+const BLOCKS: &str = "canceling transaction because it blocks a committing transaction of node";
+
+/// Counts a transaction that gives way at its COMMIT to the one that the worker applies, and writes what its client reads.
+pub fn tell_loser(waiting: WaitingWorker, message: &mut impl Write, detail: &mut impl Write) {
+    let slot = &shared::workers()[waiting.index];
+    let target = awaited_row(slot);
+    shared()
+        .counters
+        .conflicts_running
+        .fetch_add(1, Ordering::Relaxed);
+    remember("running", None, Some(waiting.gid), &target);
+    // A text that is too long is cut.
+    let _ = write!(message, "{BLOCKS} {}", waiting.gid.coordinator.get());
+    let _ = write!(detail, "{}", place_of(&target));
 }
 
 /// Whether a running transaction of this node must lose against a committing one in any case: when it came to commit, that one would be older.

@@ -16,6 +16,7 @@ use super::{
     age, barrier, fixed_text::FixedText, gate, in_flight, raw, senders, standby, twophase,
 };
 use crate::arbiter::event::{LocalEvent, submit};
+use crate::conflict;
 use crate::failpoint::{Failpoint, hit, hit_in_backend};
 use crate::guc;
 use crate::latency::Phase;
@@ -188,12 +189,14 @@ pub unsafe fn commit_globally() {
             }
             outcome::ABORT => {
                 hit_in_backend(Failpoint::BackendBeforeRollback);
+                // While the row is still in hand.
+                let passed_by = age::waiting_for(gid.xid as u32);
                 finish(name.as_ptr(), false);
                 in_flight::leave(gid);
                 hit_in_backend(Failpoint::BackendAfterRollback);
                 UNFINISHED.set(None);
                 if lost_a_conflict() {
-                    age::lost(gid.started_at);
+                    age::lost(gid.started_at, passed_by);
                 }
                 submit(&LocalEvent::Finished { gid });
                 shared::shared()
@@ -277,13 +280,33 @@ unsafe fn claim_commit() {
         ) {
             Ok(_) | Err(stage::COMMITTING) => return,
             Err(stage::VICTIM) => {
-                age::lost(age::started_at());
+                age::lost_running();
                 leave();
                 // SAFETY: raises; this frame owns nothing.
                 unsafe { raise_refusal() };
             }
             Err(_) => std::hint::spin_loop(),
         }
+    }
+}
+
+/// Refuses a transaction that an older one, which is committing, waits for here: it would be refused by the others, after everybody had prepared it.
+unsafe fn give_way(gid: Gid) {
+    let Some(waiting) = age::older_waiting_for_me(gid) else {
+        return;
+    };
+    age::lost(gid.started_at, Some(waiting));
+    let (mut message, mut detail) = (FixedText::<256>::new(), FixedText::<1024>::new());
+    conflict::tell_loser(waiting, &mut message, &mut detail);
+    leave();
+    // SAFETY: as raise_refusal; the texts are plain arrays.
+    unsafe {
+        raise(
+            pgrx::PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32,
+            message.as_c_str(),
+            detail.as_c_str(),
+            c"The transaction was rolled back on every node; run it again.",
+        );
     }
 }
 
@@ -338,6 +361,7 @@ unsafe fn prepare_under(
         mark_decodable();
         // Until here, deferred triggers may have waited for anybody: to the conflict rule the transaction was still running.
         claim_commit();
+        give_way(gid);
         reset_outcome(gid);
         standby::wait_in_transaction();
         if barrier::enter() != gid.generation {

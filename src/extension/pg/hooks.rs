@@ -147,9 +147,11 @@ unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, flags:
         }
         if plan.commandType != pg_sys::CmdType::CMD_SELECT || plan.hasModifyingCTE {
             if flags as u32 & pg_sys::EXEC_FLAG_EXPLAIN_ONLY == 0 {
+                age::let_pass();
                 note_plan_writes(plan);
             }
         } else if !plan.rowMarks.is_null() {
+            age::let_pass();
             show_age();
             note_harmless();
         }
@@ -209,7 +211,7 @@ unsafe extern "C-unwind" fn transaction_event(
             }
             pg_sys::XactEvent::XACT_EVENT_ABORT => {
                 if shared::exists() && has_proc() && shared::my_backend().is_victim() {
-                    age::lost(age::started_at());
+                    age::lost_running();
                 }
                 commit::reset();
                 end_of_transaction();
