@@ -8,6 +8,8 @@
 //!   a session that is idle in its transaction learns at its next statement, and is ended if that does not come soon;
 //! - a user's own prepared transaction: nobody knows how long it stays, so the waiting one dies after the grace.
 //!
+//! A transaction that comes to COMMIT while an older one waits for it here gives way by itself (`pg::age`).
+//!
 //! So waits among committing transactions only go from older to younger and never end in a running one: no cycle survives.
 
 use crate::arbiter::event::Conflict;

@@ -4,7 +4,7 @@
 //! for ever where others come all the time. So it keeps the start of its first attempt, and becomes the oldest one in the end.
 
 use super::process::{self, Wait};
-use super::{raw, shared};
+use super::{in_flight, raw, shared};
 use pgrx::pg_sys;
 use protocol::Gid;
 use std::cell::Cell;
@@ -17,6 +17,8 @@ const RETRY_WITHIN_US: i64 = 5_000_000;
 /// How long a second attempt waits at its first lock for whoever the first one had to give way to. Otherwise it would often be faster than a process
 /// that has to wake up first, and be in the way again.
 const LET_PASS: Duration = Duration::from_millis(20);
+/// How long a COMMIT waits for an older transaction's process to find out whom it has to wait for.
+const WAKE_UP: Duration = Duration::from_millis(5);
 const LOOK_AROUND: Duration = Duration::from_millis(1);
 
 /// An apply worker that waits for a row.
@@ -117,12 +119,27 @@ pub fn waiting_for(xid: u32) -> Option<WaitingWorker> {
     waiting_workers().find_map(|(awaited, waiting)| (awaited == xid).then_some(waiting))
 }
 
-/// A worker that waits for the running transaction, and applies an older one.
+/// A worker that waits for the running transaction `gid`, and applies an older one.
+///
+/// When the transaction that had a row ends, a local session and a worker wake up, and the session often has taken the row, and come here, before
+/// the worker knows. So the worker gets a moment to find out.
 pub fn older_waiting_for_me(gid: Gid) -> Option<WaitingWorker> {
-    waiting_workers().find_map(|(awaited, waiting)| {
-        let older = waiting.gid.age() < gid.age();
-        (older && is_mine(awaited)).then_some(waiting)
-    })
+    let begun = Instant::now();
+    loop {
+        let mut wakes_up = false;
+        for (awaited, waiting) in waiting_workers() {
+            if waiting.gid.age() < gid.age() {
+                if is_mine(awaited) {
+                    return Some(waiting);
+                }
+                wakes_up |= !in_flight::in_progress(awaited);
+            }
+        }
+        if !wakes_up || begun.elapsed() >= WAKE_UP {
+            return None;
+        }
+        process::wait_latch(LOOK_AROUND, Wait::Work);
+    }
 }
 
 fn is_mine(xid: u32) -> bool {

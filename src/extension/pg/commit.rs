@@ -256,7 +256,10 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
         USER_PREPARING.set(None);
         leave();
         match result {
-            outcome::COMMIT => forget_late_cancel(),
+            outcome::COMMIT => {
+                age::won();
+                forget_late_cancel();
+            }
             outcome::ABORT => {
                 IN_SEQUENCE.set(true);
                 finish(name, false);

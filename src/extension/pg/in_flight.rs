@@ -178,7 +178,8 @@ fn strike_out_ended() {
     }
 }
 
-fn in_progress(xid: u32) -> bool {
+/// Whether the transaction with this xid on this server has not ended.
+pub fn in_progress(xid: u32) -> bool {
     // SAFETY: looks at shared memory and the commit log, in a process that is attached to both.
     unsafe { raw::TransactionIdIsInProgress(pg_sys::TransactionId::from(xid)) }
 }
