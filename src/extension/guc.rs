@@ -161,8 +161,8 @@ fn register_commit() {
     );
     GucRegistry::define_int_guc(
         c"multimaster.conflict_grace",
-        c"Time that a running transaction gets before it is cancelled in favour of a committing one.",
-        c"A transaction that commits on another node never waits longer than this for a lock that a running one holds here.",
+        c"Time that an older running transaction gets to commit before it is cancelled in favour of a younger committing one.",
+        c"A transaction that commits on another node never waits longer than this for a lock that a running one holds here. A younger running one gives way at once.",
         &CONFLICT_GRACE,
         0,
         60_000,

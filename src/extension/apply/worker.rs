@@ -194,10 +194,11 @@ fn wake_feeder(slot: &WorkerSlot) {
     }
 }
 
-/// This process, if it is an apply worker, is about to wait for a transaction that has a row in hand: the conflict rule has to look at it now.
-pub fn wait_for_row(wait: impl FnOnce()) {
+/// This process, if it is an apply worker, is about to wait for the transaction `xid`, which has a row in hand: the conflict rule has to look at it now.
+pub fn wait_for_row(xid: u32, wait: impl FnOnce()) {
     let slot = shared::workers().get(MY_SLOT.load(Ordering::Relaxed));
     if let Some(slot) = slot {
+        slot.awaited_xid.store(xid, Ordering::Release);
         slot.waits_for_row.store(true, Ordering::Release);
         shared().monitor.wake();
     }

@@ -12,8 +12,11 @@
 
 use super::process::{self, Wait};
 use super::shared::{self, outcome, stage};
-use super::{barrier, fixed_text::FixedText, gate, in_flight, raw, senders, standby, twophase};
+use super::{
+    age, barrier, fixed_text::FixedText, gate, in_flight, raw, senders, standby, twophase,
+};
 use crate::arbiter::event::{LocalEvent, submit};
+use crate::conflict;
 use crate::failpoint::{Failpoint, hit, hit_in_backend};
 use crate::guc;
 use crate::latency::Phase;
@@ -82,13 +85,8 @@ pub fn reset() {
 
 /// The gid of the running transaction of this backend, which must have an xid.
 fn current_gid() -> Option<Gid> {
-    // SAFETY: both read this backend's transaction state.
-    let (xid, started_at) = unsafe {
-        (
-            pg_sys::GetTopFullTransactionIdIfAny().value,
-            pg_sys::GetCurrentTransactionStartTimestamp(),
-        )
-    };
+    // SAFETY: reads this backend's transaction state.
+    let xid = unsafe { pg_sys::GetTopFullTransactionIdIfAny().value };
     let shared = shared::shared();
     (xid != 0).then_some(())?;
     let current = shared.current();
@@ -97,7 +95,7 @@ fn current_gid() -> Option<Gid> {
         xid,
         generation: current.num,
         members: current.members,
-        started_at,
+        started_at: age::started_at(),
     })
 }
 
@@ -170,6 +168,7 @@ pub unsafe fn commit_globally() {
                 let decided = Instant::now();
                 finish(name.as_ptr(), true);
                 in_flight::leave(gid);
+                age::won();
                 let finished = Instant::now();
                 latencies.note(Phase::Commit, finished - decided);
                 hit_in_backend(Failpoint::BackendAfterCommit);
@@ -190,10 +189,15 @@ pub unsafe fn commit_globally() {
             }
             outcome::ABORT => {
                 hit_in_backend(Failpoint::BackendBeforeRollback);
+                // While the row is still in hand.
+                let passed_by = age::waiting_for(gid.xid as u32);
                 finish(name.as_ptr(), false);
                 in_flight::leave(gid);
                 hit_in_backend(Failpoint::BackendAfterRollback);
                 UNFINISHED.set(None);
+                if lost_a_conflict() {
+                    age::lost(gid.started_at, passed_by);
+                }
                 submit(&LocalEvent::Finished { gid });
                 shared::shared()
                     .counters
@@ -252,7 +256,10 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
         USER_PREPARING.set(None);
         leave();
         match result {
-            outcome::COMMIT => forget_late_cancel(),
+            outcome::COMMIT => {
+                age::won();
+                forget_late_cancel();
+            }
             outcome::ABORT => {
                 IN_SEQUENCE.set(true);
                 finish(name, false);
@@ -276,12 +283,33 @@ unsafe fn claim_commit() {
         ) {
             Ok(_) | Err(stage::COMMITTING) => return,
             Err(stage::VICTIM) => {
+                age::lost_running();
                 leave();
                 // SAFETY: raises; this frame owns nothing.
                 unsafe { raise_refusal() };
             }
             Err(_) => std::hint::spin_loop(),
         }
+    }
+}
+
+/// Refuses a transaction that an older one, which is committing, waits for here: it would be refused by the others, after everybody had prepared it.
+unsafe fn give_way(gid: Gid) {
+    let Some(waiting) = age::older_waiting_for_me(gid) else {
+        return;
+    };
+    age::lost(gid.started_at, Some(waiting));
+    let (mut message, mut detail) = (FixedText::<256>::new(), FixedText::<1024>::new());
+    conflict::tell_loser(waiting, &mut message, &mut detail);
+    leave();
+    // SAFETY: as raise_refusal; the texts are plain arrays.
+    unsafe {
+        raise(
+            pgrx::PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32,
+            message.as_c_str(),
+            detail.as_c_str(),
+            c"The transaction was rolled back on every node; run it again.",
+        );
     }
 }
 
@@ -336,6 +364,7 @@ unsafe fn prepare_under(
         mark_decodable();
         // Until here, deferred triggers may have waited for anybody: to the conflict rule the transaction was still running.
         claim_commit();
+        give_way(gid);
         reset_outcome(gid);
         standby::wait_in_transaction();
         if barrier::enter() != gid.generation {
@@ -560,6 +589,14 @@ fn copy_refusal(message: &mut FixedText<1024>, detail: &mut FixedText<1024>) -> 
     let _ = message.write_str(refusal.message());
     let _ = detail.write_str(refusal.detail());
     sqlstate_number(refusal.sqlstate())
+}
+
+/// Whether the refusal in this backend's slot says that the transaction may succeed when it is run again.
+fn lost_a_conflict() -> bool {
+    shared::my_backend()
+        .refusal
+        .get()
+        .is_none_or(|refusal| refusal.sqlstate() == *b"40001")
 }
 
 /// `MAKE_SQLSTATE` of utils/elog.h.

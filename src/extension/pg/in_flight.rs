@@ -1,4 +1,4 @@
-//! Which transactions of the cluster are prepared here and not finished yet, for readers that wait for them (`strict`).
+//! Which transactions of the cluster are prepared here and not finished yet: for readers that wait for them (`strict`), and for the conflict rule.
 //!
 //! Whoever prepares a transaction enters it before; whoever finishes it strikes it out afterwards. So an entry may be there although the transaction is over
 //! (its PREPARE failed, or its finisher died in between), and never the other way round. Readers and full tables strike out what is over. A user's
@@ -7,6 +7,7 @@
 //! No lock is taken. An entry is owned by whoever changes its key from or to zero.
 
 use super::raw;
+use super::shared::GidCell;
 use pgrx::pg_sys;
 use protocol::Gid;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
@@ -35,6 +36,7 @@ struct Entry {
     key: AtomicU64,
     /// Its place in the order of entering.
     number: AtomicU64,
+    gid: GidCell,
     /// Its xid on this server; 0 until the entry is complete.
     xid: AtomicU32,
 }
@@ -116,6 +118,7 @@ pub fn enter(gid: Gid, xid: u32) {
                 head.last.fetch_add(1, Ordering::SeqCst) + 1,
                 Ordering::SeqCst,
             );
+            entry.gid.set(Some(gid));
             entry.xid.store(xid, Ordering::SeqCst);
             return;
         }
@@ -133,6 +136,16 @@ pub fn leave(gid: Gid) {
             return;
         }
     }
+}
+
+/// The transaction of the cluster that has this xid here, if it is being committed.
+pub fn gid_of(xid: u32) -> Option<Gid> {
+    let entry = used_entries()
+        .iter()
+        .find(|entry| entry.xid.load(Ordering::SeqCst) == xid)?;
+    let gid = entry.gid.get()?;
+    // It is still the one that was looked for.
+    (entry.xid.load(Ordering::SeqCst) == xid).then_some(gid)
 }
 
 fn strike_out(place: usize, key: u64) {
@@ -165,7 +178,8 @@ fn strike_out_ended() {
     }
 }
 
-fn in_progress(xid: u32) -> bool {
+/// Whether the transaction with this xid on this server has not ended.
+pub fn in_progress(xid: u32) -> bool {
     // SAFETY: looks at shared memory and the commit log, in a process that is attached to both.
     unsafe { raw::TransactionIdIsInProgress(pg_sys::TransactionId::from(xid)) }
 }

@@ -1,6 +1,7 @@
 //! The only module that may be unsafe: PostgreSQL's C interface behind safe functions.
 #![allow(unsafe_code)]
 
+pub mod age;
 pub mod apply_error;
 pub mod barrier;
 pub mod board;

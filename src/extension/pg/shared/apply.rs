@@ -29,6 +29,8 @@ pub struct WorkerSlot {
     pub feeder_waits: AtomicBool,
     /// The worker is about to wait for a transaction that has a row in hand, or does so.
     pub waits_for_row: AtomicBool,
+    /// The xid, on this server, of the transaction that has the row.
+    pub awaited_xid: AtomicU32,
     /// Jobs given, and jobs whose effect is durable (or that were refused).
     pub jobs_given: AtomicU64,
     pub jobs_done: AtomicU64,

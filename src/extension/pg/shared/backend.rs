@@ -2,7 +2,7 @@
 
 use super::cells::{GidCell, RefusalCell};
 use protocol::Refusal;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 
 /// How the commit of a backend stands.
 pub mod outcome {
@@ -41,6 +41,8 @@ pub struct BackendSlot {
     /// `xid` of the last transaction of this backend that every member is known to have finished.
     peers_finished: AtomicU64,
     pub gid: GidCell,
+    /// When the first attempt of the running transaction started, once it has begun to write; 0 before. See `age`.
+    pub started_at: AtomicI64,
     /// In the middle of a PREPARE: see `barrier`.
     pub preparing: AtomicBool,
     /// `gid` is a user's own PREPARE TRANSACTION: votes are counted, nothing is decided.
@@ -133,6 +135,7 @@ impl BackendSlot {
 
     /// The backend's transaction has ended, one way or the other.
     pub fn end_transaction(&self) {
+        self.started_at.store(0, Ordering::Release);
         loop {
             match self.stage.load(Ordering::Acquire) {
                 stage::RUNNING => return,
