@@ -137,6 +137,7 @@ fn settings_are_documented_in_the_server(rig: &Rig) -> Result<()> {
         "arbiter_port",
         "heartbeat_send_timeout",
         "heartbeat_recv_timeout",
+        "slow_node_timeout",
         "max_workers",
         "wait_peer_commits",
         "min_recovery_lag",

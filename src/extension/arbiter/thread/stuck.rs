@@ -177,12 +177,15 @@ fn thing(thing: u64) -> Sight {
     }
 }
 
-/// The apply workers with a transaction in hand.
+/// The apply workers with a transaction in hand. Who waits for more of it waits for its origin: whether that comes, the stream tells.
 fn worker_sights() -> Vec<(Matter, Sight)> {
     shared::workers()
         .iter()
         .enumerate()
-        .filter(|(_, slot)| slot.state.load(Ordering::Acquire) == worker::BUSY)
+        .filter(|(index, slot)| {
+            slot.state.load(Ordering::Acquire) == worker::BUSY
+                && !(slot.fed.load(Ordering::Acquire) && shared::ring(*index).is_empty())
+        })
         .map(|(index, slot)| {
             let waits =
                 slot.waits_for_order.load(Ordering::Acquire) || slot.process.waits_for_lock();
