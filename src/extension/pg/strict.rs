@@ -77,12 +77,12 @@ pub unsafe fn before_query(query: *mut pg_sys::QueryDesc) {
         if !waits(first) {
             return;
         }
-        in_one_generation(Reader::Query(plan), snapshot, || {
-            let fresh = take_snapshot();
+        in_one_generation(Reader::Query(plan), snapshot, |fresh| {
             raw::PopActiveSnapshot();
             raw::PushActiveSnapshot(fresh);
             raw::UnregisterSnapshot((*query).snapshot);
             (*query).snapshot = raw::RegisterSnapshot(raw::GetActiveSnapshot());
+            (*query).snapshot
         });
     }
 }
@@ -108,12 +108,12 @@ pub unsafe fn before_command(pstmt: *mut pg_sys::PlannedStmt) {
         if !waits(first) {
             return;
         }
-        in_one_generation(Reader::Command(command), portal.portalSnapshot, || {
-            let fresh = take_snapshot();
+        in_one_generation(Reader::Command(command), portal.portalSnapshot, |fresh| {
             portal.portalSnapshot = std::ptr::null_mut();
             raw::PopActiveSnapshot();
             raw::PushActiveSnapshotWithLevel(fresh, portal.createLevel);
             portal.portalSnapshot = raw::GetActiveSnapshot();
+            portal.portalSnapshot
         });
     }
 }
@@ -267,21 +267,46 @@ unsafe fn take_snapshot() -> pg_sys::Snapshot {
     }
 }
 
-/// Waits, and has a snapshot taken, while this node is online in one and the same generation; it serves when this returns.
+/// Whether two snapshots show the same: taking one is cheap while nothing ends, putting it in the place of another one is not.
+unsafe fn is_same(old: &pg_sys::SnapshotData, new: &pg_sys::SnapshotData) -> bool {
+    if old.suboverflowed || new.suboverflowed {
+        // A copy lacks the list of subtransactions then.
+        return false;
+    }
+    let list = |start: *mut pg_sys::TransactionId, count: usize| {
+        if count == 0 {
+            &[][..]
+        } else {
+            // SAFETY: the array has as many elements as the count says.
+            unsafe { std::slice::from_raw_parts(start, count) }
+        }
+    };
+    let running = |snapshot: &pg_sys::SnapshotData| {
+        (
+            list(snapshot.xip, snapshot.xcnt as usize),
+            list(snapshot.subxip, snapshot.subxcnt.max(0) as usize),
+        )
+    };
+    (old.xmin, old.xmax) == (new.xmin, new.xmax) && running(old) == running(new)
+}
+
+/// Waits, and has the snapshot replaced if it is not what a new one is, while this node is online in one and the same generation; it serves when this returns.
 ///
 /// A node that was away in between was told of what it had missed after the snapshot, and serves again all the same.
-unsafe fn in_one_generation(reader: Reader, snapshot: pg_sys::Snapshot, mut take: impl FnMut()) {
+unsafe fn in_one_generation(
+    reader: Reader,
+    mut snapshot: pg_sys::Snapshot,
+    mut replace: impl FnMut(pg_sys::Snapshot) -> pg_sys::Snapshot,
+) {
     // SAFETY: as the callers of the hooks' functions promise.
     unsafe {
-        let taken_at = (*snapshot).snapXactCompletionCount;
-        let mut replaced = false;
         loop {
             let generation = shared::shared().online_in();
             reader.check();
-            // In this order: what has ended since the snapshot was struck out later than it was counted.
-            if await_prepared(reader) || replaced || ended_transactions() != taken_at {
-                take();
-                replaced = true;
+            await_prepared(reader);
+            let fresh = take_snapshot();
+            if !is_same(&*snapshot, &*fresh) {
+                snapshot = replace(fresh);
             }
             reader.check();
             if shared::shared().online_in() == generation {
@@ -295,17 +320,15 @@ unsafe fn in_one_generation(reader: Reader, snapshot: pg_sys::Snapshot, mut take
 ///
 /// Nobody waits for ever, and there is no cycle: a prepared transaction has all its locks and needs nothing of this session. What it waits for are other
 /// nodes' votes; where those wait for a lock of this session, this session is running, and the conflict rule makes it a victim.
-///
-/// False when nothing was prepared.
-unsafe fn await_prepared(reader: Reader) -> bool {
+unsafe fn await_prepared(reader: Reader) {
     let Some(prepared) = Prepared::now() else {
-        return false;
+        return;
     };
     let begun = Instant::now();
     // SAFETY: as the callers promise; the list lies in shared memory.
     unsafe {
         if reader.shows_only_the_cluster() {
-            return true;
+            return;
         }
         while let Some(pending) = prepared.pending() {
             raw::ConditionVariablePrepareToSleep(pending.list());
@@ -320,14 +343,7 @@ unsafe fn await_prepared(reader: Reader) -> bool {
                 }
             }
         }
-        true
     }
-}
-
-/// How many transactions have ended in this server since its start: a snapshot is still that of this moment when it says the same.
-fn ended_transactions() -> u64 {
-    // SAFETY: one aligned word in shared memory, which this process is attached to.
-    unsafe { std::ptr::read_volatile(&raw const (*pg_sys::ShmemVariableCache).xactCompletionCount) }
 }
 
 /// Sleeps until something on the list has ended, or a while.
