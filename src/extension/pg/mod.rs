@@ -14,6 +14,7 @@ pub mod decode;
 pub mod failpoint;
 mod fixed_text;
 mod gate;
+mod handed_record;
 pub mod hooks;
 pub mod invalidation;
 pub mod locks;

@@ -4,6 +4,7 @@
 //! what is here, `SetLatch` and the eventfd.
 
 use super::board::{Board, RecentLog};
+use super::handed_record::HandedRecord;
 use super::queue::{Queue, Ring};
 use super::raw;
 use crate::latency::Latencies;
@@ -323,6 +324,8 @@ pub struct BackendSlot {
     /// `xid` of the last transaction of this backend that every member is known to have finished.
     peers_finished: AtomicU64,
     pub gid: GidCell,
+    /// What it has to write before its COMMIT PREPARED; belongs to `outcome`.
+    pub record: HandedRecord,
     /// In the middle of a PREPARE: see `barrier`.
     pub preparing: AtomicBool,
     /// `gid` is a user's own PREPARE TRANSACTION: votes are counted, nothing is decided.

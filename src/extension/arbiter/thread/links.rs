@@ -10,7 +10,7 @@ use mesh::MeshEvent;
 use protocol::membership::MembershipInput;
 use protocol::{Decision, Input, Message, NodeId, NodeSet, Refusal};
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use wire::frame::Heartbeat;
 
 /// Tag of a heartbeat's extra: the nodes that the sender talks to and whose streams it receives, as a bit set.
@@ -71,7 +71,7 @@ impl Arbiter {
                     self.stop_hopeless_apply(&msg);
                     match self.user_votes.count(from, &msg) {
                         Some((gid, tally)) => self.answer_user(gid, tally),
-                        None => self.input(Input::Message { from, msg }),
+                        None => self.on_protocol_message(from, msg),
                     }
                 }
             }
@@ -111,6 +111,25 @@ impl Arbiter {
                 );
                 self.main.log(LogLevel::Warning, text);
             }
+        }
+    }
+
+    fn on_protocol_message(&mut self, from: NodeId, msg: Message) {
+        let unannounced = match &msg {
+            Message::Vote { gid, .. } => {
+                gid.coordinator == self.node
+                    && self.core.promised(*gid).is_none()
+                    && self.core.decision(*gid).is_none()
+            }
+            _ => false,
+        };
+        let now = if unannounced {
+            self.early_votes.keep(from, msg, Instant::now())
+        } else {
+            Some(msg)
+        };
+        if let Some(msg) = now {
+            self.input(Input::Message { from, msg });
         }
     }
 
