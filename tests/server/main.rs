@@ -11,6 +11,7 @@ mod conflicts;
 mod constraints;
 mod ddl;
 mod rows;
+mod steps;
 mod stream;
 mod traps;
 mod views;
@@ -31,7 +32,8 @@ fn main() -> ExitCode {
     ]
     .concat();
     if !plain() {
-        cases.extend([conflicts::cases(), views::cases()].into_iter().flatten());
+        let of_clusters = [conflicts::cases(), views::cases(), steps::cases()];
+        cases.extend(of_clusters.into_iter().flatten());
     }
     run_shared(NODES, cases)
 }
