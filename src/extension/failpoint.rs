@@ -53,6 +53,8 @@ points! {
     BackendAfterPrepare "backend-after-prepare" "coordinator",
     BackendAfterAnnouncing "backend-after-announcing" "coordinator",
     BackendBeforeCommit "backend-before-commit" "coordinator",
+    BackendBeforeRecord "backend-before-record" "coordinator",
+    BackendAfterRecord "backend-after-record" "coordinator",
     BackendAfterCommit "backend-after-commit" "coordinator",
     BackendBeforeRollback "backend-before-rollback" "coordinator-refused",
     BackendAfterRollback "backend-after-rollback" "coordinator-refused",
@@ -71,7 +73,7 @@ points! {
     FinishAfterTelling "finish-after-telling" "participant",
     // Durable records.
     RecordsBeforeWrite "records-before-write" "both",
-    RecordsAfterWrite "records-after-write" "coordinator",
+    RecordsAfterWrite "records-after-write" "coordinator-refused",
     RecordsBeforeFlush "records-before-flush" "both",
     RecordsBeforeAnswer "records-before-answer" "both",
     RecordsAfterAnswer "records-after-answer" "both",

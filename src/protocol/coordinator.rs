@@ -294,6 +294,10 @@ impl Txn {
             });
         } else if !self.is_undecided() {
             if self.local == Local::Prepared {
+                // The backend may have been told, and gone before it had written what precedes the finish.
+                if self.recorded {
+                    self.write(turn);
+                }
                 self.finish(turn);
             }
         } else if !self.is_unsure() {

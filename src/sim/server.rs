@@ -86,6 +86,8 @@ pub(crate) struct Memory {
     pub core: Core,
     pub gates: BTreeMap<Gid, Gate>,
     pub sessions: BTreeMap<Gid, Session>,
+    /// Records of commits that the session has been told of and writes itself.
+    pub handed: BTreeMap<Gid, Record>,
     pub visible: BTreeMap<NodeId, Csn>,
     /// Foreign transactions being applied, or waiting to be.
     pub applying: BTreeMap<Gid, Applying>,
@@ -153,6 +155,7 @@ impl Server {
             core: Core::new(config, recovered, now, out),
             gates: BTreeMap::new(),
             sessions: BTreeMap::new(),
+            handed: BTreeMap::new(),
             visible: BTreeMap::new(),
             applying: BTreeMap::new(),
             locks,
@@ -177,6 +180,27 @@ impl Server {
 
     pub fn unflushed(&self) -> usize {
         self.wal.len()
+    }
+
+    /// A session that waits for its outcome writes the record of its commit itself, with its finish; false when there is none.
+    pub fn hand_over(&mut self, gid: Gid, record: Record) -> bool {
+        let Some(memory) = &mut self.memory else {
+            return false;
+        };
+        let waits = memory.sessions.get(&gid) == Some(&Session::Waiting);
+        let taken = waits && record.decision == Some(Decision::Commit);
+        if taken {
+            memory.handed.insert(gid, record);
+        }
+        taken
+    }
+
+    /// The session is about to finish: what it was handed precedes that in WAL.
+    pub fn write_handed(&mut self, gid: Gid) {
+        let memory = self.memory.as_mut();
+        if let Some(record) = memory.and_then(|memory| memory.handed.remove(&gid)) {
+            self.write_record(record);
+        }
     }
 
     pub fn write_record(&mut self, record: Record) -> u64 {

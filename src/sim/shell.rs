@@ -180,10 +180,14 @@ impl World {
             (SessionStep::Vanish, Some(Session::Waiting | Session::Finishing(_))) => {
                 if let Some(memory) = self.memory_mut(node) {
                     memory.sessions.remove(&gid);
+                    memory.handed.remove(&gid);
                 }
                 self.input(node, Input::Abandoned { gid });
             }
             (SessionStep::Finish, Some(Session::Finishing(decision))) => {
+                if let Some((server, _)) = self.disk(node) {
+                    server.write_handed(gid);
+                }
                 self.finish(node, gid, decision);
                 self.answer(gid, decision);
             }
@@ -283,6 +287,7 @@ impl World {
             return;
         };
         memory.sessions.remove(&gid);
+        memory.handed.remove(&gid);
         if server.disk.prepared.remove(&gid) {
             if memory.locks.get(&key.unwrap_or(0)) == Some(&gid) {
                 memory.locks.remove(&key.unwrap_or(0));

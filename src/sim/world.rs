@@ -241,8 +241,10 @@ impl World {
                 let upto = server.write_record(record);
                 self.close_gate(node, gid, upto, self.hazards.disk_max_ms);
             }
-            Effect::Write { record, .. } => {
-                if let Some(server) = self.servers.get_mut(&node) {
+            Effect::Write { gid, record } => {
+                if let Some(server) = self.servers.get_mut(&node)
+                    && !server.hand_over(gid, record)
+                {
                     server.write_record(record);
                 }
             }

@@ -36,7 +36,7 @@ impl Drop for Held<'_> {
     }
 }
 
-fn arm(rig: &Rig, node: usize, value: &str) -> Result<()> {
+pub fn arm(rig: &Rig, node: usize, value: &str) -> Result<()> {
     rig.session(node)?
         .run(&format!("SET multimaster.failpoint = '{value}'"))
 }

@@ -12,6 +12,7 @@ mod constraints;
 mod ddl;
 mod held;
 mod rows;
+mod steps;
 mod stream;
 mod strict;
 mod traps;
@@ -33,11 +34,13 @@ fn main() -> ExitCode {
     ]
     .concat();
     if !plain() {
-        cases.extend(
-            [conflicts::cases(), strict::cases(), views::cases()]
-                .into_iter()
-                .flatten(),
-        );
+        let of_clusters = [
+            conflicts::cases(),
+            strict::cases(),
+            views::cases(),
+            steps::cases(),
+        ];
+        cases.extend(of_clusters.into_iter().flatten());
     }
     run_shared(NODES, cases)
 }

@@ -5,6 +5,7 @@
 
 mod counters;
 pub mod durable;
+mod early_votes;
 pub mod event;
 mod finishing;
 mod net_config;

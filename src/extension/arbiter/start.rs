@@ -13,9 +13,10 @@ use crate::failpoint::{Failpoint, hit};
 use crate::guc;
 use crate::pg::outcome::next_xid;
 use crate::pg::process::{self, Wait};
-use crate::pg::records::{self, DurableTable};
+use crate::pg::records::{self, DurableTable, Places};
 use crate::pg::shared::{self, outcome, shared};
 use crate::pg::{catalog_scan, ddl, in_flight, locks, sequences};
+use mesh::MeshHandle;
 use protocol::membership::{Generation, MembershipRecord};
 use protocol::{
     Config, Core, Effects, GenerationNum, Gid, Lsn, NodeId, NodeSet, Record, Recovered,
@@ -128,6 +129,8 @@ pub struct RecoveredState {
 pub struct Decider {
     pub core: Core,
     pub tuples: Tuples,
+    /// Where the durable records lie.
+    pub places: Places,
     /// What the membership remembers; none in a new cluster.
     pub membership: Option<MembershipRecord>,
     /// The node that this server is a copy of.
@@ -185,6 +188,7 @@ pub fn recover(identity: &Identity) -> RecoveredState {
         decider: Decider {
             core,
             tuples,
+            places: records.places(),
             membership,
             copied_from: copied.map(|copied| copied.donor),
             epoch,
@@ -375,14 +379,31 @@ pub fn run_thread(
         .map_err(|error| format!("could not start the network runtime: {error}"))?;
     let node = identity.node_id;
     let configured = identity.nodes.iter().map(|peer| peer.id).collect();
-    let local = tokio::task::LocalSet::new();
-    local.block_on(&runtime, async move {
+    runtime.block_on(async move {
         let (mesh, events) = start_mesh(&identity, &settings).await?;
-        Arbiter::new(node, configured, decider, main, mesh, &settings)
-            .run(events, from_main)
-            .await
-            .map_err(|error| format!("network thread failed: {error}"))
+        let silence = SilentInPanic(mesh.clone());
+        let arbiter = Arbiter::new(node, configured, decider, main, mesh, &settings);
+        // A task like those of the links: what they wake runs next, where the runtime looks at all sockets before it goes on with its outermost future.
+        let running = tokio::spawn(async move {
+            let _silence = silence;
+            arbiter.run(events, from_main).await
+        });
+        match running.await {
+            Ok(result) => result.map_err(|error| format!("network thread failed: {error}")),
+            Err(ended) => std::panic::resume_unwind(ended.into_panic()),
+        }
     })
+}
+
+/// Keeps the links from saying anything more once the arbiter's task has panicked: a node whose core is wrong must not act.
+struct SilentInPanic(MeshHandle);
+
+impl Drop for SilentInPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.speak_for(Some(Duration::ZERO));
+        }
+    }
 }
 
 /// Workers that must always be there.

@@ -20,6 +20,7 @@ pub use main_link::{FromMain, HeartbeatTimes, LogLevel, LogRecord, MainLink, ToM
 
 use super::counters::Refusals;
 use super::durable::{DurableOrder, Tuples};
+use super::early_votes::EarlyVotes;
 use super::event::{self, LocalEvent};
 use super::finishing::Finishing;
 use super::net_config::NetSettings;
@@ -27,6 +28,7 @@ use super::start::Decider;
 use super::trace;
 use super::user_votes::{UserTally, UserVotes, generation_over};
 use crate::failpoint::{Failpoint, hit_in_thread};
+use crate::pg::records::Places;
 use crate::pg::shared::{self, EVENT_BYTES, outcome, shared};
 use crate::pg::thread as os_thread;
 use delays::Stages;
@@ -50,6 +52,7 @@ pub struct Arbiter {
     pub configured: NodeSet,
     pub core: Core,
     pub tuples: Tuples,
+    pub places: Places,
     pub main: MainLink,
     pub mesh: MeshHandle,
     started: Instant,
@@ -57,6 +60,7 @@ pub struct Arbiter {
     silence: Duration,
     effects: Effects,
     user_votes: UserVotes,
+    early_votes: EarlyVotes,
     order: DurableOrder,
     /// Backends that wait for an outcome.
     waiting: BTreeMap<Gid, Waiting>,
@@ -110,12 +114,14 @@ impl Arbiter {
             configured,
             core: decider.core,
             tuples: decider.tuples,
+            places: decider.places,
             main,
             mesh,
             started: Instant::now(),
             silence,
             effects: decider.effects,
             user_votes: UserVotes::default(),
+            early_votes: EarlyVotes::default(),
             order: DurableOrder::default(),
             waiting: BTreeMap::new(),
             to_self: VecDeque::new(),
@@ -151,7 +157,6 @@ impl Arbiter {
             tokio::select! {
                 ready = wake.readable() => {
                     let mut ready = ready?;
-                    os_thread::drain_wake_fd();
                     ready.clear_ready();
                     accept_wakes();
                 }
@@ -255,6 +260,7 @@ impl Arbiter {
                     wait_peers,
                     fast,
                 });
+                self.hand_on_votes(gid);
             }
             LocalEvent::Voted { gid, vote, lsn } => self.input(Input::Voted {
                 gid,
@@ -287,6 +293,7 @@ impl Arbiter {
             LocalEvent::Abandoned { gid } => {
                 self.waiting.remove(&gid);
                 self.input(Input::Abandoned { gid });
+                self.hand_on_votes(gid);
             }
             LocalEvent::MarkerReached { .. }
             | LocalEvent::RecoveryLevel { .. }
@@ -296,6 +303,13 @@ impl Arbiter {
             LocalEvent::MarkStored { node, lsn } => {
                 self.input(Input::MarkPassed { origin: node, lsn })
             }
+        }
+    }
+
+    /// The core knows the transaction, or has to find out what it was.
+    fn hand_on_votes(&mut self, gid: Gid) {
+        for (from, msg) in self.early_votes.take(gid) {
+            self.input(Input::Message { from, msg });
         }
     }
 
@@ -364,6 +378,9 @@ impl Arbiter {
         self.tick_stuck();
         self.refresh_status();
         self.input(Input::Tick);
+        for gid in self.early_votes.overdue(Instant::now()) {
+            self.hand_on_votes(gid);
+        }
         self.place();
         self.finishing.push_delayed();
         self.send_batch(true);

@@ -13,7 +13,7 @@
 use super::process::{self, Wait};
 use super::shared::{self, outcome, stage};
 use super::{
-    age, barrier, fixed_text::FixedText, gate, in_flight, raw, senders, standby, twophase,
+    age, barrier, fixed_text::FixedText, gate, in_flight, raw, records, senders, standby, twophase,
 };
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::conflict;
@@ -519,7 +519,20 @@ fn await_peers(gid: Gid, life: u32) {
 }
 
 /// Step 6.
+///
+/// The record that came with a commit precedes it in WAL; one flush takes both along. An error between the two leaves the transaction to the arbiter,
+/// which has another process write the record and commit.
 unsafe fn finish(name: *const c_char, commit: bool) {
+    let handed = shared::my_backend().record.get();
+    // Written by the first attempt; it stays written while another process has the transaction in its hands.
+    let mut unwritten = handed.filter(|_| commit);
+    let write_record = |unwritten: &mut Option<(records::Place, records::Body)>| {
+        if let Some((place, body)) = unwritten.take() {
+            hit(Failpoint::BackendBeforeRecord);
+            records::write_at(place, &body);
+            hit(Failpoint::BackendAfterRecord);
+        }
+    };
     // SAFETY: the prepared transaction belongs to the user in effect at PREPARE, who need not be the present one; the bootstrap
     // superuser (oid 10) may finish any.
     unsafe {
@@ -530,7 +543,7 @@ unsafe fn finish(name: *const c_char, commit: bool) {
             context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32,
         );
         loop {
-            match twophase::finish_in_transaction(name, commit) {
+            match twophase::finish_in_transaction(name, commit, || write_record(&mut unwritten)) {
                 twophase::Finished::Done | twophase::Finished::Unknown => break,
                 twophase::Finished::Busy => {
                     process::wait_latch(BUSY_PAUSE, Wait::PeerCommits);

@@ -15,6 +15,7 @@ pub mod decode;
 pub mod failpoint;
 mod fixed_text;
 mod gate;
+mod handed_record;
 pub mod hooks;
 pub mod in_flight;
 pub mod invalidation;

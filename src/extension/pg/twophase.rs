@@ -64,13 +64,18 @@ pub fn finish_after(name: &str, commit: bool, before: impl FnOnce()) -> Finished
 
 /// Finishes a prepared transaction inside the calling backend's transaction.
 ///
-/// Every error is an answer: nothing may unwind into the hook's callers. After `Failed` the transaction must be aborted.
+/// `before` runs first. Every error is an answer: nothing may unwind into the hook's callers. After `Failed` the transaction must be aborted.
 ///
 /// # Safety
 /// In a transaction; the caller's frames own nothing with a destructor.
-pub unsafe fn finish_in_transaction(name: *const std::ffi::c_char, commit: bool) -> Finished {
+pub unsafe fn finish_in_transaction(
+    name: *const std::ffi::c_char,
+    commit: bool,
+    before: impl FnOnce(),
+) -> Finished {
     // SAFETY: a zero-terminated name that outlives the call.
     let attempt = quietly_if_ours(unsafe { CStr::from_ptr(name) }, || {
+        before();
         // SAFETY: guarded: errors become unwinding, which the handlers below end.
         unsafe {
             pg_sys::ffi::pg_guard_ffi_boundary(|| guarded::FinishPreparedTransaction(name, commit))

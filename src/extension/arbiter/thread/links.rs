@@ -11,7 +11,7 @@ use mesh::MeshEvent;
 use protocol::membership::MembershipInput;
 use protocol::{Decision, Input, Message, NodeId, NodeSet, Refusal};
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use wire::frame::Heartbeat;
 
 /// Time for a good-bye to leave before the connections are closed.
@@ -61,7 +61,7 @@ impl Arbiter {
                     self.stop_hopeless_apply(&msg);
                     match self.user_votes.count(from, &msg) {
                         Some((gid, tally)) => self.answer_user(gid, tally),
-                        None => self.input(Input::Message { from, msg }),
+                        None => self.on_protocol_message(from, msg),
                     }
                 }
             }
@@ -102,6 +102,25 @@ impl Arbiter {
                 );
                 self.main.log(LogLevel::Warning, text);
             }
+        }
+    }
+
+    fn on_protocol_message(&mut self, from: NodeId, msg: Message) {
+        let unannounced = match &msg {
+            Message::Vote { gid, .. } => {
+                gid.coordinator == self.node
+                    && self.core.promised(*gid).is_none()
+                    && self.core.decision(*gid).is_none()
+            }
+            _ => false,
+        };
+        let now = if unannounced {
+            self.early_votes.keep(from, msg, Instant::now())
+        } else {
+            Some(msg)
+        };
+        if let Some(msg) = now {
+            self.input(Input::Message { from, msg });
         }
     }
 

@@ -1,6 +1,7 @@
 //! The slot of each process of the server: what its transaction waits for, and who may end it.
 
 use super::cells::{GidCell, RefusalCell};
+use crate::pg::handed_record::HandedRecord;
 use protocol::Refusal;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 
@@ -41,6 +42,8 @@ pub struct BackendSlot {
     /// `xid` of the last transaction of this backend that every member is known to have finished.
     peers_finished: AtomicU64,
     pub gid: GidCell,
+    /// What it has to write before its COMMIT PREPARED; belongs to `outcome`.
+    pub record: HandedRecord,
     /// When the first attempt of the running transaction started, once it has begun to write; 0 before. See `age`.
     pub started_at: AtomicI64,
     /// In the middle of a PREPARE: see `barrier`.
