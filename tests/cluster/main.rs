@@ -11,6 +11,7 @@ mod growth;
 mod hosts;
 mod intruder;
 mod kill;
+mod large;
 mod ledger;
 mod life;
 mod lists;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         load::cases(),
         life::cases(),
         bulk::cases(),
+        large::cases(),
         failover::cases(),
         minority::cases(),
         split::cases(),
