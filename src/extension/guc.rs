@@ -24,6 +24,7 @@ static COMMIT_MODE: GucSetting<CommitMode> = GucSetting::<CommitMode>::new(Commi
 static MIN_RECOVERY_LAG: GucSetting<i32> = GucSetting::<i32>::new(100);
 static MAX_RECOVERY_LAG: GucSetting<i32> = GucSetting::<i32>::new(1024 * 1024);
 static CONFLICT_GRACE: GucSetting<i32> = GucSetting::<i32>::new(10);
+static STREAM_IN_PROGRESS: GucSetting<bool> = GucSetting::<bool>::new(true);
 static MINORITY_READS: GucSetting<bool> = GucSetting::<bool>::new(false);
 static INIT_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(60);
 
@@ -152,6 +153,14 @@ fn register_commit() {
         GucFlags::default(),
     );
     GucRegistry::define_bool_guc(
+        c"multimaster.stream_in_progress",
+        c"Large transactions are sent, and applied, while they still run.",
+        c"Sent: those above logical_decoding_work_mem, by connections that begin later. Applied: those whose first piece comes later.",
+        &STREAM_IN_PROGRESS,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    GucRegistry::define_bool_guc(
         c"multimaster.minority_reads",
         c"Lets this session read on a node that is not part of a working majority.",
         c"What it reads may be older than what other nodes have committed.",
@@ -240,6 +249,11 @@ pub fn strict_reads() -> bool {
 /// Whether COMMIT is to be decided on the votes alone, where the number of nodes allows it.
 pub fn commits_fast() -> bool {
     COMMIT_MODE.get() == CommitMode::Fast
+}
+
+/// Whether large transactions are sent and applied while they run.
+pub fn stream_in_progress() -> bool {
+    STREAM_IN_PROGRESS.get()
 }
 
 /// Whether plain reads are allowed on a node that must not answer from its tables.

@@ -14,6 +14,7 @@ mod growth;
 mod hosts;
 mod intruder;
 mod kill;
+mod large;
 mod ledger;
 mod life;
 mod lists;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         load::cases(),
         life::cases(),
         bulk::cases(),
+        large::cases(),
         failover::cases(),
         clone::cases(),
         operations::cases(),

@@ -141,6 +141,7 @@ fn settings_are_documented_in_the_server(rig: &Rig) -> Result<()> {
         "min_recovery_lag",
         "max_recovery_lag",
         "conflict_grace",
+        "stream_in_progress",
     ];
     let list: Vec<String> = names
         .iter()

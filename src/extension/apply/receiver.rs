@@ -3,10 +3,12 @@
 use super::feed::{self, Feed};
 use super::progress::{Fences, Progress};
 use super::stream_message::{DATA_HEADER_BYTES, number, status_message};
+use super::streamed::Streams;
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::arbiter::{MARK_ROWS, body_of, number_in, read_membership};
 use crate::cluster::{Identity, slot_name};
 use crate::failpoint::{Failpoint, hit};
+use crate::guc;
 use crate::pg::process::{self, SocketWait, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::remote::Connection;
@@ -14,12 +16,12 @@ use crate::pg::shared::{self, NodeShared, shared};
 use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
 use crate::pg::{locks, senders};
-use protocol::membership::Admission;
+use protocol::membership::{Admission, Phase};
 use protocol::{Decision, GenerationNum, Gid, Lsn, NodeId, Record, Refusal, Vote};
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use wire::stream::{Message, StreamFrame};
+use wire::stream::{Begin, Message, StreamFrame};
 
 /// Pause before a peer that does not fit is tried again.
 const REFUSED_PAUSE_MS: u64 = 5000;
@@ -80,6 +82,8 @@ struct Receiver {
     fences: Fences,
     stored: Lsn,
     current: Current,
+    /// Transactions that still run there.
+    streams: Streams,
     /// Transactions of this peer that this server knows already; what is not in here and comes is new.
     prepared: BTreeSet<Gid>,
     ended: BTreeSet<Gid>,
@@ -201,6 +205,7 @@ impl Receiver {
             fences: Fences::default(),
             stored,
             current: Current::None,
+            streams: Streams::default(),
             prepared,
             ended,
             of_users: names_of_users(),
@@ -238,6 +243,8 @@ impl Receiver {
             match stream.receive() {
                 Received::Message(message) => self.on_message(message),
                 Received::Nothing { socket } => {
+                    let gone_on = self.streams.go_on(may_apply_ahead());
+                    self.expect_spooled(gone_on);
                     self.tell(stream);
                     let wait = waiting.take().filter(|wait| wait.socket() == socket);
                     waiting
@@ -298,8 +305,11 @@ impl Receiver {
             Ok(message) => message,
             Err(error) => pgrx::error!("multimaster receiver of node {}: {error}", self.peer.get()),
         };
-        if message.begins() {
-            self.begin(&message);
+        if message.is_piece() {
+            return self.add_piece(&message, bytes);
+        }
+        if message.begins() && self.begin(&message, bytes) {
+            return;
         }
         match &self.current {
             Current::None => return self.outside_transaction(&message),
@@ -311,17 +321,65 @@ impl Receiver {
         }
     }
 
-    fn begin(&mut self, message: &Message<'_>) {
-        let Some(Ok(StreamFrame::Begin(begin))) = message.frames().next() else {
+    /// Part of a transaction that still runs.
+    fn add_piece(&mut self, message: &Message<'_>, bytes: &[u8]) {
+        let Some(Ok(StreamFrame::Piece(piece))) = message.frames().next() else {
             pgrx::error!(
-                "multimaster receiver of node {}: a transaction without its head",
+                "multimaster receiver of node {}: a piece without its head",
                 self.peer.get()
             );
         };
+        let added = self.streams.add(&piece, bytes, may_apply_ahead());
+        self.expect_spooled(added);
+    }
+
+    /// Ends this process when a temporary file does not do what it should: the stream comes again.
+    fn expect_spooled<T>(&self, result: std::io::Result<T>) -> T {
+        result.unwrap_or_else(|error| {
+            pgrx::error!(
+                "multimaster receiver of node {}: cannot keep a running transaction in a temporary file: {error}",
+                self.peer.get()
+            )
+        })
+    }
+
+    /// A transaction's head has come. True when the message has been passed on already.
+    fn begin(&mut self, message: &Message<'_>, bytes: &[u8]) -> bool {
+        let (begin, streamed) = match message.frames().next() {
+            Some(Ok(StreamFrame::Begin(begin))) => (begin, None),
+            Some(Ok(StreamFrame::Resume(resume))) => (resume.begin, self.streams.take(resume.top)),
+            _ => pgrx::error!(
+                "multimaster receiver of node {}: a transaction without its head",
+                self.peer.get()
+            ),
+        };
         let gid = begin.gid;
         hit(Failpoint::ReceiverBegins);
+        match (self.answer_at_once(&begin), streamed) {
+            (Some(answer), streamed) => {
+                if let Some(streamed) = streamed {
+                    streamed.drop_all();
+                }
+                self.current = Current::Skipping { gid, answer };
+                false
+            }
+            (None, None) => {
+                self.current = Current::Feeding(Feed::claim(|| ()));
+                false
+            }
+            (None, Some(streamed)) => {
+                let fed = streamed.resume(bytes, may_apply_ahead);
+                self.current = Current::Feeding(self.expect_spooled(fed));
+                true
+            }
+        }
+    }
+
+    /// What to do with a transaction that is not to be applied; none when it is.
+    fn answer_at_once(&mut self, begin: &Begin<'_>) -> Option<Answer> {
+        let gid = begin.gid;
         let name = begin.name.as_bytes();
-        let answer = if !name.starts_with(b"mtm-") {
+        if !name.starts_with(b"mtm-") {
             self.admit_users(gid, name)
         } else if self.prepared.contains(&gid) {
             Some(Answer::Yes)
@@ -329,11 +387,7 @@ impl Receiver {
             Some(Answer::Nothing)
         } else {
             admit(gid)
-        };
-        self.current = match answer {
-            Some(answer) => Current::Skipping { gid, answer },
-            None => Current::Feeding(Feed::claim(|| ())),
-        };
+        }
     }
 
     /// A user's own PREPARE TRANSACTION. The number in its gid is that of whoever decoded it; which generation it is of, the markers before it tell.
@@ -357,9 +411,8 @@ impl Receiver {
     }
 
     fn pass_on(&self, feed: &Feed, bytes: &[u8]) {
-        let length = (bytes.len() as u32).to_le_bytes();
         // A worker that is gone has voted no: the rest of the transaction is not wanted.
-        let _ = feed.write(&[&length, bytes], || ());
+        let _ = feed.write_message(bytes);
     }
 
     fn end(&mut self, at: Lsn) {
@@ -414,6 +467,7 @@ impl Receiver {
                     self.generation = self.generation.max(marker.generation);
                     self.fences.put(marker.lsn, marker.generation);
                 }
+                Ok(StreamFrame::Undo(undo)) => self.streams.undo(undo),
                 Ok(_) => pgrx::error!(
                     "multimaster receiver of node {}: a change outside of a transaction",
                     self.peer.get()
@@ -538,6 +592,11 @@ impl Receiver {
 fn names_of_users() -> BTreeSet<String> {
     let names = locks::prepared_names().into_values();
     names.filter(|name| Gid::parse(name).is_none()).collect()
+}
+
+/// Whether transactions that still run may be applied here. A node that recovers gets what they build on in another way.
+fn may_apply_ahead() -> bool {
+    guc::stream_in_progress() && shared().standing.get().phase == Phase::Online
 }
 
 /// Waits until it is known what to do with a transaction that is new here; none when it is to be applied.

@@ -25,7 +25,7 @@ use pgrx::pg_sys;
 use plan::{Known, KnownRelations};
 use segment::{OpenTable, Segment, Statement};
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use wire::stream::{Malformed, Relation, RelationId, Row, StreamFrame, Truncate};
 
@@ -38,7 +38,7 @@ thread_local! {
 /// Applies the row changes of one transaction.
 pub struct RowApplier {
     /// The relations this transaction has told of.
-    told: HashMap<RelationId, Rc<Known>>,
+    told: BTreeMap<RelationId, Rc<Known>>,
     /// Open while row changes come one after another.
     segment: Option<Segment>,
 }
@@ -55,7 +55,7 @@ impl RowApplier {
             pg_sys::XactDeferrable = false;
         }
         RowApplier {
-            told: HashMap::new(),
+            told: BTreeMap::new(),
             segment: None,
         }
     }

@@ -10,8 +10,8 @@ use super::values::RowArrays;
 use super::{super::memory, triggers};
 use crate::apply::rows::ApplyError;
 use pgrx::pg_sys;
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::rc::Rc;
 use wire::stream::RelationId;
 
@@ -65,7 +65,7 @@ pub struct Statement {
 /// A statement with its tables.
 pub struct Segment {
     statement: Statement,
-    tables: HashMap<RelationId, OpenTable>,
+    tables: BTreeMap<RelationId, OpenTable>,
     /// The one table with rows that wait to be inserted.
     waiting: Option<RelationId>,
 }
@@ -211,7 +211,7 @@ impl Segment {
         // SAFETY: as the caller promises.
         Segment {
             statement: unsafe { Statement::begin() },
-            tables: HashMap::new(),
+            tables: BTreeMap::new(),
             waiting: None,
         }
     }

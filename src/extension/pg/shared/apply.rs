@@ -54,6 +54,11 @@ pub struct WorkerSlot {
     pub waits_for_order: AtomicBool,
     /// The last job whose receiver went away in the middle of it: it is to be dropped.
     pub broken_job: AtomicU64,
+    /// Applies a transaction that still runs at its origin (apply::streamed).
+    pub ahead: AtomicBool,
+    /// The last job that was begun ahead and whose PREPARE has come; the last one that the worker dropped before that.
+    pub resumed_job: AtomicU64,
+    pub dropped_job: AtomicU64,
 }
 
 pub type WorkerRing = Ring<RING_BYTES>;
