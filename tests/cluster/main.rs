@@ -21,6 +21,7 @@ mod load;
 mod minority;
 mod nemesis;
 mod open_sessions;
+mod operations;
 mod recovery;
 mod refusals;
 mod split;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         bulk::cases(),
         failover::cases(),
         clone::cases(),
+        operations::cases(),
         recovery::cases(),
         minority::cases(),
         cut_off::cases(),

@@ -230,7 +230,7 @@ unsafe fn await_service(reads_only: bool) {
 ///
 /// # Safety
 /// As [`check_query`]; the snapshot is none or valid.
-pub unsafe fn check_snapshot(snapshot: pg_sys::Snapshot) {
+pub unsafe fn check_snapshot(plan: &pg_sys::PlannedStmt, snapshot: pg_sys::Snapshot) {
     if snapshot.is_null() || !shared::exists() {
         return;
     }
@@ -242,6 +242,7 @@ pub unsafe fn check_snapshot(snapshot: pg_sys::Snapshot) {
             || !pg_sys::XidInMVCCSnapshot(pg_sys::TransactionId::from(last as u32), snapshot)
             || !applies()
             || guc::minority_reads()
+            || !touches_data(plan)
         {
             return;
         }

@@ -136,7 +136,7 @@ unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, flags:
         gate::refresh_session();
         if flags as u32 & pg_sys::EXEC_FLAG_EXPLAIN_ONLY == 0 {
             gate::check_query(plan);
-            gate::check_snapshot((*query).snapshot);
+            gate::check_snapshot(plan, (*query).snapshot);
         }
         if plan.commandType != pg_sys::CmdType::CMD_SELECT || plan.hasModifyingCTE {
             if flags as u32 & pg_sys::EXEC_FLAG_EXPLAIN_ONLY == 0 {
