@@ -51,12 +51,6 @@ fn with_nodes(
     }
     let mut cluster = Cluster::start_servers(installation, &nodes)?;
     let outcome = cluster.init_cluster().and_then(|()| {
-        for node in 0..3 {
-            // A session that begins while its node is not online yet stays read-only.
-            wait_for("a node that takes writes", PATIENCE, || {
-                Ok(session(&cluster, node)?.text("SHOW default_transaction_read_only")? == "off")
-            })?;
-        }
         session(&cluster, 0)?.run(TABLE)?;
         work(&mut cluster)?;
         checks::whole(&cluster, PATIENCE)
