@@ -24,6 +24,8 @@ impl Core {
     ) {
         let Some(gid) = msg.gid() else { return };
         match msg {
+            // To all: the coordinator answers it.
+            Message::Vote { .. } if gid.coordinator != self.site.node() => {}
             Message::Vote { .. }
             | Message::Query { .. }
             | Message::Status { .. }
@@ -107,6 +109,8 @@ impl Core {
             return self.on_unknown_own(now, from, gid, msg, out);
         }
         match msg {
+            // It has overtaken the PREPARE, which comes another way; or is late, and dropped in a while.
+            Message::Vote { .. } => self.site.early_votes.keep(gid, from, now),
             // Without a vote it has nothing to finish and nothing to acknowledge.
             Message::Decided { .. } if !member => {}
             // Every member has prepared what was committed; what is no longer prepared here is finished.

@@ -19,7 +19,8 @@ use crate::pg::{catalog_scan, ddl, in_flight, locks, sequences};
 use mesh::MeshHandle;
 use protocol::membership::{Generation, MembershipRecord};
 use protocol::{
-    Config, Core, Effects, GenerationNum, Gid, Lsn, NodeId, NodeSet, Record, Recovered,
+    Config, Core, Effects, FAST_NODES_MAX, GenerationNum, Gid, Lsn, NodeId, NodeSet, Record,
+    Recovered,
 };
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -265,6 +266,7 @@ fn config(
         epoch,
         first_xid,
         copied_in: copied.map_or(GenerationNum(0), |copied| copied.generation),
+        votes_to_all: configured.len() > FAST_NODES_MAX,
         resolve_after_ms: millis(guc::heartbeat_recv_timeout()),
         resolve_step_ms: 200,
         resend_after_ms: 500,
