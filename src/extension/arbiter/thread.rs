@@ -149,7 +149,7 @@ impl Arbiter {
         self.adopt_waiting_backends();
         self.start_members();
         let wake = os_thread::wake_readiness()?;
-        // An earlier life of this process may have died between draining the descriptor and saying so.
+        // An earlier life of this process may have died between being woken and saying so.
         accept_wakes();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
