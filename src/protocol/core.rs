@@ -243,6 +243,11 @@ impl Core {
             gid.coordinator != node,
             "no node applies its own transaction"
         );
+        if !gid.members.contains(node) {
+            // A no would be taken for a decision, and it is none.
+            let reason = "a PREPARE without a vote of this node was not skipped";
+            return out.event(Event::Rejected { from: node, reason });
+        }
         if !self.txns.contains_key(&gid) {
             if self.site.mark_covers(gid.coordinator, lsn) {
                 let reason = "a PREPARE below the stored mark was not skipped";

@@ -21,6 +21,11 @@ use crate::types::{Millis, NodeId, NodeSet};
 /// Added to the promising side's duration, so that rounding never shortens it.
 const ROUNDING_MS: Millis = 10;
 
+/// For how long a promise of this duration binds its giver, who counts from hearing and by a clock that may be the faster one.
+pub(crate) const fn binding(lasts: Millis) -> Millis {
+    lasts + lasts / 50 + ROUNDING_MS
+}
+
 /// A promise as it travels in a heartbeat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Grant {
@@ -83,7 +88,7 @@ impl Leases {
             sent,
             lasts: self.lasts,
         };
-        let ends = now + self.lasts + self.lasts / 50 + ROUNDING_MS;
+        let ends = now + binding(self.lasts);
         let before = self.given.get(&from).map_or(0, |given| given.binds_until);
         let binds_until = ends.max(before);
         self.given.insert(from, Given { grant, binds_until });

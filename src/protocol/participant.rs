@@ -166,7 +166,7 @@ impl Txn {
         if self.own.is_some() || !to.contains(gid.coordinator) {
             return;
         }
-        let msg = if self.record.voted_yes {
+        let msg = if self.record.voted_yes && self.has_vote(turn.site.node()) {
             Message::Vote {
                 gid,
                 vote: Vote::Yes,

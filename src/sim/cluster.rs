@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{
-    Core, Decision, Effect, Effects, Gid, Input, Message, NodeId, Outcome, Record, Recovered,
+    Config, Core, Decision, Effect, Effects, Gid, Input, Message, NodeId, Outcome, Record,
+    Recovered,
 };
 
 use crate::checker::{Checker, Evidence};
@@ -90,17 +91,30 @@ impl Cluster {
         })
     }
 
-    pub(crate) fn start(&mut self, scope: &Scope, name: NodeId, recovered: Vec<Recovered>) {
+    /// Starts the node with what is on its disk. It has no links yet.
+    pub(crate) fn boot(&mut self, name: NodeId, config: impl FnOnce(u32) -> Config) {
         let Some(node) = self.nodes.get_mut(&name) else {
             return;
         };
         node.epoch += 1;
-        let epoch = node.epoch;
+        let gids: BTreeSet<Gid> = node.records.keys().chain(&node.prepared).copied().collect();
+        let found = |gid| Recovered {
+            gid,
+            record: node.records.get(&gid).copied(),
+            prepared: node.prepared.contains(&gid),
+        };
+        let recovered = gids.into_iter().map(found).collect();
         let mut out = Effects::new();
-        let mut core = Core::new(scope.config(name, epoch), recovered, 0, &mut out);
+        let mut core = Core::new(config(node.epoch), recovered, 0, &mut out);
         core.reduce();
         node.core = Some(core);
         self.carry_out(name, &mut out);
+    }
+
+    /// Starts the node and links it with every other one that runs.
+    pub(crate) fn start(&mut self, scope: &Scope, name: NodeId) {
+        self.boot(name, |epoch| scope.config(name, epoch));
+        let epoch = self.epoch(name);
         let peers: Vec<(NodeId, u32)> = self
             .nodes
             .iter()
@@ -119,21 +133,32 @@ impl Cluster {
         }
     }
 
-    pub(crate) fn restart(&mut self, scope: &Scope, name: NodeId) {
-        let Some(node) = self.nodes.get(&name) else {
-            return;
-        };
-        let gids: BTreeSet<Gid> = node.records.keys().chain(&node.prepared).copied().collect();
-        let found = |gid| Recovered {
-            gid,
-            record: node.records.get(&gid).copied(),
-            prepared: node.prepared.contains(&gid),
-        };
-        let recovered = gids.into_iter().map(found).collect();
-        self.start(scope, name, recovered);
+    /// How often the node has been started.
+    pub(crate) fn epoch(&self, name: NodeId) -> u32 {
+        self.nodes.get(&name).map_or(0, |node| node.epoch)
+    }
+
+    pub(crate) fn is_up(&self, name: NodeId) -> bool {
+        self.nodes
+            .get(&name)
+            .is_some_and(|node| node.core.is_some())
     }
 
     pub(crate) fn crash(&mut self, name: NodeId) {
+        self.lose_memory(name);
+        let peers: Vec<NodeId> = self
+            .nodes
+            .keys()
+            .copied()
+            .filter(|peer| *peer != name)
+            .collect();
+        for peer in peers {
+            self.input(peer, Input::LinkDown { peer: name });
+        }
+    }
+
+    /// Takes away the node's memory, what it had not flushed, and what is on its links.
+    pub(crate) fn lose_memory(&mut self, name: NodeId) {
         self.crashes += 1;
         if let Some(node) = self.nodes.get_mut(&name) {
             node.core = None;
@@ -145,15 +170,6 @@ impl Cluster {
             .retain(|envelope| envelope.from != name && envelope.to != name);
         for gid in self.checker.told_committed() {
             self.demand_commit_survives(gid);
-        }
-        let peers: Vec<NodeId> = self
-            .nodes
-            .keys()
-            .copied()
-            .filter(|peer| *peer != name)
-            .collect();
-        for peer in peers {
-            self.input(peer, Input::LinkDown { peer: name });
         }
     }
 

@@ -9,6 +9,8 @@
 #![forbid(unsafe_code)]
 
 mod apply;
+mod change_model;
+mod changing;
 mod checker;
 mod cluster;
 mod event;
@@ -22,6 +24,7 @@ mod shell;
 mod storm;
 mod world;
 
+pub use change_model::{ChangeScope, search_changes};
 pub use checker::Violation;
 pub use storm::{Report, SeedFailure, Summary, run_seed, run_seed_with, run_seeds, trace_seed};
 pub use storm::{run_changing_seed, trace_changing_seed};

@@ -1,11 +1,13 @@
-//! `sim seeds <nodes> <first> <last>`, `sim trace <nodes> <seed>`, `sim quick`, `sim model [<steps>]`.
+//! `sim seeds <nodes> <first> <last>`, `sim trace <nodes> <seed>`, the same for changing members as
+//! `sim members` and `sim trace-members`, `sim quick`, `sim model [<steps>]`.
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;
 
-use sim::model::{Scope, search};
+use sim::model::{Findings, Scope, search};
+use sim::{ChangeScope, search_changes};
 
-const USAGE: &str = "usage: sim seeds <nodes> <first> <last> | sim trace <nodes> <seed> | sim quick | sim model [<steps>]";
+const USAGE: &str = "usage: sim seeds <nodes> <first> <last> | sim trace <nodes> <seed> | sim members <nodes> <first> <last> | sim trace-members <nodes> <seed> | sim quick | sim model [<steps>]";
 
 /// Steps that a search takes when none are given: more than any scope has.
 const MODEL_STEPS: usize = 100_000_000;
@@ -94,18 +96,26 @@ fn shown((lines, result): (Vec<String>, Result<sim::Report, sim::SeedFailure>)) 
 
 /// Scopes that must be searched to the end.
 fn quick() -> bool {
-    Scope::quick().into_iter().all(|scope| {
-        let findings = search(scope);
-        println!("{scope}: {findings}");
-        findings.broken.is_empty() && findings.complete
-    })
+    let complete = |findings: &Findings| findings.broken.is_empty() && findings.complete;
+    Scope::quick()
+        .into_iter()
+        .all(|scope| complete(&told(scope, search(scope))))
+        && ChangeScope::quick()
+            .into_iter()
+            .all(|scope| complete(&told(scope, search_changes(scope))))
 }
 
 fn model(states_max: usize) -> bool {
     quick()
-        && Scope::large(states_max).into_iter().all(|scope| {
-            let findings = search(scope);
-            println!("{scope}: {findings}");
-            findings.broken.is_empty()
-        })
+        && Scope::large(states_max)
+            .into_iter()
+            .all(|scope| told(scope, search(scope)).broken.is_empty())
+        && ChangeScope::large(states_max)
+            .into_iter()
+            .all(|scope| told(scope, search_changes(scope)).broken.is_empty())
+}
+
+fn told(scope: impl std::fmt::Display, findings: Findings) -> Findings {
+    println!("{scope}: {findings}");
+    findings
 }

@@ -104,7 +104,12 @@ pub fn search(scope: Scope) -> Findings {
 }
 
 /// Names of what was found; states seen; steps taken.
-fn summary(checker: &impl stateright::Checker<Scope>) -> (BTreeSet<&'static str>, usize, usize) {
+pub(crate) fn summary<M>(
+    checker: &impl stateright::Checker<M>,
+) -> (BTreeSet<&'static str>, usize, usize)
+where
+    M: Model<State: Clone + fmt::Debug + PartialEq, Action: Clone + fmt::Debug + PartialEq>,
+{
     (
         checker.discoveries().into_keys().collect(),
         checker.unique_state_count(),
@@ -264,7 +269,7 @@ impl Model for Scope {
             cluster.checker.on_prepared(gid.coordinator, gid, None);
         }
         for node in self.configured().iter() {
-            cluster.start(self, node, Vec::new());
+            cluster.start(self, node);
         }
         vec![cluster]
     }
@@ -350,7 +355,7 @@ impl Model for Scope {
             Step::Tick(node) => cluster.input(node, Input::Tick),
             Step::Crash(node) => {
                 cluster.crash(node);
-                cluster.restart(self, node);
+                cluster.start(self, node);
             }
         }
         cluster.drop_vain();

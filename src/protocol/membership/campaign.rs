@@ -35,6 +35,11 @@ struct Running {
 }
 
 impl Campaign {
+    /// See [`Membership::reduce`].
+    pub const fn reduce(&mut self) {
+        self.attempts = 0;
+    }
+
     pub fn stop(&mut self) {
         self.at = None;
         self.running = None;

@@ -28,6 +28,7 @@ use self::campaign::Campaign;
 use self::detector::Detector;
 use self::recovery::Recovery;
 use self::switch::Stage;
+use crate::lease::binding;
 use crate::types::{GenerationNum, Gid, Millis, NodeId, NodeSet};
 
 pub use effect::{
@@ -133,11 +134,8 @@ impl Membership {
             campaign: Campaign::default(),
             recovery: Recovery::default(),
             unbound: NodeSet::EMPTY,
-            bound_before: if first {
-                now
-            } else {
-                now + config.promise_ms_max
-            },
+            // Also without a record: an earlier life may have promised before it wrote one.
+            bound_before: now + binding(config.promise_ms_max),
             withheld: NodeSet::EMPTY,
             leaving: false,
             shown: Presence::default(),
@@ -245,6 +243,12 @@ impl Membership {
     /// Whether the mark of a peer's stream may pass a marker or fence of this number.
     pub fn may_pass(&self, num: GenerationNum) -> bool {
         self.standing().may_pass(num)
+    }
+
+    /// Drops what decides nothing: the pace of campaigns. See [`crate::Core::reduce`].
+    pub fn reduce(&mut self) {
+        self.campaign.reduce();
+        self.shown = Presence::default();
     }
 
     fn is_peer(&self, peer: NodeId) -> bool {

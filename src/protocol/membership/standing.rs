@@ -33,8 +33,8 @@ impl Standing {
         let current = self.current.num;
         match self.phase {
             _ if gid.generation > current => Admission::Hold,
-            Phase::Online if gid.generation == current => Admission::Apply,
             Phase::Online if !gid.members.contains(node) => Admission::Skip,
+            Phase::Online if gid.generation == current => Admission::Apply,
             Phase::Online if gid.generation < self.recovered_to => Admission::Skip,
             Phase::Online => Admission::Refuse,
             Phase::Outside => Admission::SetAside,

@@ -85,8 +85,9 @@ impl Membership {
         let connected = generation.members.is_subset(clique);
         let fair = current.intersection(clique).is_subset(generation.members);
         let asked = added.is_subset(self.willing().with(from));
+        let keeps_itself = !self.is_online() || generation.members.contains(self.config.node);
         let unbound = self.is_unbound_but_to(now, generation.members);
-        if connected && fair && asked && unbound && !self.leaving {
+        if connected && fair && asked && keeps_itself && unbound && !self.leaving {
             Answer::Yes
         } else {
             Answer::Silence

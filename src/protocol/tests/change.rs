@@ -7,7 +7,10 @@ use protocol::membership::{
     Elected, Membership, MembershipConfig, MembershipEffect, MembershipEffects, MembershipInput,
     MembershipMessage, Presence,
 };
-use protocol::{Effect, Generation, GenerationNum, Input, Leases, Message, Millis, NodeSet, Vote};
+use protocol::{
+    Effect, Event, Generation, GenerationNum, Gid, Input, Leases, Lsn, Message, Millis, NodeSet,
+    Refusal, Vote,
+};
 
 fn next_generation(bench: &mut Bench) -> Vec<Effect> {
     bench.give(Input::Generation {
@@ -66,6 +69,28 @@ fn nor_is_it_when_the_session_comes_late() {
     assert!(asks_for_promises(&effects));
 }
 
+/// Its no would be taken for the end of the transaction by everybody who asks this node.
+#[test]
+fn a_node_without_a_vote_does_not_decide_by_voting() {
+    let gid = Gid {
+        members: [1, 3].map(n).into_iter().collect(),
+        ..gid(1, 7)
+    };
+    let mut bench = Bench::new(2);
+    for vote in [Vote::Yes, Vote::No(Refusal::retry("", ""))] {
+        let effects = bench.give(Input::Voted {
+            gid,
+            vote,
+            prepare_lsn: Lsn(1),
+        });
+        assert!(matches!(
+            effects[..],
+            [Effect::Event(Event::Rejected { from, .. })] if from == n(2)
+        ));
+        assert_eq!(bench.core.decision(gid), None);
+    }
+}
+
 /// A node's membership and its leases, of three nodes.
 struct Voter {
     membership: Membership,
@@ -77,7 +102,10 @@ impl Voter {
     fn new() -> Self {
         let all: NodeSet = (1..=3).map(n).collect();
         let mut out = MembershipEffects::new();
-        let config = MembershipConfig::new(n(2), all);
+        let config = MembershipConfig {
+            promise_ms_max: 0,
+            ..MembershipConfig::new(n(2), all)
+        };
         Self {
             membership: Membership::new(config, None, 0, &mut out),
             leases: Leases::new(n(2), 1, all, 500),

@@ -203,6 +203,54 @@ fn a_voter_is_silent_while_it_is_bound_or_sees_the_dropped_one() {
     );
 }
 
+/// By the giver's clock that is a little more than what was promised: the other one's may be slower.
+#[test]
+fn promises_of_an_earlier_life_bind_as_long_as_any_can() {
+    let online = record(
+        1,
+        generation(1, &[1, 2, 3]),
+        elected(1, &[1, 2, 3], &[1, 2, 3]),
+    );
+    for found in [None, Some(online)] {
+        let mut bench = Bench::new(2, found);
+        bench.now = 20;
+        bench.lose(3, &[1]);
+        let wanted = generation(2, &[1, 2]);
+        let unbound = set(&[3]);
+        for (now, votes) in [(1_000, false), (1_029, false), (1_030, true)] {
+            bench.now = now;
+            bench.give(MembershipInput::Tick { unbound });
+            let voted = grants(&bench.ask(1, wanted));
+            assert_eq!(voted, votes, "at {now} after a start with {found:?}");
+        }
+    }
+}
+
+/// Nodes 1 to 4 see each other, node 5 only two of them; of equal cliques it finds the one without itself.
+#[test]
+fn a_node_that_is_online_does_not_vote_itself_out() {
+    let all = set(&[1, 2, 3, 4, 5]);
+    let config = MembershipConfig::new(n(5), all);
+    let mut out = MembershipEffects::new();
+    let membership = Membership::new(config, None, 0, &mut out);
+    let mut bench = Bench {
+        membership,
+        now: 10_000,
+    };
+    for peer in [1, 2, 3] {
+        bench.give(MembershipInput::LinkUp { peer: n(peer) });
+        let sees: &[u8] = if peer == 3 {
+            &[1, 2, 3, 4]
+        } else {
+            &[1, 2, 3, 4, 5]
+        };
+        bench.hear(peer, sees, 1);
+    }
+    assert_eq!(bench.membership.clique(), set(&[1, 2, 3]));
+    bench.tick(&[1, 2, 3, 4]);
+    assert_eq!(bench.ask(1, generation(2, &[1, 2, 3])), []);
+}
+
 #[test]
 fn who_voted_higher_does_not_come_online() {
     let before = record(
@@ -297,6 +345,7 @@ fn what_becomes_of_a_prepare() {
         (6, &[1, 2], Admission::Apply),
         (5, &[1, 2], Admission::Refuse),
         (5, &[2, 3], Admission::Skip),
+        (6, &[2, 3], Admission::Skip),
         (3, &[1, 2], Admission::Skip),
     ] {
         let admission = bench.membership.admit(gid(num, members));
