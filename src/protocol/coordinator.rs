@@ -229,7 +229,6 @@ impl Txn {
     /// A durable precommit under the coordinator's own ballot. It counts whatever was promised since: accepted by a majority
     /// is accepted by one of every later quorum.
     pub fn on_precommitted(&mut self, turn: &mut Turn, from: NodeId) {
-        let configured = turn.site.config.configured;
         let Some(own) = &mut self.own else {
             return turn.reject(from, "it precommits at a node that has not asked for it");
         };
@@ -237,7 +236,7 @@ impl Txn {
             return turn.reject(from, "it precommits what was not proposed");
         }
         own.precommits.insert(from);
-        if own.precommits.is_quorum_of(configured) && self.is_undecided() {
+        if turn.site.config.is_quorum(own.precommits) && self.is_undecided() {
             self.decide(turn, Decision::Commit, Source::Central, None);
         }
     }
@@ -263,6 +262,8 @@ impl Txn {
         let over = self.gid().generation < turn.site.config.generation;
         let Some(own) = &self.own else { return };
         let missing = !self.gid().participants().is_subset(own.yes);
+        // Alone, nobody else's precommit is to come either.
+        let missing = missing || turn.site.config.is_alone();
         if over && missing && own.backend == Backend::Waiting && self.is_undecided() {
             self.resolve(turn);
         }

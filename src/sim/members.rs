@@ -6,10 +6,13 @@ use protocol::membership::{
     Admission, Generation, Membership, MembershipConfig, MembershipEffect, MembershipEffects,
     MembershipInput, MembershipRecord,
 };
-use protocol::{Decision, GenerationNum, Gid, Input, Leases, Message, Millis, NodeId, Vote};
+use protocol::{
+    Decision, GenerationNum, Gid, Input, Leases, Message, Millis, NodeId, NodeSet, Vote,
+};
 
 use crate::apply::refusal;
 use crate::event::{Beat, Event};
+use crate::referee::RefereeHost;
 use crate::server::{Applying, Session, StreamItem};
 use crate::world::{World, pair};
 
@@ -54,6 +57,7 @@ impl World {
         let config = MembershipConfig {
             fault: self.members_fault,
             promise_ms_max: LEASE_MS * 2,
+            referee: self.referee.is_some(),
             ..MembershipConfig::new(node, configured)
         };
         let mut out = MembershipEffects::new();
@@ -172,6 +176,7 @@ impl World {
                 self.later(1, 8, Event::WriteMarker { node, life, num });
             }
             MembershipEffect::Open { generation } => self.open(node, generation),
+            MembershipEffect::AskReferee(request) => self.ask_referee(node, request),
             MembershipEffect::Recover { from } => self.recover(node, from),
             MembershipEffect::StopRecovery => {
                 if let Some(members) = self.members_mut(node) {
@@ -238,14 +243,14 @@ impl World {
     }
 
     fn open(&mut self, node: NodeId, generation: Generation) {
-        let configured = self.configured;
+        let elected = self.may_be_elected(node, generation);
         self.set_aside_old(node);
         let Some((server, checker)) = self.disk(node) else {
             return;
         };
         let disk = &server.disk;
         let holds = |gid: Gid| disk.prepared.contains(&gid) || disk.finished.contains_key(&gid);
-        checker.on_open(node, generation, configured, holds);
+        checker.on_open(node, generation, elected, holds);
         self.generations.insert(generation.num);
         let Some(members) = self.members_mut(node) else {
             return;
@@ -260,6 +265,14 @@ impl World {
             self.on_prepare(node, gid, applying.lsn, applying.deps);
         }
         self.check_serving();
+    }
+
+    /// G8: by a majority, or by the referee.
+    fn may_be_elected(&self, node: NodeId, generation: Generation) -> bool {
+        let alone = generation.members == NodeSet::EMPTY.with(node);
+        let granted = |host: &RefereeHost| host.granted.contains(&(generation.num, node));
+        generation.members.is_quorum_of(self.configured)
+            || alone && self.referee.as_ref().is_some_and(granted)
     }
 
     /// Does with a PREPARE what the membership says.
@@ -421,8 +434,10 @@ impl World {
             .configured
             .iter()
             .filter(|node| {
-                self.members_of(*node)
-                    .is_some_and(|members| members.open.is_some() && members.leases.until() > now)
+                self.is_alone(*node)
+                    || self.members_of(*node).is_some_and(|members| {
+                        members.open.is_some() && members.leases.until() > now
+                    })
             })
             .collect();
         for node in serving {

@@ -219,6 +219,9 @@ unsafe fn await_service(reads_only: bool) {
         // SAFETY: as check_query.
         unsafe { refuse_old_snapshot() };
     }
+    // A session that began a moment too early would hear of a read-only transaction now.
+    // SAFETY: as check_query; called from the same hooks.
+    unsafe { refresh_session() };
 }
 
 /// Whether the lease has ended so short a time ago that the others may only be slow. A node that has been cut off for longer refuses at once.
