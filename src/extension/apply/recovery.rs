@@ -250,10 +250,6 @@ fn apply(
     known: &BTreeSet<String>,
     online_in: GenerationNum,
 ) -> Result<Option<String>, ApplyFailure> {
-    // Looked up in a transaction of its own, so before this one begins.
-    if is_users_and_here(messages)? {
-        return Ok(None);
-    }
     process::begin_transaction();
     let mut applier = rows::RowApplier::begin();
     let mut begun = None::<Begun>;
@@ -263,7 +259,7 @@ fn apply(
             match frame.map_err(ApplyFailure::malformed)? {
                 StreamFrame::Begin(begin) => {
                     let users_name = begin.name.to_string();
-                    if users_name.is_empty() && is_here(begin.gid, known, online_in) {
+                    if is_here(begin.gid, &users_name, known, online_in) {
                         applier.abandon();
                         process::abort_transaction();
                         return Ok(None);
@@ -322,26 +318,14 @@ impl Begun {
     }
 }
 
-/// Whether there is nothing to do for a transaction of the cluster.
-fn is_here(gid: Gid, known: &BTreeSet<String>, online_in: GenerationNum) -> bool {
-    gid.generation <= online_in || known.contains(&gid.text(shared().cluster_tag()))
-}
-
-/// Whether it is a user's own prepared transaction, and prepared here under its name.
-fn is_users_and_here(messages: &[Vec<u8>]) -> Result<bool, ApplyFailure> {
-    for bytes in messages {
-        let message = Message::parse(bytes).map_err(ApplyFailure::malformed)?;
-        for frame in message.frames() {
-            if let StreamFrame::Begin(begin) = frame.map_err(ApplyFailure::malformed)? {
-                let users_name = begin.name.to_string();
-                return Ok(!users_name.is_empty()
-                    && locks::prepared_names()
-                        .values()
-                        .any(|name| *name == users_name));
-            }
-        }
+/// Whether there is nothing to do for the transaction. A user's own has a name, and is here when it is prepared.
+fn is_here(gid: Gid, users_name: &str, known: &BTreeSet<String>, online_in: GenerationNum) -> bool {
+    if !users_name.is_empty() {
+        return locks::prepared_names()
+            .values()
+            .any(|name| name == users_name);
     }
-    Ok(false)
+    gid.generation <= online_in || known.contains(&gid.text(shared().cluster_tag()))
 }
 
 fn finish_user(name: &[u8], commit: bool) {
