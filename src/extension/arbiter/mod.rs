@@ -8,6 +8,7 @@ pub mod durable;
 pub mod event;
 mod finishing;
 mod net_config;
+pub mod referee;
 pub mod slots;
 mod start;
 mod thread;

@@ -22,6 +22,8 @@ pub struct NetSettings {
     pub send_ms: u64,
     pub recv_ms: u64,
     pub epoch: u32,
+    /// Whether there is a referee.
+    pub referee: bool,
 }
 
 impl NetSettings {
@@ -32,6 +34,7 @@ impl NetSettings {
             send_ms: millis(guc::heartbeat_send_timeout()),
             recv_ms: millis(guc::heartbeat_recv_timeout()),
             epoch,
+            referee: guc::referee_connstring().is_some(),
         }
     }
 }

@@ -4,6 +4,7 @@ use super::RESTART_PAUSE;
 use super::durable::{RECORDS_MAX, Tuples};
 use super::event::{self, LocalEvent};
 use super::net_config::{NetSettings, millis, start_mesh};
+use super::referee;
 use super::slots;
 use super::thread::{Arbiter, FromMain, HeartbeatTimes, MainLink};
 use crate::cluster::Identity;
@@ -379,6 +380,7 @@ pub fn run_thread(
                 send_ms: settings.send_ms,
                 recv_ms: settings.recv_ms,
             },
+            settings.referee,
         )
         .run(events, from_main)
         .await
@@ -420,6 +422,14 @@ impl Children {
             0,
             shared.finisher.is_set(),
         );
+        if referee::is_wanted() {
+            self.keep(
+                "multimaster referee",
+                "multimaster_referee_main",
+                0,
+                shared.referee.is_set(),
+            );
+        }
         if let Some(donor) = shared.recover_from() {
             self.keep(
                 "multimaster recovery",

@@ -92,9 +92,10 @@ impl Arbiter {
         main: MainLink,
         mesh: MeshHandle,
         timing: HeartbeatTimes,
+        referee: bool,
     ) -> Arbiter {
         let silence = Duration::from_millis(timing.recv_ms);
-        let members = members::Members::new(node, configured, decider.membership, 0);
+        let members = members::Members::new(node, configured, referee, decider.membership, 0);
         let leases = lease::LeaseKeeper::new(node, decider.epoch, configured, timing, &mesh);
         Arbiter {
             node,
@@ -278,7 +279,8 @@ impl Arbiter {
             }
             LocalEvent::MarkerReached { .. }
             | LocalEvent::RecoveryLevel { .. }
-            | LocalEvent::RecoveryLost { .. } => self.on_recovery(&event),
+            | LocalEvent::RecoveryLost { .. }
+            | LocalEvent::Refereed { .. } => self.on_recovery(&event),
             LocalEvent::Ask { number, question } => self.answer(number, &question),
             LocalEvent::MarkStored { node, lsn } => {
                 self.input(Input::MarkPassed { origin: node, lsn })

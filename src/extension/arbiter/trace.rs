@@ -100,7 +100,8 @@ pub fn event(event: &LocalEvent) -> Option<(Gid, String)> {
         | LocalEvent::MarkStored { .. }
         | LocalEvent::MarkerReached { .. }
         | LocalEvent::RecoveryLevel { .. }
-        | LocalEvent::RecoveryLost { .. } => return None,
+        | LocalEvent::RecoveryLost { .. }
+        | LocalEvent::Refereed { .. } => return None,
     };
     Some((*gid, text))
 }

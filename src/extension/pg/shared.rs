@@ -569,6 +569,9 @@ pub struct Shared {
     pub worker_awaited: AtomicBool,
     pub finisher: ProcCell,
     pub recovery: ProcCell,
+    pub referee: ProcCell,
+    /// Number and `online_in` of the question for the referee; 0 for none.
+    pub referee_question: AtomicU64,
     /// The node to recover from; 0 for none.
     pub recover_from: AtomicU32,
     /// Bytes of the donor's WAL that have not been applied yet.

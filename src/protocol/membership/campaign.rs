@@ -60,6 +60,9 @@ impl Campaign {
     }
 }
 
+/// The referee may be far away: a campaign that needs it lasts so many times longer.
+const REFEREE_PATIENCE: u64 = 10;
+
 /// Beyond this many attempts the pause between them no longer grows.
 const PAUSE_STEPS_MAX: u64 = 8;
 
@@ -141,6 +144,11 @@ impl Membership {
             GenerationNum(last.num.max(self.campaign.heard).0.saturating_add(1))
         };
         let generation = Generation { num, members };
+        let lasts = if self.config.needs_referee(members) {
+            self.config.campaign_ms * REFEREE_PATIENCE
+        } else {
+            self.config.campaign_ms
+        };
         self.record.last_vote = generation;
         self.persist(out);
         self.leave_unless_online();
@@ -152,7 +160,7 @@ impl Membership {
             votes: BTreeMap::new(),
             granted: false,
             resend_at: now,
-            until: now + self.config.campaign_ms,
+            until: now + lasts,
         });
         self.request(now, out);
         self.on_granted(self.config.node, generation, self.record.online_in, out);

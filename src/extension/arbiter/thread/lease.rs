@@ -48,6 +48,17 @@ impl LeaseKeeper {
         }
     }
 
+    /// Whether this node serves without anybody's promise, or needs them from now on.
+    pub fn set_alone(&mut self, alone: bool) {
+        let until = if alone { Millis::MAX } else { self.until() };
+        shared().lease_until_ms.store(until, Ordering::Release);
+    }
+
+    /// End of the lease by the promises of others, as `clock::monotonic_ms`.
+    fn until(&self) -> Millis {
+        self.began_ms.saturating_add(self.leases.until())
+    }
+
     /// The heartbeat times have changed.
     pub fn reconfigure(&mut self, times: HeartbeatTimes) {
         self.times = times;
@@ -60,8 +71,9 @@ impl LeaseKeeper {
         self.leases
             .heard(from, heartbeat.epoch, heartbeat.sent_ms, now);
         self.leases.on_grants(from, &grants_of(heartbeat));
-        let until = self.began_ms.saturating_add(self.leases.until());
-        shared().lease_until_ms.fetch_max(until, Ordering::AcqRel);
+        shared()
+            .lease_until_ms
+            .fetch_max(self.until(), Ordering::AcqRel);
     }
 
     /// Sends the promise soon, and not only with the next regular heartbeat: the way there and back is then all that a lease loses.

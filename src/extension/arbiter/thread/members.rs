@@ -3,6 +3,7 @@
 //! What it says of this node rides on heartbeats. See `docs/membership.md`.
 
 use super::super::event::LocalEvent;
+use super::super::referee;
 use super::links::LEAVING_PAUSE;
 use super::main_link::{LogLevel, ToMain};
 use super::{Arbiter, lease};
@@ -40,12 +41,14 @@ impl Members {
     pub fn new(
         node: NodeId,
         configured: NodeSet,
+        referee: bool,
         record: Option<MembershipRecord>,
         now: Millis,
     ) -> Members {
         let mut effects = MembershipEffects::new();
         let config = MembershipConfig {
             promise_ms_max: lease::LASTS_MS_MAX,
+            referee,
             ..MembershipConfig::new(node, configured)
         };
         let membership = Membership::new(config, record, now, &mut effects);
@@ -144,6 +147,11 @@ impl Arbiter {
                 self.main.send(ToMain::WriteMarker(elected.generation.num));
             }
             MembershipEffect::Open { generation } => self.open(generation),
+            MembershipEffect::AskReferee(request) => {
+                referee::leave(request);
+                shared().arbiter.wake();
+                shared().referee.wake();
+            }
             MembershipEffect::Recover { from } => recover_from(Some(from)),
             MembershipEffect::StopRecovery => recover_from(None),
             MembershipEffect::Beat => {
@@ -162,6 +170,7 @@ impl Arbiter {
 
     /// Nobody prepares under an older generation from now on.
     fn close(&mut self, generation: Generation) {
+        self.leases.set_alone(false);
         barrier::close();
         self.members.closing = Some(generation);
         self.members.opened = None;
@@ -187,6 +196,9 @@ impl Arbiter {
 
     fn open(&mut self, generation: Generation) {
         self.members.opened = Some(generation.num);
+        // Nobody can go on without the only member.
+        let alone = generation.members == NodeSet::default().with(self.node);
+        self.leases.set_alone(alone);
         shared().set_generation(generation.num, generation.members);
         self.show_standing();
         self.input(protocol::Input::Generation { generation });
@@ -225,12 +237,13 @@ impl Arbiter {
         }
     }
 
-    /// What the recovery says.
+    /// What the recovery or the referee says.
     pub(super) fn on_recovery(&mut self, event: &LocalEvent) {
         let input = match *event {
             LocalEvent::MarkerReached { from, num } => MembershipInput::MarkerReached { from, num },
             LocalEvent::RecoveryLevel { from, level } => MembershipInput::Level { from, level },
             LocalEvent::RecoveryLost { from } => MembershipInput::RecoveryLost { from },
+            LocalEvent::Refereed { answer } => MembershipInput::Referee(answer),
             _ => return,
         };
         self.member_input(input);
@@ -261,7 +274,12 @@ impl Arbiter {
         let (node, kind, text) = match event {
             MembershipEvent::Switched { from, to } => {
                 for lost in from.members.difference(to.generation.members).iter() {
-                    self.note(lost, "excluded", "a majority goes on without it", 0);
+                    let reason = if to.generation.members.is_quorum_of(self.configured) {
+                        "a majority goes on without it"
+                    } else {
+                        "the referee lets the other node go on alone"
+                    };
+                    self.note(lost, "excluded", reason, 0);
                 }
                 for back in to.generation.members.difference(from.members).iter() {
                     self.note(back, "admitted", "it is level with the others", 0);
