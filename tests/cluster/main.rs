@@ -20,6 +20,7 @@ mod load;
 mod minority;
 mod nemesis;
 mod open_sessions;
+mod referee;
 mod refusals;
 mod split;
 mod standby;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         clients::cases(),
         open_sessions::cases(),
         split::cases(),
+        referee::cases(),
         nemesis::cases(),
         crash::cases(),
         kill::cases(),
