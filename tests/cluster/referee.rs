@@ -8,6 +8,7 @@ use xtask::installation::Installation;
 use xtask::network::Network;
 use xtask::server::settings;
 
+use crate::cut_off::{Scene, cut_off_at_many};
 use crate::hosts::{Hosts, PATIENCE, network_is_missing};
 
 pub fn cases() -> Vec<OwnCase> {
@@ -16,6 +17,7 @@ pub fn cases() -> Vec<OwnCase> {
         of_two_nodes_without_a_link_one_goes_on,
         nobody_goes_on_alone_without_the_referee,
         who_missed_something_does_not_go_on_alone,
+        what_a_lost_node_decided_is_kept_alone,
     ]
 }
 
@@ -206,6 +208,19 @@ fn who_missed_something_does_not_go_on_alone(installation: &Installation) -> Res
             "{kept} rows after {written}"
         );
         hosts.cluster.nodes[1].start()?;
+        await_both(hosts)
+    })
+}
+
+/// The coordinator of a commit is cut off at each of its steps; the other node goes on alone and decides what it was left with as the coordinator did,
+/// or would have.
+fn what_a_lost_node_decided_is_kept_alone(installation: &Installation) -> Result<()> {
+    with_referee(installation, |hosts| {
+        let scene = Scene {
+            coordinator: 1,
+            survivors: "{1}",
+        };
+        cut_off_at_many(hosts, &scene)?;
         await_both(hosts)
     })
 }

@@ -14,6 +14,7 @@ use super::shared::{self, NodeStatus};
 use super::{clock, commit, fixed_text::FixedText, hooks, raw};
 use crate::guc;
 use pgrx::pg_sys;
+use protocol::NodeSet;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char};
 use std::fmt::Write;
@@ -203,12 +204,12 @@ unsafe fn await_service(reads_only: bool) {
     while !serves() {
         let settling = match shared::shared().status() {
             NodeStatus::Online | NodeStatus::Degraded => lease_may_return(),
-            NodeStatus::Switching => begun.elapsed() < guc::heartbeat_recv_timeout(),
+            NodeStatus::Switching => true,
             _ => false,
         };
         // SAFETY: as check_query.
         unsafe {
-            if !settling {
+            if !settling || begun.elapsed() >= guc::heartbeat_recv_timeout() {
                 refuse();
             }
             process::wait_latch(LOOK_AROUND, Wait::Work);
@@ -224,8 +225,15 @@ unsafe fn await_service(reads_only: bool) {
     unsafe { refresh_session() };
 }
 
-/// Whether the lease has ended so short a time ago that the others may only be slow. A node that has been cut off for longer refuses at once.
+/// Whether enough nodes are there to renew the lease, or it has ended so short a time ago that they may only be slow. A node that has been cut off
+/// for longer refuses at once.
 fn lease_may_return() -> bool {
+    let there = shared::shared()
+        .node_id()
+        .map_or(NodeSet::EMPTY, |node| shared::connected_nodes().with(node));
+    if there.is_quorum_of(shared::shared().configured_nodes()) {
+        return true;
+    }
     let ended = shared::shared().lease_until_ms.load(Ordering::Acquire);
     let patience = u64::try_from(guc::heartbeat_recv_timeout().as_millis()).unwrap_or(u64::MAX);
     clock::monotonic_ms() < ended.saturating_add(patience)
