@@ -55,7 +55,6 @@ pub fn main() {
         return;
     };
     let mut idle_since = Instant::now();
-    let mut connection = None;
     while idle_since.elapsed() < IDLE {
         process::check_interrupts();
         let Some(request) = take(node) else {
@@ -63,10 +62,9 @@ pub fn main() {
             continue;
         };
         idle_since = Instant::now();
-        match process::in_transaction(|| ask(&mut connection, &conninfo, request)) {
+        match process::in_transaction(|| ask(&conninfo, request)) {
             Ok(answer) => submit(&LocalEvent::Refereed { answer }),
             Err(error) => {
-                connection = None;
                 pgrx::warning!("multimaster could not ask the referee: {error}");
                 process::pause_ms(FAILURE_PAUSE_MS);
             }
@@ -78,15 +76,9 @@ fn release() {
     shared().referee.release();
 }
 
-fn ask(
-    connection: &mut Option<Connection>,
-    conninfo: &str,
-    request: RefereeRequest,
-) -> Result<RefereeAnswer, RemoteError> {
-    let open = match connection.take() {
-        Some(open) => open,
-        None => Connection::open(conninfo, "multimaster referee", PATIENCE)?,
-    };
+/// Opens a connection for each question: it lives in the memory of the transaction.
+fn ask(conninfo: &str, request: RefereeRequest) -> Result<RefereeAnswer, RemoteError> {
+    let open = Connection::open(conninfo, "multimaster referee", PATIENCE)?;
     let sql = format!(
         "SELECT granted::text, latest::text FROM mtm_referee.ask('{:08x}', {}, {}, {})",
         shared().cluster_tag().0,
@@ -96,9 +88,7 @@ fn ask(
     );
     let rows = open.query(&sql, 2)?;
     let answer = rows.first().and_then(|row| read(request.num, row));
-    let answer = answer.ok_or_else(|| RemoteError("its answer cannot be read".to_owned()))?;
-    *connection = Some(open);
-    Ok(answer)
+    answer.ok_or_else(|| RemoteError("its answer cannot be read".to_owned()))
 }
 
 fn read(num: GenerationNum, row: &[Option<String>]) -> Option<RefereeAnswer> {
