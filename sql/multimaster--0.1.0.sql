@@ -68,7 +68,30 @@ COMMENT ON TABLE mtm.slots_made IS 'replication slots that this server had to ma
 CREATE TABLE mtm.recovered (gid text NOT NULL);
 COMMENT ON TABLE mtm.recovered IS 'transactions that this node has applied while it recovers; empty when it is online';
 
-REVOKE ALL ON mtm.cluster, mtm.cluster_nodes, mtm.records, mtm.marks, mtm.slots_made, mtm.recovered FROM PUBLIC;
+CREATE TABLE mtm.needs_copy (
+    node_id    integer PRIMARY KEY,
+    noted_at   timestamptz NOT NULL,
+    reason     text NOT NULL
+);
+COMMENT ON TABLE mtm.needs_copy IS 'nodes that were away for too long: the WAL they would need is no longer kept here, or, in the row about this node, elsewhere';
+
+CREATE TABLE mtm.copies (
+    node_id    integer PRIMARY KEY,
+    number     bigint NOT NULL
+);
+COMMENT ON TABLE mtm.copies IS 'nodes that were replaced by a copy of another one, and the number of the last copy';
+
+CREATE TABLE mtm.copied (
+    singleton   boolean PRIMARY KEY DEFAULT true CHECK (singleton),
+    donor       integer NOT NULL,
+    generation  bigint NOT NULL,
+    is_fresh    boolean NOT NULL
+);
+COMMENT ON TABLE mtm.copied IS 'the node that this server was copied from, and the generation of that moment; at most one row';
+
+REVOKE ALL ON
+    mtm.cluster, mtm.cluster_nodes, mtm.records, mtm.marks, mtm.slots_made, mtm.recovered, mtm.needs_copy, mtm.copies, mtm.copied
+    FROM PUBLIC;
 
 -- Forming a cluster.
 
@@ -90,7 +113,25 @@ CREATE FUNCTION mtm.wake_arbiter() RETURNS void
 COMMENT ON FUNCTION mtm.wake_arbiter() IS
     'internal: make the arbiter read mtm.cluster again';
 
-REVOKE ALL ON FUNCTION mtm.init_cluster(text, text[]), mtm.node_identify(text), mtm.wake_arbiter() FROM PUBLIC;
+CREATE FUNCTION mtm.copy_state(
+    node_id integer,
+    OUT generation bigint,
+    OUT record bytea,
+    OUT mark bigint,
+    OUT obstacle text
+) RETURNS SETOF record
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE ROWS 1
+    AS 'MODULE_PATHNAME', 'copy_state_wrapper';
+COMMENT ON FUNCTION mtm.copy_state(integer) IS 'internal: whether a lost node may be replaced by a copy now, and what the copy needs; see mtm clone';
+
+CREATE FUNCTION mtm.begin_copy(node_id integer) RETURNS bigint
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'begin_copy_wrapper';
+COMMENT ON FUNCTION mtm.begin_copy(integer) IS 'internal: a lost node is going to be replaced by a copy; returns the number of the copy';
+
+REVOKE ALL ON FUNCTION
+    mtm.init_cluster(text, text[]), mtm.node_identify(text), mtm.wake_arbiter(), mtm.copy_state(integer), mtm.begin_copy(integer)
+    FROM PUBLIC;
 
 -- Watching it.
 
@@ -189,6 +230,19 @@ CREATE FUNCTION mtm.latencies(
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'latencies_wrapper';
 COMMENT ON FUNCTION mtm.latencies() IS 'internal: see the view mtm.commit_latency';
+
+CREATE FUNCTION mtm.recovery_progress(
+    OUT donor integer,
+    OUT began_at timestamptz,
+    OUT bytes_done bigint,
+    OUT bytes_left bigint,
+    OUT transactions bigint,
+    OUT rate bigint,
+    OUT retries bigint
+) RETURNS SETOF record
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE ROWS 1
+    AS 'MODULE_PATHNAME', 'recovery_progress_wrapper';
+COMMENT ON FUNCTION mtm.recovery_progress() IS 'internal: see the view mtm.recovery';
 
 CREATE FUNCTION mtm.reset_commit_latency() RETURNS void
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
@@ -314,6 +368,18 @@ CREATE VIEW mtm.events AS
       FROM mtm.recent_events();
 COMMENT ON VIEW mtm.events IS 'who was lost or came back, when, why, and after how long, as this node saw it';
 
+CREATE VIEW mtm.recovery AS
+    SELECT s.status, p.donor, p.began_at, p.bytes_done, p.bytes_left, p.transactions, p.rate,
+           CASE WHEN p.rate > 0 THEN p.bytes_left / p.rate::double precision * interval '1 second' END AS estimate,
+           p.retries,
+           CASE WHEN s.status = 'failed' THEN
+               (SELECT e.reason FROM mtm.recent_events() e WHERE e.event = 'failed' ORDER BY e.happened_at DESC LIMIT 1)
+           END AS error
+      FROM mtm.status() s
+      LEFT JOIN mtm.recovery_progress() p ON true
+     WHERE p.donor IS NOT NULL OR s.status = 'failed';
+COMMENT ON VIEW mtm.recovery IS 'while this node fetches what it has missed: from whom, how much is left (bytes of WAL), how fast, and what stopped it';
+
 CREATE VIEW mtm.stat_commits AS
     SELECT outcome, reason, transactions FROM mtm.counters();
 COMMENT ON VIEW mtm.stat_commits IS 'transactions of this node since its start, by outcome and reason';
@@ -328,9 +394,11 @@ GRANT USAGE ON SCHEMA mtm TO PUBLIC;
 
 REVOKE ALL ON FUNCTION
     mtm.without_secrets(text), mtm.peer_states(), mtm.in_flight(), mtm.recent_conflicts(), mtm.recent_events(), mtm.counters(),
-    mtm.latencies(), mtm.reset_commit_latency(), mtm.get_nodes_state(), mtm.nodes()
+    mtm.latencies(), mtm.reset_commit_latency(), mtm.recovery_progress(), mtm.get_nodes_state(), mtm.nodes()
     FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION
-    mtm.peer_states(), mtm.in_flight(), mtm.recent_conflicts(), mtm.recent_events(), mtm.counters(), mtm.latencies(), mtm.get_nodes_state(), mtm.nodes()
+    mtm.peer_states(), mtm.in_flight(), mtm.recent_conflicts(), mtm.recent_events(), mtm.counters(), mtm.latencies(), mtm.recovery_progress(),
+    mtm.get_nodes_state(), mtm.nodes()
     TO mtm_monitor, pg_monitor;
-GRANT SELECT ON mtm.transactions, mtm.conflicts, mtm.events, mtm.stat_commits, mtm.commit_latency TO mtm_monitor, pg_monitor;
+GRANT SELECT ON mtm.transactions, mtm.conflicts, mtm.events, mtm.recovery, mtm.stat_commits, mtm.commit_latency, mtm.needs_copy
+    TO mtm_monitor, pg_monitor;

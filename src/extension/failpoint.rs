@@ -19,6 +19,7 @@
 //! | `...-refused`, `...-disturbed` | one is refused; the client is interrupted while votes are awaited |
 //! | `start` | a node starts again after it was killed under load |
 //! | `user` | a user's own prepared transaction is finished |
+//! | `change` | the members change |
 //! | `rare` | resolvers compete, or a promise was made without a vote: not at will |
 
 /// Declares the points: variant, name, and the role of the nodes that pass it.
@@ -52,6 +53,8 @@ points! {
     BackendAfterPrepare "backend-after-prepare" "coordinator",
     BackendAfterAnnouncing "backend-after-announcing" "coordinator",
     BackendBeforeCommit "backend-before-commit" "coordinator",
+    BackendBeforeRecord "backend-before-record" "coordinator",
+    BackendAfterRecord "backend-after-record" "coordinator",
     BackendAfterCommit "backend-after-commit" "coordinator",
     BackendBeforeRollback "backend-before-rollback" "coordinator-refused",
     BackendAfterRollback "backend-after-rollback" "coordinator-refused",
@@ -70,10 +73,11 @@ points! {
     FinishAfterTelling "finish-after-telling" "participant",
     // Durable records.
     RecordsBeforeWrite "records-before-write" "both",
-    RecordsAfterWrite "records-after-write" "coordinator",
+    RecordsAfterWrite "records-after-write" "coordinator-refused",
     RecordsBeforeFlush "records-before-flush" "both",
     RecordsBeforeAnswer "records-before-answer" "both",
     RecordsAfterAnswer "records-after-answer" "both",
+    MembersBeforeWrite "members-before-write" "change",
     // What the arbiter says. A point after a message lets it leave first.
     BeforeVote "before-vote" "participant",
     AfterVote "after-vote" "participant",

@@ -18,12 +18,15 @@ static HEARTBEAT_SEND_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(200);
 static HEARTBEAT_RECV_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(2000);
 static REFEREE_CONNSTRING: GucSetting<Option<CString>> =
     GucSetting::<Option<CString>>::new(Some(c""));
+static SLOW_NODE_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 static MAX_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(32);
 static WAIT_PEER_COMMITS: GucSetting<bool> = GucSetting::<bool>::new(true);
+static STRICT_READS: GucSetting<bool> = GucSetting::<bool>::new(false);
 static COMMIT_MODE: GucSetting<CommitMode> = GucSetting::<CommitMode>::new(CommitMode::Fast);
 static MIN_RECOVERY_LAG: GucSetting<i32> = GucSetting::<i32>::new(100);
 static MAX_RECOVERY_LAG: GucSetting<i32> = GucSetting::<i32>::new(1024 * 1024);
 static CONFLICT_GRACE: GucSetting<i32> = GucSetting::<i32>::new(10);
+static STREAM_IN_PROGRESS: GucSetting<bool> = GucSetting::<bool>::new(true);
 static MINORITY_READS: GucSetting<bool> = GucSetting::<bool>::new(false);
 static INIT_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(60);
 
@@ -105,6 +108,16 @@ fn register_heartbeats() {
         GucContext::Sighup,
         GucFlags::UNIT_MS,
     );
+    GucRegistry::define_int_guc(
+        c"multimaster.slow_node_timeout",
+        c"Time without any progress of its database after which a node that still answers heartbeats is excluded.",
+        c"Zero excludes only nodes that do not answer.",
+        &SLOW_NODE_TIMEOUT,
+        0,
+        3_600_000,
+        GucContext::Sighup,
+        GucFlags::UNIT_MS,
+    );
 }
 
 fn register_referee() {
@@ -137,12 +150,28 @@ fn register_commit() {
         GucContext::Userset,
         GucFlags::default(),
     );
+    GucRegistry::define_bool_guc(
+        c"multimaster.strict_reads",
+        c"A statement sees every transaction whose COMMIT was answered before, on whatever node.",
+        c"It waits until what is prepared on this node when it begins is finished.",
+        &STRICT_READS,
+        GucContext::Userset,
+        GucFlags::default(),
+    );
     GucRegistry::define_enum_guc(
         c"multimaster.commit_mode",
         c"How a commit is decided: in one round trip to the other nodes (fast), or in two (e3pc).",
         c"With more than four nodes every commit takes two.",
         &COMMIT_MODE,
         GucContext::Userset,
+        GucFlags::default(),
+    );
+    GucRegistry::define_bool_guc(
+        c"multimaster.stream_in_progress",
+        c"Large transactions are sent, and applied, while they still run.",
+        c"Sent: those above logical_decoding_work_mem, by connections that begin later. Applied: those whose first piece comes later.",
+        &STREAM_IN_PROGRESS,
+        GucContext::Sighup,
         GucFlags::default(),
     );
     GucRegistry::define_bool_guc(
@@ -155,8 +184,8 @@ fn register_commit() {
     );
     GucRegistry::define_int_guc(
         c"multimaster.conflict_grace",
-        c"Time that a running transaction gets before it is cancelled in favour of a committing one.",
-        c"A transaction that commits on another node never waits longer than this for a lock that a running one holds here.",
+        c"Time that an older running transaction gets to commit before it is cancelled in favour of a younger committing one.",
+        c"A transaction that commits on another node never waits longer than this for a lock that a running one holds here. A younger running one gives way at once.",
         &CONFLICT_GRACE,
         0,
         60_000,
@@ -218,6 +247,11 @@ pub fn referee_connstring() -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
+/// Time without progress after which a node that answers is excluded; zero for never.
+pub fn slow_node_timeout() -> Duration {
+    millis(&SLOW_NODE_TIMEOUT)
+}
+
 /// Size of the pool of apply workers.
 pub fn max_workers() -> usize {
     usize::try_from(MAX_WORKERS.get()).expect("the setting's range is positive")
@@ -228,9 +262,19 @@ pub fn wait_peer_commits() -> bool {
     WAIT_PEER_COMMITS.get()
 }
 
+/// Whether statements wait for what is prepared here when they begin.
+pub fn strict_reads() -> bool {
+    STRICT_READS.get()
+}
+
 /// Whether COMMIT is to be decided on the votes alone, where the number of nodes allows it.
 pub fn commits_fast() -> bool {
     COMMIT_MODE.get() == CommitMode::Fast
+}
+
+/// Whether large transactions are sent and applied while they run.
+pub fn stream_in_progress() -> bool {
+    STREAM_IN_PROGRESS.get()
 }
 
 /// Whether plain reads are allowed on a node that must not answer from its tables.

@@ -8,13 +8,13 @@ use crate::pg::report::{self, ErrorReport};
 use crate::pg::shared::{NODES, NodeStatus, shared};
 use crate::pg::{board, commit, locks};
 use crate::views::{
-    ConflictRow, CounterRow, EventRow, LatencyRow, NodeStateRow, Source, StatusRow, TransactionRow,
-    TransactionStatus,
+    ConflictRow, CounterRow, EventRow, LatencyRow, NodeStateRow, RecoveryRow, Source, StatusRow,
+    TransactionRow, TransactionStatus,
 };
 use pgrx::prelude::*;
 use protocol::{Csn, NodeId};
 use serde::de::DeserializeOwned;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The source of the views.
 pub static SOURCE: SharedSource = SharedSource;
@@ -103,6 +103,21 @@ impl Source for SharedSource {
     fn transactions(&self) -> Vec<TransactionRow> {
         let rows: Vec<InFlight> = ask(Question::Transactions);
         rows.into_iter().map(transaction_row).collect()
+    }
+
+    fn recovery(&self) -> Option<RecoveryRow> {
+        let progress = &shared().recovery_progress;
+        let read = |cell: &AtomicU64| cell.load(Ordering::Relaxed).cast_signed();
+        let donor = progress.donor.load(Ordering::Acquire);
+        (donor != 0).then(|| RecoveryRow {
+            donor: donor.cast_signed(),
+            began_at: progress.began_us.load(Ordering::Relaxed),
+            bytes_done: read(&progress.applied) - read(&progress.from),
+            bytes_left: progress.left().cast_signed(),
+            transactions: read(&progress.transactions),
+            rate: read(&progress.rate),
+            retries: read(&progress.retries),
+        })
     }
 
     fn conflicts(&self) -> Vec<ConflictRow> {
@@ -284,12 +299,13 @@ fn node_row(node: NodeId) -> NodeStateRow {
         id: i32::from(node.get()),
         enabled: shared().current().members.contains(node),
         connected: is_connected(node),
-        stopped: false,
-        catch_up: is_self
-            && matches!(
-                shared().status(),
-                NodeStatus::Recovery | NodeStatus::Catchup
-            ),
+        stopped: shared().needs_copy().contains(node),
+        catch_up: if is_self {
+            let status = shared().status();
+            matches!(status, NodeStatus::Recovery | NodeStatus::Catchup)
+        } else {
+            state.recovers.load(Ordering::Relaxed)
+        },
         avg_trans_delay_us: (votes.count > 0).then_some(votes.mean_us as i64),
         last_status_change: Some(state.last_change_us.load(Ordering::Relaxed))
             .filter(|at| *at != 0),

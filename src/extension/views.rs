@@ -102,6 +102,20 @@ pub struct CounterRow {
     pub transactions: i64,
 }
 
+/// The recovery of this node.
+#[derive(Debug, Clone, Default)]
+pub struct RecoveryRow {
+    pub donor: i32,
+    pub began_at: i64,
+    /// Bytes of the donor's WAL.
+    pub bytes_done: i64,
+    pub bytes_left: i64,
+    pub transactions: i64,
+    /// Bytes in a second.
+    pub rate: i64,
+    pub retries: i64,
+}
+
 /// How long one phase of this node's commits took.
 #[derive(Debug, Clone, Default)]
 pub struct LatencyRow {
@@ -147,6 +161,8 @@ pub trait Source: Sync {
     fn events(&self) -> Vec<EventRow>;
     fn counters(&self) -> Vec<CounterRow>;
     fn latencies(&self) -> Vec<LatencyRow>;
+    /// None while this node does not recover.
+    fn recovery(&self) -> Option<RecoveryRow>;
     fn reset_latencies(&self);
     fn transaction_status(&self, gid: &str) -> TransactionStatus;
     /// Name of the running transaction; missing outside a cluster.
@@ -342,6 +358,32 @@ fn latencies() -> TableIterator<
     TableIterator::new(source().latencies().into_iter().map(|row| {
         (
             row.phase, row.peer, row.count, row.p50_ms, row.p95_ms, row.p99_ms, row.max_ms,
+        )
+    }))
+}
+
+#[pg_extern]
+fn recovery_progress() -> TableIterator<
+    'static,
+    (
+        name!(donor, i32),
+        name!(began_at, Option<TimestampWithTimeZone>),
+        name!(bytes_done, i64),
+        name!(bytes_left, i64),
+        name!(transactions, i64),
+        name!(rate, i64),
+        name!(retries, i64),
+    ),
+> {
+    TableIterator::new(source().recovery().into_iter().map(|row| {
+        (
+            row.donor,
+            timestamp(row.began_at),
+            row.bytes_done,
+            row.bytes_left,
+            row.transactions,
+            row.rate,
+            row.retries,
         )
     }))
 }

@@ -16,6 +16,9 @@ pub const AHEAD_MAX: usize = 65_536;
 /// everybody else, and proves every vote. PROTOCOL.md 7.3; the model finds a split with five.
 pub const FAST_NODES_MAX: usize = 4;
 
+/// Most transactions whose votes a core keeps before it has their PREPARE.
+pub const EARLY_VOTES_MAX: usize = 4_096;
+
 /// What the core is told once, at its start.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Config {
@@ -29,6 +32,12 @@ pub struct Config {
     /// This node's transactions below this `xid` may have begun before this core did, which may therefore have been told of their end by an
     /// earlier one and not know it. The server's next xid, read before its prepared transactions are.
     pub first_xid: u64,
+    /// The generation in which this node was copied from another one, or 0. What an earlier server of its name knew of transactions of this generation
+    /// and older ones is lost.
+    pub copied_in: GenerationNum,
+    /// Yes votes go to all members, and each precommits when it has all of them: a delay less than by way of the coordinator. All nodes of a cluster say
+    /// the same. `new` takes it where rule D2 is not allowed, which needs no precommits at all.
+    pub votes_to_all: bool,
     /// How long a participant's link to the coordinator is down before it resolves.
     pub resolve_after_ms: u64,
     /// How long a competing resolver waits per place in the order of nodes; more than a round trip.
@@ -51,6 +60,8 @@ impl Config {
             generation: GenerationNum(1),
             epoch,
             first_xid: 0,
+            copied_in: GenerationNum(0),
+            votes_to_all: configured.len() > FAST_NODES_MAX,
             resolve_after_ms: 1_000,
             resolve_step_ms: 100,
             resend_after_ms: 200,
@@ -109,6 +120,8 @@ pub enum Fault {
     FastBeyondFour,
     /// A node that goes on alone commits only what was precommitted, as if the other one could not have decided on the votes.
     AloneAborts,
+    /// A member precommits when it has a majority of the votes.
+    MostVotes,
 }
 
 /// What the server finds at its start: a durable record, a prepared transaction, or both.

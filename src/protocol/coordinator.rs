@@ -176,7 +176,10 @@ impl Txn {
         own.proposed = true;
         self.resend_at = turn.resend_at();
         let gid = self.gid();
-        self.resend_proposal(turn, gid.members);
+        if !turn.site.config.votes_to_all {
+            // Otherwise the members have the votes themselves; whoever lacks one is asked when the answer is overdue.
+            self.resend_proposal(turn, gid.members);
+        }
         self.accept(turn, Ballot::COORDINATOR, Verdict::Precommit);
         turn.out.send(
             turn.site.node(),
@@ -232,11 +235,13 @@ impl Txn {
         let Some(own) = &mut self.own else {
             return turn.reject(from, "it precommits at a node that has not asked for it");
         };
-        if !own.proposed {
-            return turn.reject(from, "it precommits what was not proposed");
+        if !own.proposed && !turn.site.config.votes_to_all {
+            // An earlier life of this node proposed it, and the answer waited for a slow disk. The resolver of this life hears of it otherwise.
+            return;
         }
         own.precommits.insert(from);
-        if turn.site.config.is_quorum(own.precommits) && self.is_undecided() {
+        let enough = own.proposed && turn.site.config.is_quorum(own.precommits);
+        if enough && self.is_undecided() {
             self.decide(turn, Decision::Commit, Source::Central, None);
         }
     }
@@ -294,6 +299,10 @@ impl Txn {
             });
         } else if !self.is_undecided() {
             if self.local == Local::Prepared {
+                // The backend may have been told, and gone before it had written what precedes the finish.
+                if self.recorded {
+                    self.write(turn);
+                }
                 self.finish(turn);
             }
         } else if !self.is_unsure() {

@@ -253,7 +253,9 @@ impl Core {
                 let reason = "a PREPARE below the stored mark was not skipped";
                 return out.event(Event::Rejected { from: node, reason });
             }
-            self.txns.insert(gid, Txn::new(gid, now));
+            let mut txn = Txn::new(gid, now);
+            txn.votes = self.site.early_votes.take(gid);
+            self.txns.insert(gid, txn);
         }
         self.entry(gid, now, out, |txn, turn| txn.on_voted(turn, vote, lsn));
     }
@@ -272,6 +274,8 @@ impl Core {
         for txn in self.txns.values_mut() {
             txn.on_tick(&mut turn);
         }
+        let before = now.saturating_sub(turn.site.config.resend_after_ms);
+        turn.site.early_votes.drop_older(before);
         let silent = turn.site.horizon_missing.intersection(turn.site.links);
         if !silent.is_empty() && now >= turn.site.horizon_ask_at {
             turn.site.horizon_ask_at = turn.resend_at();
@@ -343,6 +347,9 @@ impl Core {
         }
         match msg.gid() {
             None => self.on_horizon_message(from, &msg, out),
+            Some(gid) if gid.generation <= self.site.config.copied_in => {
+                self.on_older_than_copy(now, from, gid, &msg, out);
+            }
             Some(gid) if self.txns.contains_key(&gid) => {
                 self.entry(gid, now, out, |txn, turn| txn.on_message(turn, from, msg));
             }
@@ -363,8 +370,14 @@ impl Core {
             Message::Status { .. } | Message::Propose { .. } if from == config.node => {
                 Err("a node does not ask itself")
             }
-            Message::Vote { gid, .. } if gid.coordinator != config.node => {
-                Err("its vote is for another node")
+            Message::Vote { gid, vote } if gid.coordinator != config.node => {
+                let to_all = config.votes_to_all && *vote == Vote::Yes;
+                if to_all && gid.members.contains(config.node) && gid.participants().contains(from)
+                {
+                    Ok(())
+                } else {
+                    Err("its vote is for another node")
+                }
             }
             Message::Vote { gid, .. } if !gid.participants().contains(from) => {
                 Err("it has no vote")
@@ -396,7 +409,8 @@ impl Core {
 impl Txn {
     pub(crate) fn on_message(&mut self, turn: &mut Turn, from: NodeId, msg: Message) {
         match msg {
-            Message::Vote { vote, .. } => self.on_vote(turn, from, vote),
+            Message::Vote { vote, .. } if self.own.is_some() => self.on_vote(turn, from, vote),
+            Message::Vote { .. } => self.on_fellow_vote(turn, from),
             Message::Propose {
                 ballot, verdict, ..
             } => self.on_propose(turn, from, ballot, verdict),

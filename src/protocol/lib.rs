@@ -48,10 +48,12 @@ mod stranger;
 mod txn;
 mod types;
 mod view;
+mod votes;
 
 pub use self::core::Core;
 pub use config::{
-    AHEAD_MAX, Config, FAST_NODES_MAX, FORGOTTEN_MAX, Fault, Recovered, TRANSACTIONS_MAX,
+    AHEAD_MAX, Config, EARLY_VOTES_MAX, FAST_NODES_MAX, FORGOTTEN_MAX, Fault, Recovered,
+    TRANSACTIONS_MAX,
 };
 pub use effect::{Effect, Effects, Event, Input, Outcome, Source};
 pub use lease::{Grant, Leases};

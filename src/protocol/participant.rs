@@ -36,14 +36,18 @@ impl Txn {
         self.local = Local::Prepared;
         self.resend_at = turn.resend_at();
         let gid = self.gid();
-        turn.out.send(
-            gid.coordinator,
-            Message::Vote {
-                gid,
-                vote: Vote::Yes,
-            },
-        );
+        let others = gid.members.without(turn.site.node());
+        let to = if turn.site.config.votes_to_all {
+            others
+        } else {
+            NodeSet::EMPTY.with(gid.coordinator)
+        };
+        for peer in to.iter() {
+            let vote = Vote::Yes;
+            turn.out.send(peer, Message::Vote { gid, vote });
+        }
         self.watch_coordinator(turn);
+        self.precommit_on_votes(turn);
     }
 
     fn vote_no(&mut self, turn: &mut Turn, refusal: Refusal) {

@@ -7,6 +7,7 @@ use crate::config::{Config, FORGOTTEN_MAX};
 use crate::effect::{Effect, Effects, Event, Source};
 use crate::types::{Csn, Decision, Gid, Lsn, Millis, NodeId, NodeSet};
 use crate::view::Counters;
+use crate::votes::EarlyVotes;
 
 /// This node, as far as all its transactions share it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -25,6 +26,7 @@ pub(crate) struct Site {
     pub horizon_askers: BTreeMap<NodeId, Csn>,
     pub horizon_ask_at: Millis,
     pub forgotten: Forgotten,
+    pub early_votes: EarlyVotes,
     pub counters: Counters,
 }
 
@@ -50,6 +52,7 @@ impl Site {
             horizon_askers,
             horizon_ask_at: 0,
             forgotten: Forgotten::default(),
+            early_votes: EarlyVotes::default(),
             counters: Counters::default(),
         }
     }

@@ -24,6 +24,8 @@ impl Core {
     ) {
         let Some(gid) = msg.gid() else { return };
         match msg {
+            // To all: the coordinator answers it.
+            Message::Vote { .. } if gid.coordinator != self.site.node() => {}
             Message::Vote { .. }
             | Message::Query { .. }
             | Message::Status { .. }
@@ -46,6 +48,28 @@ impl Core {
                 ..
             } if *told == decision => {
                 self.acknowledge_forgotten(now, from, gid, decision, *csn, out);
+            }
+            _ => {}
+        }
+    }
+
+    /// About a transaction of which an earlier server of this node's name may have promised, accepted or voted something that is lost. Nobody is told
+    /// anything that could count as an answer of that server; the copy holds the outcome, since it was taken when every such transaction had one or
+    /// needed no vote of this node. See `docs/membership.md`, "A copy of a node".
+    pub(crate) fn on_older_than_copy(
+        &mut self,
+        now: Millis,
+        from: NodeId,
+        gid: Gid,
+        msg: &Message,
+        out: &mut Effects,
+    ) {
+        match msg {
+            Message::Decided { decision, csn, .. } => {
+                self.acknowledge_forgotten(now, from, gid, *decision, *csn, out);
+            }
+            Message::Finished { .. } if gid.coordinator == self.site.node() => {
+                out.send(from, Message::Forget { gid });
             }
             _ => {}
         }
@@ -85,6 +109,8 @@ impl Core {
             return self.on_unknown_own(now, from, gid, msg, out);
         }
         match msg {
+            // It has overtaken the PREPARE, which comes another way; or is late, and dropped in a while.
+            Message::Vote { .. } => self.site.early_votes.keep(gid, from, now),
             // Without a vote it has nothing to finish and nothing to acknowledge.
             Message::Decided { .. } if !member => {}
             // Every member has prepared what was committed; what is no longer prepared here is finished.

@@ -44,6 +44,8 @@ pub(crate) struct Txn {
     /// Present on the coordinator.
     pub own: Option<Coordination>,
     pub resolution: Resolution,
+    /// Participants whose yes has come here; empty on the coordinator, which keeps its own.
+    pub votes: NodeSet,
     pub announced: Announced,
     /// Numbers under which the commit was announced, to be settled when it is finished here.
     pub numbers: BTreeSet<(NodeId, Csn)>,
@@ -73,6 +75,7 @@ impl Txn {
             resend_at: now,
             own: None,
             resolution: Resolution::default(),
+            votes: NodeSet::EMPTY,
             announced: Announced::default(),
             numbers: BTreeSet::new(),
             tellers: NodeSet::EMPTY,

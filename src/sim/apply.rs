@@ -52,7 +52,7 @@ impl World {
     /// The last position that an ordinary stream shows.
     fn stream_end(&self, origin: NodeId) -> Lsn {
         let shown = self.servers.get(&origin).and_then(|server| {
-            let mut items = server.disk.stream.iter();
+            let mut items = server.disk.shown().iter();
             items.rposition(|item| !is_foreign(*item, origin))
         });
         Lsn(shown.map_or(0, |place| place as u64 + 1))
@@ -74,7 +74,7 @@ impl World {
             .iter()
             .map(|(node, csn)| (*node, *csn))
             .collect();
-        let Some(log) = self.servers.get(&origin).map(|server| &server.disk.stream) else {
+        let Some(log) = self.servers.get(&origin).map(|server| server.disk.shown()) else {
             return;
         };
         let written = log.len();
@@ -320,7 +320,7 @@ impl World {
         server.flush_all(checker);
         server.disk.prepared.insert(gid);
         if server.disk.members.is_some() {
-            server.disk.stream.push(StreamItem::Prepare(gid));
+            server.disk.log(StreamItem::Prepare(gid));
         }
         checker.on_prepared(node, gid, None);
         if let Some(memory) = &mut server.memory {
@@ -344,7 +344,7 @@ impl World {
         let Some(memory) = self.memory(node) else {
             return;
         };
-        let unplaced: Vec<Gid> = memory.core.unplaced(self.now, 500).collect();
+        let unplaced: Vec<Gid> = memory.core.unplaced(self.clock(node), 500).collect();
         for gid in unplaced {
             let origin = gid.coordinator;
             let up = self

@@ -150,22 +150,26 @@ impl ChangeScope {
     /// What is searched to the end within a minute: a node that is lost in each way while a transaction is under way, and its return.
     pub fn quick() -> Vec<Self> {
         vec![
-            Self::leaving(0, Weather::Crash, 3, D1),
-            Self::leaving(1, Weather::Crash, 2, D2),
-            Self::leaving(1, Weather::CutOff, 2, D2),
-            Self::returning(1, 0, D1),
-            Self::returning(1, 0, D2),
+            Self::leaving(Weather::Crash, [0, 0], 3, D1),
+            Self::leaving(Weather::CutOff, [0, 0], 3, D1),
+            Self::leaving(Weather::Crash, [1, 1], 2, D2),
+            Self::leaving(Weather::CutOff, [1, 0], 2, D2),
+            Self::returning(Weather::Calm, [1, 0], D1),
+            Self::returning(Weather::Calm, [1, 0], D2),
         ]
     }
 
     /// What takes minutes more.
     pub fn large(states_max: usize) -> Vec<Self> {
         let scopes = [
-            Self::leaving(1, Weather::Crash, 2, D1),
-            Self::leaving(1, Weather::CutOff, 2, D1),
-            Self::leaving(1, Weather::LinkLost, 2, D2),
-            Self::returning(1, 1, D1),
-            Self::returning(1, 1, D2),
+            Self::leaving(Weather::Crash, [1, 1], 2, D1),
+            Self::leaving(Weather::CutOff, [1, 0], 2, D1),
+            Self::leaving(Weather::CutOff, [1, 1], 2, D2),
+            Self::leaving(Weather::LinkLost, [1, 0], 2, D2),
+            Self::returning(Weather::Calm, [1, 1], D1),
+            Self::returning(Weather::Calm, [1, 1], D2),
+            Self::returning(Weather::Calm, [2, 0], D2),
+            Self::returning(Weather::Crash, [1, 0], D2),
         ];
         scopes
             .map(|scope| Self {
@@ -176,7 +180,12 @@ impl ChangeScope {
     }
 
     /// Three nodes, of which one is lost. Whoever was excluded in generation 2 may come back in generation 3.
-    const fn leaving(transactions: u8, weather: Weather, generations: u32, fast: bool) -> Self {
+    const fn leaving(
+        weather: Weather,
+        [transactions, resolvers]: [u8; 2],
+        generations: u32,
+        fast: bool,
+    ) -> Self {
         let (crashes, cuts) = match weather {
             Weather::Calm => (0, 0),
             Weather::Crash => (1, 0),
@@ -190,7 +199,7 @@ impl ChangeScope {
             cuts,
             partial: matches!(weather, Weather::LinkLost),
             generations,
-            resolvers: if transactions > 0 { 1 } else { 0 },
+            resolvers,
             fast,
             fault: None,
             states_max: usize::MAX,
@@ -198,11 +207,10 @@ impl ChangeScope {
     }
 
     /// Node 3 is out, and comes back while transactions are under way.
-    const fn returning(transactions: u8, resolvers: u8, fast: bool) -> Self {
+    const fn returning(weather: Weather, scope: [u8; 2], fast: bool) -> Self {
         Self {
             excluded: true,
-            resolvers,
-            ..Self::leaving(transactions, Weather::Calm, 3, fast)
+            ..Self::leaving(weather, scope, 3, fast)
         }
     }
 

@@ -20,8 +20,6 @@ use crate::cluster::{Cluster, Node};
 
 /// The moment at which everything happens, after whatever a start waits for.
 const NOW: Millis = 1_000;
-/// Rounds of heartbeats after which everybody knows whom everybody sees, or never will.
-const ROUNDS_MAX: usize = 20;
 /// The requests of members beyond these are lost.
 const CANDIDATES: u8 = 2;
 /// All transactions write this row.
@@ -56,9 +54,9 @@ pub(crate) struct Member {
     pub(crate) withheld: NodeSet,
     /// Whose promise this node holds in its present life.
     pub(crate) promised_by: NodeSet,
-    heard: BTreeMap<NodeId, Presence>,
+    pub(crate) heard: BTreeMap<NodeId, Presence>,
     /// To whom no promise was running at its last tick, and what it withheld then.
-    told: Option<(NodeSet, NodeSet)>,
+    pub(crate) told: Option<(NodeSet, NodeSet)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -204,7 +202,7 @@ impl Changing {
         }
     }
 
-    fn members_mut(&mut self, name: NodeId) -> &mut Member {
+    pub(crate) fn members_mut(&mut self, name: NodeId) -> &mut Member {
         self.members.entry(name).or_default()
     }
 
@@ -301,7 +299,7 @@ impl Changing {
         self.cluster.input(name, Input::Online);
     }
 
-    fn configured(&self) -> NodeSet {
+    pub(crate) fn configured(&self) -> NodeSet {
         self.members.keys().copied().collect()
     }
 
@@ -419,7 +417,7 @@ impl Changing {
     }
 
     /// Puts into the log what was committed since.
-    fn log_commits(&mut self, name: NodeId) {
+    pub(crate) fn log_commits(&mut self, name: NodeId) {
         let finished = self.cluster.nodes[&name].finished.clone();
         for (gid, decision) in finished {
             let item = LogItem::Commit(gid);
@@ -444,118 +442,6 @@ impl Changing {
         let ending = self.ending(to);
         let member = self.members_mut(to);
         member.promised_by = member.promised_by.difference(ending);
-    }
-
-    /// Everything that takes no time.
-    pub(crate) fn settle(&mut self) {
-        let names = self.configured();
-        self.repeat(|state| {
-            // Nobody drops a node before it has heard of it.
-            state.repeat(|state| names.iter().filter(|name| state.beat(*name)).count() > 0);
-            names.iter().for_each(|name| state.promise(name));
-            names.iter().filter(|name| state.tick(*name)).count() > 0
-        });
-        for name in names.iter() {
-            self.log_commits(name);
-            self.check_serving(name);
-        }
-        self.cluster.checker.demand_one_order();
-        self.drop_vain();
-    }
-
-    /// Repeats it until it says that it has changed nothing.
-    fn repeat(&mut self, round: impl Fn(&mut Self) -> bool) {
-        for _ in 0..ROUNDS_MAX {
-            if !round(self) {
-                return;
-            }
-        }
-        self.cluster
-            .checker
-            .demand(false, "I10", || "heartbeats do not come to an end".into());
-    }
-
-    /// Gives whatever promises it may.
-    fn promise(&mut self, name: NodeId) {
-        let withheld = self.members[&name].withheld;
-        for peer in self.configured().without(name).iter() {
-            if self.is_connected(name, peer) && !withheld.contains(peer) {
-                self.members_mut(peer).promised_by.insert(name);
-            }
-        }
-    }
-
-    /// Says whether somebody has heard something new.
-    fn beat(&mut self, name: NodeId) -> bool {
-        let mut news = false;
-        for peer in self.configured().without(name).iter() {
-            let (Some(from), Some(to)) = (self.membership(name), self.membership(peer)) else {
-                continue;
-            };
-            let current: Elected = to.current();
-            let presence = Presence {
-                current,
-                ..from.presence()
-            };
-            let heard = self.members[&peer].heard.get(&name);
-            if self.is_connected(name, peer) && heard != Some(&presence) {
-                self.members_mut(peer).heard.insert(name, presence);
-                let from = name;
-                self.input(peer, MembershipInput::Presence { from, presence });
-                news = true;
-            }
-        }
-        news
-    }
-
-    /// Says whether there was anything new to say.
-    fn tick(&mut self, name: NodeId) -> bool {
-        let free = |peer: &NodeId| !self.members[peer].promised_by.contains(name);
-        let unbound = self.configured().iter().filter(free).collect();
-        let member = self.members_mut(name);
-        let told = Some((unbound, member.withheld));
-        let news = member.membership.is_some() && member.told != told;
-        if news {
-            member.told = told;
-            self.input(name, MembershipInput::Tick { unbound });
-        }
-        news
-    }
-
-    /// LEASE.
-    fn check_serving(&mut self, name: NodeId) {
-        let member = &self.members[&name];
-        let serves = member.open.is_some() && member.promised_by.len() >= self.members.len() / 2;
-        if serves {
-            let node = &self.cluster.nodes[&name];
-            let holds = |gid: Gid| node.prepared.contains(&gid) || node.finished.contains_key(&gid);
-            self.cluster.checker.on_serving(name, holds);
-        }
-    }
-
-    /// Drops what cannot arrive, or can no longer make a difference.
-    fn drop_vain(&mut self) {
-        let connected = std::mem::take(&mut self.connected);
-        let linked = |from: NodeId, to: NodeId| connected.contains(&(from.min(to), from.max(to)));
-        self.cluster
-            .network
-            .retain(|envelope| linked(envelope.from, envelope.to));
-        self.cluster.drop_vain();
-        let members = &self.members;
-        let num = |name: NodeId| {
-            let membership = members.get(&name)?.membership.as_ref()?;
-            Some(membership.current().generation.num)
-        };
-        self.letters.retain(|letter| {
-            let wanted = match letter.msg {
-                MembershipMessage::RequestVote { generation, .. }
-                | MembershipMessage::Granted { generation, .. } => generation.num,
-                MembershipMessage::Denied { num, .. } => num,
-                MembershipMessage::Elected(elected) => elected.generation.num,
-            };
-            linked(letter.from, letter.to) && num(letter.to) < Some(wanted)
-        });
-        self.connected = connected;
     }
 
     /// The highest generation that anybody has voted for.

@@ -34,6 +34,8 @@ pub(crate) struct Node {
     pub(crate) waiting: BTreeSet<Gid>,
     /// Own transactions whose backend has been told and is about to finish.
     pub(crate) finishing: BTreeMap<Gid, Decision>,
+    /// Records of commits that the backend has been told of and writes itself.
+    pub(crate) handed: BTreeMap<Gid, Record>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -165,6 +167,7 @@ impl Cluster {
             node.wal.clear();
             node.waiting.clear();
             node.finishing.clear();
+            node.handed.clear();
         }
         self.network
             .retain(|envelope| envelope.from != name && envelope.to != name);
@@ -215,7 +218,13 @@ impl Cluster {
                 node.wal.push(WalItem::Record(record));
                 self.sync(name);
             }
-            Effect::Write { record, .. } => node.wal.push(WalItem::Record(record)),
+            Effect::Write { gid, record } => {
+                if record.decision == Some(Decision::Commit) && node.waiting.contains(&gid) {
+                    node.handed.insert(gid, record);
+                } else {
+                    node.wal.push(WalItem::Record(record));
+                }
+            }
             Effect::Free { gid } => {
                 node.wal.push(WalItem::Free(gid));
                 self.sync(name);
@@ -301,6 +310,11 @@ impl Cluster {
             .get_mut(&name)
             .and_then(|node| node.finishing.remove(&gid));
         if let Some(decision) = finishing {
+            if let Some(node) = self.nodes.get_mut(&name)
+                && let Some(record) = node.handed.remove(&gid)
+            {
+                node.wal.push(WalItem::Record(record));
+            }
             self.finish(name, gid, decision);
             self.checker.on_told(gid, Some(decision));
             if decision == Decision::Commit {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::hazards::Hazard;
 use protocol::NodeSet;
 use protocol::membership::{MembershipInput, Presence, RefereeRequest};
 use protocol::{Decision, Gid, Lsn, Message, Millis, NodeId};
@@ -104,6 +105,23 @@ pub(crate) enum Event {
     ConnectStream {
         origin: NodeId,
         to: NodeId,
+    },
+    /// Something goes wrong beside crashes and cuts.
+    Strike(Hazard),
+    /// The second node has not heard from the first one for too long, if that still holds.
+    Silence {
+        from: NodeId,
+        to: NodeId,
+    },
+    Audible {
+        from: NodeId,
+        to: NodeId,
+    },
+    /// The node looks whether the peer's votes are missing.
+    Judge {
+        node: NodeId,
+        life: u32,
+        peer: NodeId,
     },
     LinkDown {
         node: NodeId,

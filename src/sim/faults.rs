@@ -137,7 +137,11 @@ impl World {
             .iter()
             .filter_map(|gid| Some((self.plans.get(gid)?.key, *gid)))
             .collect();
-        server.start(config, locks, now, &mut out);
+        let clock = self.clock(node);
+        let Some(server) = self.servers.get_mut(&node) else {
+            return;
+        };
+        server.start(config, locks, clock, &mut out);
         let marks = server.disk.marks.clone();
         self.carry_out(node, &mut out);
         self.start_members(node);
@@ -161,9 +165,7 @@ impl World {
     /// Breaks the link and both streams of a pair, or the streams alone.
     pub fn cut(&mut self, a: NodeId, b: NodeId, stream_only: bool) {
         for (origin, to) in [(a, b), (b, a)] {
-            let stream = self.streams.entry((origin, to)).or_default();
-            stream.up = false;
-            stream.number += 1;
+            self.drop_stream(origin, to);
         }
         let outage = self.rng.between(20, 1_500);
         if !stream_only {
@@ -192,6 +194,18 @@ impl World {
             .plan(self.now + outage, Event::ConnectStream { origin: a, to: b });
         self.agenda
             .plan(self.now + outage, Event::ConnectStream { origin: b, to: a });
+    }
+
+    fn drop_stream(&mut self, origin: NodeId, to: NodeId) {
+        let stream = self.streams.entry((origin, to)).or_default();
+        stream.up = false;
+        stream.number += 1;
+    }
+
+    /// Breaks one stream until then.
+    pub fn break_stream(&mut self, origin: NodeId, to: NodeId, until: Millis) {
+        self.drop_stream(origin, to);
+        self.agenda.plan(until, Event::ConnectStream { origin, to });
     }
 
     /// The node notices a loss, unless a new link has come first: that tells it as much.
@@ -237,6 +251,7 @@ impl World {
     pub fn heal(&mut self) {
         self.climate = self.climate.calm();
         self.heal_referee();
+        self.hazards.calm();
         for node in self.configured.iter() {
             self.restart(node);
             for peer in self.configured.iter().filter(|peer| *peer > node) {

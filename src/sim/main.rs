@@ -23,7 +23,7 @@ fn main() -> ExitCode {
         (Some("seeds"), Some([nodes, first, last])) => seeds(*nodes as u8, *first, *last),
         (Some("members"), Some([nodes, first, last])) => members(*nodes as u8, *first, *last),
         (Some("trace-members"), Some([nodes, seed])) => {
-            shown(sim::trace_changing_seed(*seed, *nodes as u8))
+            shown(sim::trace_harsh_seed(*seed, *nodes as u8))
         }
         (Some("referee"), Some([first, last])) => refereed(*first, *last),
         (Some("trace-referee"), Some([seed])) => shown(sim::trace_refereed_seed(*seed)),
@@ -65,7 +65,7 @@ fn seeds(nodes: u8, first: u64, last: u64) -> bool {
 fn members(nodes: u8, first: u64, last: u64) -> bool {
     let (mut committed, mut generations, mut recovered) = (0, 0, 0);
     for seed in first..last {
-        match sim::run_changing_seed(seed, nodes, None) {
+        match sim::run_harsh_seed(seed, nodes, None) {
             Ok(report) => {
                 committed += report.committed;
                 generations += report.generations;

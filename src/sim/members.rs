@@ -6,20 +6,16 @@ use protocol::membership::{
     Admission, Generation, Membership, MembershipConfig, MembershipEffect, MembershipEffects,
     MembershipInput, MembershipRecord,
 };
-use protocol::{
-    Decision, GenerationNum, Gid, Input, Leases, Message, Millis, NodeId, NodeSet, Vote,
-};
+use protocol::{GenerationNum, Gid, Input, Leases, Message, Millis, NodeId, NodeSet, Vote};
 
 use crate::apply::refusal;
 use crate::event::{Beat, Event};
 use crate::referee::RefereeHost;
-use crate::server::{Applying, Session, StreamItem};
+use crate::server::{Applying, StreamItem};
 use crate::world::{World, pair};
 
 const BEAT_MS: Millis = 40;
 const LEASE_MS: Millis = 240;
-/// Items behind the donor at which a node takes itself for level.
-const LEVEL_ITEMS: usize = 20;
 
 /// The volatile part of a node's membership.
 #[derive(Debug)]
@@ -31,14 +27,16 @@ pub(crate) struct Members {
     queue: VecDeque<MembershipEffect>,
     /// The generation under which this node prepares.
     pub open: Option<Generation>,
+    /// It has said good-bye.
+    pub left: bool,
     draining: Option<GenerationNum>,
     /// The donor, and up to where its WAL has been read.
-    cursor: Option<(NodeId, usize)>,
-    recoveries: u64,
+    pub cursor: Option<(NodeId, usize)>,
+    pub recoveries: u64,
     /// PREPAREs that are not applied now.
     pub aside: BTreeMap<Gid, Applying>,
     /// The highest fence or marker on this node's WAL.
-    fenced: GenerationNum,
+    pub fenced: GenerationNum,
 }
 
 impl Members {
@@ -53,7 +51,7 @@ impl World {
         if !self.changing {
             return;
         }
-        let (life, now, configured) = (self.life(node), self.now, self.configured);
+        let (life, now, configured) = (self.life(node), self.clock(node), self.configured);
         let config = MembershipConfig {
             fault: self.members_fault,
             promise_ms_max: LEASE_MS * 2,
@@ -75,6 +73,7 @@ impl World {
             storing: None,
             queue: VecDeque::new(),
             open: None,
+            left: false,
             draining: None,
             cursor: None,
             recoveries: 0,
@@ -88,11 +87,11 @@ impl World {
         self.agenda.plan(self.now, Event::Beat { node, life });
     }
 
-    fn members_of(&self, node: NodeId) -> Option<&Members> {
+    pub fn members_of(&self, node: NodeId) -> Option<&Members> {
         self.memory(node)?.members.as_ref()
     }
 
-    fn members_mut(&mut self, node: NodeId) -> Option<&mut Members> {
+    pub fn members_mut(&mut self, node: NodeId) -> Option<&mut Members> {
         self.memory_mut(node)?.members.as_mut()
     }
 
@@ -102,7 +101,7 @@ impl World {
             let (num, members) = (GenerationNum(1), self.configured);
             return Some(Generation { num, members });
         }
-        self.members_of(node)?.open
+        self.members_of(node).filter(|members| !members.left)?.open
     }
 
     pub fn may_prepare(&self, node: NodeId, gid: Gid) -> bool {
@@ -120,7 +119,7 @@ impl World {
 
     /// Gives an input to a node's membership and carries out what it asks for.
     pub fn members(&mut self, node: NodeId, input: MembershipInput) {
-        let now = self.now;
+        let now = self.clock(node);
         let mut out = MembershipEffects::new();
         let Some(members) = self.members_mut(node) else {
             return;
@@ -162,7 +161,11 @@ impl World {
                 if let Some(members) = self.members_mut(node) {
                     members.storing = Some(record);
                 }
-                self.later(1, 8, Event::MembersStored { node, life });
+                self.later(
+                    1,
+                    self.hazards.disk_max_ms,
+                    Event::MembersStored { node, life },
+                );
             }
             MembershipEffect::Send { to, msg } => self.send(node, to, Message::Membership(msg)),
             MembershipEffect::Close { generation } => self.close(node, generation),
@@ -173,7 +176,8 @@ impl World {
             }
             MembershipEffect::WriteMarker { elected } => {
                 let num = elected.generation.num;
-                self.later(1, 8, Event::WriteMarker { node, life, num });
+                let slowest = self.hazards.disk_max_ms;
+                self.later(1, slowest, Event::WriteMarker { node, life, num });
             }
             MembershipEffect::Open { generation } => self.open(node, generation),
             MembershipEffect::AskReferee(request) => self.ask_referee(node, request),
@@ -320,7 +324,7 @@ impl World {
             return;
         };
         server.flush_all(checker);
-        server.disk.stream.push(StreamItem::Marker(num));
+        server.disk.log(StreamItem::Marker(num));
         checker.on_marker(node, num);
         if let Some(members) = self.members_mut(node) {
             members.fenced = members.fenced.max(num);
@@ -330,7 +334,7 @@ impl World {
     }
 
     pub fn tick_members(&mut self, node: NodeId) {
-        let (now, configured) = (self.now, self.configured);
+        let (now, configured) = (self.clock(node), self.configured);
         let Some(server) = self.servers.get_mut(&node) else {
             return;
         };
@@ -362,7 +366,7 @@ impl World {
 
     /// Sends a heartbeat to every peer.
     pub fn beat(&mut self, node: NodeId, again: bool) {
-        let (life, now, slowest) = (self.life(node), self.now, self.climate.delay_max_ms);
+        let (life, now, slowest) = (self.life(node), self.clock(node), self.climate.delay_max_ms);
         let Some(members) = self.members_of(node) else {
             return;
         };
@@ -374,7 +378,7 @@ impl World {
         };
         for peer in self.configured.without(node).iter() {
             let link = self.links.get(&pair(node, peer)).copied();
-            let Some(link) = link.filter(|link| link.up) else {
+            let Some(link) = link.filter(|link| link.up && self.muted(node, peer).is_none()) else {
                 continue;
             };
             let event = Event::Heartbeat {
@@ -386,21 +390,25 @@ impl World {
             self.later(1, slowest, event);
         }
         if again {
-            self.agenda.plan(now + BEAT_MS, Event::Beat { node, life });
+            self.agenda
+                .plan(self.now + BEAT_MS, Event::Beat { node, life });
         }
     }
 
     pub fn on_heartbeat(&mut self, link: u32, from: NodeId, to: NodeId, beat: &Beat) {
-        let now = self.now;
+        let now = self.clock(to);
         let current = self.links.get(&pair(from, to)).copied().unwrap_or_default();
         if !current.up || current.number != link {
             return;
         }
+        let presence = beat.presence;
         if let Some(members) = self.members_mut(to) {
             members.leases.heard(from, beat.epoch, beat.sent, now);
             members.leases.on_grants(from, &beat.grants);
+            if presence.leaving {
+                members.leases.released_by(from);
+            }
         }
-        let presence = beat.presence;
         self.members(to, MembershipInput::Presence { from, presence });
     }
 
@@ -429,17 +437,15 @@ impl World {
 
     /// LEASE, of every node.
     fn check_serving(&mut self) {
-        let now = self.now;
-        let serving: Vec<NodeId> = self
-            .configured
-            .iter()
-            .filter(|node| {
-                self.is_alone(*node)
-                    || self.members_of(*node).is_some_and(|members| {
-                        members.open.is_some() && members.leases.until() > now
-                    })
-            })
-            .collect();
+        let serves = |node: &NodeId| {
+            let now = self.clock(*node);
+            let alone = self.is_alone(*node);
+            let holds = |members: &Members| {
+                members.open.is_some() && !members.left && (alone || members.leases.until() > now)
+            };
+            !self.is_paused(*node) && self.members_of(*node).is_some_and(holds)
+        };
+        let serving: Vec<NodeId> = self.configured.iter().filter(serves).collect();
         for node in serving {
             let Some(server) = self.servers.get(&node) else {
                 continue;
@@ -448,129 +454,5 @@ impl World {
             let holds = |gid: Gid| disk.prepared.contains(&gid) || disk.finished.contains_key(&gid);
             self.checker.on_serving(node, holds);
         }
-    }
-
-    fn recover(&mut self, node: NodeId, from: NodeId) {
-        let life = self.life(node);
-        let mark = self
-            .servers
-            .get(&node)
-            .and_then(|server| server.disk.marks.get(&from))
-            .copied()
-            .unwrap_or_default();
-        let Some(members) = self.members_mut(node) else {
-            return;
-        };
-        members.cursor = Some((from, mark.0 as usize));
-        members.recoveries += 1;
-        let number = members.recoveries;
-        let event = Event::Recover {
-            node,
-            life,
-            from,
-            number,
-        };
-        self.later(5, 50, event);
-    }
-
-    /// Applies the donor's next commit, if nothing stands against it.
-    pub fn recover_step(&mut self, node: NodeId, from: NodeId, number: u64) {
-        let life = self.life(node);
-        let cursor = self
-            .members_of(node)
-            .filter(|members| members.recoveries == number)
-            .and_then(|members| members.cursor);
-        let Some((_, at)) = cursor.filter(|(donor, _)| *donor == from) else {
-            return;
-        };
-        let event = Event::Recover {
-            node,
-            life,
-            from,
-            number,
-        };
-        let linked = self
-            .streams
-            .get(&(from, node))
-            .is_some_and(|stream| stream.up);
-        let Some(donor) = self.servers.get(&from).filter(|_| linked) else {
-            return self.later(5, 20, event);
-        };
-        let (length, item) = (donor.disk.stream.len(), donor.disk.stream.get(at).copied());
-        let in_doubt = self
-            .servers
-            .get(&node)
-            .is_some_and(|server| !server.disk.prepared.is_empty());
-        let Some(item) = item.filter(|_| !in_doubt) else {
-            self.tell_level(node, from, length - at);
-            return self.later(2, 10, event);
-        };
-        if let StreamItem::Outcome(gid, Decision::Commit) = item
-            && self.is_missing(node, gid)
-        {
-            if !self.apply_recovered(node, gid) {
-                return self.later(2, 10, event);
-            }
-            self.later(1, 2, event);
-        } else {
-            self.agenda.plan(self.now, event);
-        }
-        if let Some(members) = self.members_mut(node) {
-            members.cursor = Some((from, at + 1));
-        }
-        self.tell_level(node, from, length - at - 1);
-        if let StreamItem::Marker(num) = item {
-            self.members(node, MembershipInput::MarkerReached { from, num });
-        }
-    }
-
-    fn tell_level(&mut self, node: NodeId, from: NodeId, behind: usize) {
-        let level = behind <= LEVEL_ITEMS;
-        self.members(node, MembershipInput::Level { from, level });
-    }
-
-    fn is_missing(&self, node: NodeId, gid: Gid) -> bool {
-        let Some(server) = self.servers.get(&node) else {
-            return false;
-        };
-        let online_in = server.disk.members.map(|record| record.online_in);
-        gid.coordinator != node
-            && !server.disk.finished.contains_key(&gid)
-            && online_in.is_some_and(|online_in| gid.generation > online_in)
-    }
-
-    /// Applies and commits in one step; says whether it could.
-    fn apply_recovered(&mut self, node: NodeId, gid: Gid) -> bool {
-        let key = self.plans.get(&gid).map_or(0, |plan| plan.key);
-        let Some((server, checker)) = self.disk(node) else {
-            return false;
-        };
-        let Some(memory) = &mut server.memory else {
-            return false;
-        };
-        if let Some(holder) = memory.locks.get(&key).copied() {
-            // A session that still runs gives way.
-            if memory.sessions.get(&holder) == Some(&Session::Running) {
-                memory.sessions.remove(&holder);
-                memory.locks.remove(&key);
-            }
-            return false;
-        }
-        checker.on_apply_start(node, gid, &server.disk.finished);
-        if let Some(members) = &mut memory.members
-            && members.fenced < gid.generation
-        {
-            members.fenced = gid.generation;
-            server.disk.stream.push(StreamItem::Fence(gid.generation));
-        }
-        server.flush_all(checker);
-        server.disk.finished.insert(gid, Decision::Commit);
-        let commit = StreamItem::Outcome(gid, Decision::Commit);
-        server.disk.stream.push(commit);
-        checker.on_finished(node, gid, Decision::Commit);
-        checker.on_row_committed(node, key, gid);
-        self.recovered += 1;
-        self.pump_all(node);
-        true
     }
 }

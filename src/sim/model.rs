@@ -30,6 +30,8 @@ pub struct Scope {
     pub resolvers: u8,
     /// Coordinators that ask for rule D2, by their place among the transactions: bit 0 is the first.
     pub fast: u8,
+    /// Votes go to all members, as with more nodes than a search can have.
+    pub votes_to_all: bool,
     pub fault: Option<Fault>,
     /// Stop after so many steps, taken or found to lead to a known state.
     pub states_max: usize,
@@ -147,10 +149,12 @@ impl fmt::Display for Scope {
             disturbances,
             resolvers,
             fast,
+            votes_to_all,
             ..
         } = self;
         let all = (1 << transactions) - 1;
         let rule = match fast & all {
+            0 if *votes_to_all => "D1 with votes to all",
             0 => "D1",
             rule if rule == all => "D2",
             _ => "D1 and D2",
@@ -176,6 +180,9 @@ impl Scope {
             Self::of([1, 0, 1, 1], D1),
             Self::of([1, 0, 1, 1], D2),
             Self::of([1, 1, 1, 1], D2),
+            Self::with_votes_to_all([1, 0, 0, 0]),
+            Self::with_votes_to_all([1, 1, 0, 1]),
+            Self::with_votes_to_all([1, 0, 1, 1]),
         ]
     }
 
@@ -188,6 +195,8 @@ impl Scope {
             Self::of([1, 1, 1, 1], D1),
             Self::of([1, 0, 2, 2], D2),
             Self::of([1, 0, 2, 2], D1),
+            Self::with_votes_to_all([2, 0, 0, 0]),
+            Self::with_votes_to_all([1, 1, 1, 1]),
         ];
         scopes
             .map(|scope| Self {
@@ -195,6 +204,13 @@ impl Scope {
                 ..scope
             })
             .into()
+    }
+
+    const fn with_votes_to_all(scope: [u8; 4]) -> Self {
+        Self {
+            votes_to_all: true,
+            ..Self::of(scope, D1)
+        }
     }
 
     const fn of([transactions, crashes, disturbances, resolvers]: [u8; 4], fast: u8) -> Self {
@@ -205,6 +221,7 @@ impl Scope {
             disturbances,
             resolvers,
             fast,
+            votes_to_all: false,
             fault: None,
             states_max: usize::MAX,
         }
@@ -237,6 +254,7 @@ impl Scope {
             resend_after_ms: 0,
             give_up_after_ms: u64::MAX,
             fault: self.fault,
+            votes_to_all: self.votes_to_all,
             ..Config::new(node, self.configured(), epoch)
         }
     }
@@ -259,6 +277,9 @@ impl Model for Scope {
             resolvers: 0,
             checker: Checker::new(self.configured()),
         };
+        for node in self.configured().iter() {
+            cluster.start(self, node);
+        }
         for gid in self.gids() {
             let node = cluster
                 .nodes
@@ -267,9 +288,6 @@ impl Model for Scope {
             node.prepared.insert(gid);
             node.waiting.insert(gid);
             cluster.checker.on_prepared(gid.coordinator, gid, None);
-        }
-        for node in self.configured().iter() {
-            cluster.start(self, node);
         }
         vec![cluster]
     }

@@ -27,6 +27,12 @@ enum WalItem {
     Record(Record),
     Free(Gid),
     Mark(NodeId, Lsn),
+    /// A transaction that came through a donor, committed without waiting for the disk; this node's WAL ends there.
+    Recovered {
+        gid: Gid,
+        key: u32,
+        end: usize,
+    },
 }
 
 /// What survives a crash.
@@ -40,6 +46,21 @@ pub(crate) struct Disk {
     pub members: Option<MembershipRecord>,
     /// This node's WAL. The ordinary stream shows what is its own; without membership nothing else is in it.
     pub stream: Vec<StreamItem>,
+    /// How much of it is flushed, and thus shown to others.
+    pub flushed: usize,
+}
+
+impl Disk {
+    /// Puts something into WAL that is flushed at once, like all before it.
+    pub fn log(&mut self, item: StreamItem) {
+        self.stream.push(item);
+        self.flushed = self.stream.len();
+    }
+
+    /// What others can read.
+    pub fn shown(&self) -> &[StreamItem] {
+        &self.stream[..self.flushed]
+    }
 }
 
 /// A client's transaction on its own node.
@@ -65,6 +86,8 @@ pub(crate) struct Memory {
     pub core: Core,
     pub gates: BTreeMap<Gid, Gate>,
     pub sessions: BTreeMap<Gid, Session>,
+    /// Records of commits that the session has been told of and writes itself.
+    pub handed: BTreeMap<Gid, Record>,
     pub visible: BTreeMap<NodeId, Csn>,
     /// Foreign transactions being applied, or waiting to be.
     pub applying: BTreeMap<Gid, Applying>,
@@ -132,6 +155,7 @@ impl Server {
             core: Core::new(config, recovered, now, out),
             gates: BTreeMap::new(),
             sessions: BTreeMap::new(),
+            handed: BTreeMap::new(),
             visible: BTreeMap::new(),
             applying: BTreeMap::new(),
             locks,
@@ -145,12 +169,38 @@ impl Server {
     pub fn crash(&mut self, kept: usize, checker: &mut Checker) {
         let kept = kept.min(self.wal.len());
         self.sync(kept, checker);
-        self.wal.clear();
+        for lost in self.wal.drain(..) {
+            if let WalItem::Recovered { gid, .. } = lost {
+                self.disk.finished.remove(&gid);
+            }
+        }
+        self.disk.stream.truncate(self.disk.flushed);
         self.memory = None;
     }
 
     pub fn unflushed(&self) -> usize {
         self.wal.len()
+    }
+
+    /// A session that waits for its outcome writes the record of its commit itself, with its finish; false when there is none.
+    pub fn hand_over(&mut self, gid: Gid, record: Record) -> bool {
+        let Some(memory) = &mut self.memory else {
+            return false;
+        };
+        let waits = memory.sessions.get(&gid) == Some(&Session::Waiting);
+        let taken = waits && record.decision == Some(Decision::Commit);
+        if taken {
+            memory.handed.insert(gid, record);
+        }
+        taken
+    }
+
+    /// The session is about to finish: what it was handed precedes that in WAL.
+    pub fn write_handed(&mut self, gid: Gid) {
+        let memory = self.memory.as_mut();
+        if let Some(record) = memory.and_then(|memory| memory.handed.remove(&gid)) {
+            self.write_record(record);
+        }
     }
 
     pub fn write_record(&mut self, record: Record) -> u64 {
@@ -163,6 +213,15 @@ impl Server {
 
     pub fn write_mark(&mut self, origin: NodeId, lsn: Lsn) -> u64 {
         self.write(WalItem::Mark(origin, lsn))
+    }
+
+    /// Commits a transaction that came through a donor; visible at once, durable with the next flush.
+    pub fn write_recovered(&mut self, gid: Gid, key: u32) {
+        self.disk.finished.insert(gid, Decision::Commit);
+        let commit = StreamItem::Outcome(gid, Decision::Commit);
+        self.disk.stream.push(commit);
+        let end = self.disk.stream.len();
+        self.write(WalItem::Recovered { gid, key, end });
     }
 
     fn write(&mut self, item: WalItem) -> u64 {
@@ -205,6 +264,11 @@ impl Server {
                 }
                 WalItem::Mark(origin, lsn) => {
                     self.disk.marks.insert(origin, lsn);
+                }
+                WalItem::Recovered { gid, key, end } => {
+                    self.disk.flushed = end;
+                    checker.on_finished(self.node, gid, Decision::Commit);
+                    checker.on_row_committed(self.node, key, gid);
                 }
             }
         }

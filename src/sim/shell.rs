@@ -1,5 +1,6 @@
 //! What the shell around a core does: inputs of all kinds, sessions, finishes. Streams and applies are in `apply`.
 
+use protocol::membership::MembershipInput;
 use protocol::{Decision, Fault, Gid, Input, NodeId, Outcome, Vote};
 
 use crate::event::{ApplyStep, Event, SessionStep};
@@ -8,7 +9,13 @@ use crate::world::{Plan, TICK_MS, World};
 
 impl World {
     pub fn happen(&mut self, event: Event) {
+        if let Some(until) = self.postponed(&event) {
+            return self.agenda.plan(until, event);
+        }
         match event {
+            Event::Strike(hazard) => self.strike(hazard),
+            Event::Silence { from, to } => self.on_silence(from, to),
+            Event::Audible { from, to } => self.unmute(from, to),
             Event::Deliver {
                 link,
                 from,
@@ -58,6 +65,7 @@ impl World {
             | Event::Apply { node, life, .. }
             | Event::StoreMarks { node, life }
             | Event::MarkStored { node, life, .. }
+            | Event::Judge { node, life, .. }
             | Event::LinkDown { node, life, .. } => {
                 if self.is_alive(node, life) {
                     self.happen_on(node, event);
@@ -85,6 +93,10 @@ impl World {
                 self.open_gates(node, upto);
             }
             Event::Members { input, .. } => self.members(node, input),
+            Event::Judge { peer, .. } => {
+                let stuck = self.is_stalled(peer);
+                self.members(node, MembershipInput::Stuck { peer, stuck });
+            }
             Event::MembersStored { .. } => self.members_stored(node),
             Event::WriteMarker { num, .. } => self.write_marker(node, num),
             Event::Beat { .. } => self.beat(node, true),
@@ -175,10 +187,14 @@ impl World {
             (SessionStep::Vanish, Some(Session::Waiting | Session::Finishing(_))) => {
                 if let Some(memory) = self.memory_mut(node) {
                     memory.sessions.remove(&gid);
+                    memory.handed.remove(&gid);
                 }
                 self.input(node, Input::Abandoned { gid });
             }
             (SessionStep::Finish, Some(Session::Finishing(decision))) => {
+                if let Some((server, _)) = self.disk(node) {
+                    server.write_handed(gid);
+                }
                 self.finish(node, gid, decision);
                 self.answer(gid, decision);
             }
@@ -211,7 +227,7 @@ impl World {
             .filter(|(_, decision)| **decision == Decision::Commit);
         let seen = committed.map(|(gid, _)| *gid).collect();
         server.disk.prepared.insert(gid);
-        server.disk.stream.push(StreamItem::Prepare(gid));
+        server.disk.log(StreamItem::Prepare(gid));
         checker.on_prepared(node, gid, Some(seen));
         self.pump_all(node);
         self.disturb(node, gid);
@@ -278,6 +294,7 @@ impl World {
             return;
         };
         memory.sessions.remove(&gid);
+        memory.handed.remove(&gid);
         if server.disk.prepared.remove(&gid) {
             if memory.locks.get(&key.unwrap_or(0)) == Some(&gid) {
                 memory.locks.remove(&key.unwrap_or(0));
@@ -289,7 +306,7 @@ impl World {
             });
             checker.on_finished(node, gid, decision);
             if gid.coordinator == node || server.disk.members.is_some() {
-                server.disk.stream.push(StreamItem::Outcome(gid, decision));
+                server.disk.log(StreamItem::Outcome(gid, decision));
                 self.pump_all(node);
             }
             if decision == Decision::Commit {

@@ -159,6 +159,37 @@ pub fn trace_refereed_seed(seed: u64) -> (Vec<String>, Result<Report, SeedFailur
     (world.log.unwrap_or_default(), result)
 }
 
+/// Like [`run_changing_seed`], with more that can go wrong: links that work one way, splits, nodes that stand still, leave, or do not vote,
+/// clocks of different speed, slow disks, recovered transactions that a crash takes back.
+pub fn run_harsh_seed(
+    seed: u64,
+    nodes: u8,
+    fault: Option<MembershipFault>,
+) -> Result<Report, SeedFailure> {
+    harsh(seed, nodes, fault, false).1
+}
+
+/// Like [`trace_seed`], with all that can go wrong.
+pub fn trace_harsh_seed(seed: u64, nodes: u8) -> (Vec<String>, Result<Report, SeedFailure>) {
+    harsh(seed, nodes, None, true)
+}
+
+fn harsh(
+    seed: u64,
+    nodes: u8,
+    fault: Option<MembershipFault>,
+    log: bool,
+) -> (Vec<String>, Result<Report, SeedFailure>) {
+    let mut world = changing(seed, nodes, fault, log);
+    world.plan_hazards(seed, STORM_MS);
+    let result = run(&mut world).map_err(|violation| SeedFailure {
+        seed,
+        nodes,
+        violation,
+    });
+    (world.log.unwrap_or_default(), result)
+}
+
 fn refereed(seed: u64, fault: Option<MembershipFault>, log: bool) -> World {
     let mut world = changing(seed, 2, fault, log);
     world.referee = Some(RefereeHost::default());

@@ -12,6 +12,7 @@ use protocol::{
 use crate::checker::{Checker, Evidence};
 use crate::event::{Agenda, Event};
 use crate::faults::Climate;
+use crate::hazards::Hazards;
 use crate::referee::RefereeHost;
 use crate::rng::Rng;
 use crate::server::{Gate, Memory, Server};
@@ -57,6 +58,7 @@ pub(crate) struct World {
     /// Whether members change.
     pub changing: bool,
     pub members_fault: Option<MembershipFault>,
+    pub hazards: Hazards,
     /// Generations in which somebody came online.
     pub generations: BTreeSet<GenerationNum>,
     pub recovered: u64,
@@ -89,6 +91,7 @@ impl World {
             fault,
             changing: false,
             members_fault: None,
+            hazards: Hazards::default(),
             generations: BTreeSet::new(),
             recovered: 0,
             referee: None,
@@ -167,7 +170,7 @@ impl World {
 
     /// Gives an input to a node's core and carries out what it asks for.
     pub fn input(&mut self, node: NodeId, input: Input) {
-        let now = self.now;
+        let now = self.clock(node);
         let mut out = Effects::new();
         let Some(memory) = self.memory_mut(node) else {
             return;
@@ -240,10 +243,12 @@ impl World {
                     return;
                 };
                 let upto = server.write_record(record);
-                self.close_gate(node, gid, upto, 8);
+                self.close_gate(node, gid, upto, self.hazards.disk_max_ms);
             }
-            Effect::Write { record, .. } => {
-                if let Some(server) = self.servers.get_mut(&node) {
+            Effect::Write { gid, record } => {
+                if let Some(server) = self.servers.get_mut(&node)
+                    && !server.hand_over(gid, record)
+                {
                     server.write_record(record);
                 }
             }
@@ -314,6 +319,9 @@ impl World {
         }
         let link = self.links.get(&pair(from, to)).copied().unwrap_or_default();
         if !link.up || self.rng.permille(self.climate.loss_permille) {
+            return;
+        }
+        if self.muted(from, to).is_some() {
             return;
         }
         let slowest = self.climate.delay_max_ms;

@@ -3,7 +3,8 @@
 //! One logical-decoding output message carries one or more *frames* (a small transaction is a single message, so that it costs one
 //! send and one receive). A message never spans two transactions: it either belongs to one transaction (its first message
 //! [begins](Message::begins) with `Begin`, its last one [ends](Message::ends) with `Prepare`) or consists of frames that belong to none
-//! (`CommitPrepared`, `RollbackPrepared`, `FinishUser`, `Marker`).
+//! (`CommitPrepared`, `RollbackPrepared`, `FinishUser`, `Marker`, `Undo`). A large transaction is sent while it runs: then its changes come in messages of
+//! their own, which may lie between those of others and begin with `Piece`; at its PREPARE, `Resume` and `Prepare` follow in a message each.
 //!
 //! ```text
 //! message = version u8, flags u8, frame...
@@ -28,7 +29,8 @@ mod tests;
 
 pub use bytes::{Malformed, Text};
 pub use frame::{
-    Begin, Deps, Marker, OldRow, Prepare, Prepared, StreamFrame, Truncate, UserFinish,
+    Begin, Deps, Marker, OldRow, Piece, Prepare, Prepared, Resume, StreamFrame, Truncate, Undo,
+    UserFinish,
 };
 pub use message::{Frames, Message, MessageWriter, OldRowWriter, STREAM_VERSION};
 pub use relation::{

@@ -106,10 +106,10 @@ impl Cluster {
         })
     }
 
-    /// Makes one cluster of all the servers, from the first.
+    /// Makes one cluster of all the servers, from the first, and waits until sessions can write on all of them.
     ///
     /// # Errors
-    /// What `CREATE EXTENSION` or `mtm.init_cluster` says.
+    /// What `CREATE EXTENSION` or `mtm.init_cluster` says; a node that stays read-only.
     pub fn init_cluster(&self) -> Result<()> {
         let mut first = self.connect(0)?;
         let limit = (INIT_LIMIT * patience()).as_millis();
@@ -124,7 +124,18 @@ impl Cluster {
             )
             .map_err(explain)
             .context("mtm.init_cluster failed")?;
-        Ok(())
+        (0..self.nodes.len()).try_for_each(|node| self.wait_until_writable(node))
+    }
+
+    /// A session that begins while its node changes generations stays read-only: on a busy machine that can be right after the cluster was formed.
+    fn wait_until_writable(&self, node: usize) -> Result<()> {
+        let what = format!("node {} to take writes", node + 1);
+        wait_for(&what, INIT_LIMIT * patience(), || {
+            let row = self
+                .connect(node)?
+                .query_one("SHOW default_transaction_read_only", &[])?;
+            Ok(row.get::<_, String>(0) == "off")
+        })
     }
 
     /// Adds and starts a physical standby of the first server.

@@ -73,6 +73,21 @@ pub fn build_as(source: &Source, how: Build) -> Result<Installation> {
     Ok(installation)
 }
 
+/// Builds the users' command line and puts it beside the servers' programs; returns its place.
+///
+/// # Errors
+/// When the compiler or the copy fails.
+pub fn build_command_line(installation: &Installation) -> Result<PathBuf> {
+    let mut cargo = cargo();
+    cargo.args(["build", "--quiet", "--package", "multimaster-cli"]);
+    command::show(&mut cargo)?;
+    let built = match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(dir) => host::checkout().join(dir),
+        None => host::checkout().join("target"),
+    };
+    installation.install_program(&built.join("debug").join("mtm"), "mtm")
+}
+
 /// Debian's PostgreSQL shares cargo's usual directory; any other build has its own, since the headers differ.
 fn target_dir(source: &Source) -> Result<PathBuf> {
     let usual = match std::env::var_os("CARGO_TARGET_DIR") {

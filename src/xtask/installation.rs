@@ -154,6 +154,16 @@ impl Installation {
         &self.library
     }
 
+    /// Puts a program beside those of PostgreSQL; returns its place.
+    ///
+    /// # Errors
+    /// When it cannot be copied.
+    pub fn install_program(&self, program: &Path, name: &str) -> Result<PathBuf> {
+        let place = self.bin.join(name);
+        replace(program, &place)?;
+        Ok(place)
+    }
+
     /// A program of this installation.
     pub fn program(&self, name: &str) -> PathBuf {
         self.bin.join(name)

@@ -361,6 +361,30 @@ impl Server {
         self.signal_all(Signal::SIGCONT)
     }
 
+    /// Stops one process of the server where it is (SIGSTOP).
+    ///
+    /// # Errors
+    /// When there is no such process.
+    pub fn freeze_process(&self, pid: i32) -> Result<()> {
+        self.signal_one(pid, Signal::SIGSTOP)
+    }
+
+    /// Lets a frozen process go on.
+    ///
+    /// # Errors
+    /// When there is no such process.
+    pub fn thaw_process(&self, pid: i32) -> Result<()> {
+        self.signal_one(pid, Signal::SIGCONT)
+    }
+
+    fn signal_one(&self, pid: i32, signal: Signal) -> Result<()> {
+        let own = descendants_of(self.postmaster().unwrap_or_default());
+        if !own.contains(&Pid::from_raw(pid)) {
+            bail!("{} has no process {pid}", self.name)
+        }
+        kill(Pid::from_raw(pid), signal).with_context(|| format!("cannot send {signal}"))
+    }
+
     fn signal_all(&self, signal: Signal) -> Result<()> {
         // The postmaster first: it starts nobody then.
         self.signal(signal)?;
@@ -411,6 +435,22 @@ impl Server {
             std::thread::sleep(Duration::from_millis(5));
         }
         Ok(())
+    }
+
+    /// Loses everything that a stopped server had on its disk but for its configuration, which is moved to `keep`.
+    ///
+    /// # Errors
+    /// When a file cannot be moved or removed.
+    pub fn lose_data(&self, keep: &Path) -> Result<()> {
+        for name in ["postgresql.conf", "pg_hba.conf"] {
+            fs::copy(self.data.join(name), keep.join(name))
+                .with_context(|| format!("cannot keep {name}"))?;
+            host::give_to_server(&keep.join(name))?;
+        }
+        fs::remove_dir_all(&self.data)?;
+        fs::create_dir(&self.data)?;
+        fs::set_permissions(&self.data, fs::Permissions::from_mode(0o700))?;
+        host::give_to_server(&self.data)
     }
 
     /// Process id of the postmaster.

@@ -8,7 +8,7 @@ use crate::extension::{PROFILE, cargo};
 /// Sizes of cluster that are simulated when none is given: small, even, and with two failures to survive.
 const SIZES: [u32; 4] = [3, 4, 5, 7];
 
-/// Shows one seed step by step, or runs `seeds` seeds on clusters of `nodes` nodes (or of several sizes).
+/// Shows one seed step by step, or runs `seeds` seeds, with fixed and with changing members, on clusters of `nodes` nodes (or of several sizes).
 ///
 /// # Errors
 /// When an invariant does not hold.
@@ -21,9 +21,11 @@ pub fn storms(seed: Option<u64>, nodes: Option<u32>, seeds: u64) -> Result<()> {
         ]);
     }
     let sizes = nodes.map_or(SIZES.to_vec(), |nodes| vec![nodes]);
-    sizes
-        .iter()
-        .try_for_each(|nodes| sim(&["seeds", &nodes.to_string(), "0", &seeds.to_string()]))
+    let (sizes, seeds) = (sizes.iter().map(u32::to_string), seeds.to_string());
+    sizes.into_iter().try_for_each(|nodes| {
+        sim(&["seeds", &nodes, "0", &seeds])?;
+        sim(&["members", &nodes, "0", &seeds])
+    })
 }
 
 /// Searches the interleavings of a few nodes and transactions; `steps` bounds the search.

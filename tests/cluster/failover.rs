@@ -21,11 +21,11 @@ pub fn cases() -> Vec<OwnCase> {
 }
 
 /// How long anything may take that is awaited.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 /// Load before and after the loss.
-const LOAD: Duration = Duration::from_secs(2);
+pub const LOAD: Duration = Duration::from_secs(2);
 /// Nodes (from 0) that are lost first and second.
-const LOST: usize = 2;
+pub const LOST: usize = 2;
 const LOST_TOO: usize = 1;
 
 /// How long a node is away while the load goes on.
@@ -38,13 +38,13 @@ fn absence() -> Duration {
 }
 
 /// Clients that count rows up, each on its node.
-struct Load {
+pub struct Load {
     stop: Arc<AtomicBool>,
     clients: Vec<JoinHandle<Vec<Instant>>>,
 }
 
 impl Load {
-    fn start(cluster: &Cluster, nodes: &[usize]) -> Load {
+    pub fn start(cluster: &Cluster, nodes: &[usize]) -> Load {
         let stop = Arc::new(AtomicBool::new(false));
         let clients = nodes
             .iter()
@@ -59,7 +59,7 @@ impl Load {
     }
 
     /// When each client's commits were answered.
-    fn stop(self) -> Result<Vec<Vec<Instant>>> {
+    pub fn stop(self) -> Result<Vec<Vec<Instant>>> {
         self.stop.store(true, Ordering::Relaxed);
         let mut all = Vec::new();
         for client in self.clients {
@@ -90,7 +90,7 @@ fn count_up(client: usize, conninfo: &str, stop: &AtomicBool) -> Vec<Instant> {
 }
 
 /// The longest time without a commit of a client, from `since` on.
-fn longest_gap(commits: &[Instant], since: Instant) -> Duration {
+pub fn longest_gap(commits: &[Instant], since: Instant) -> Duration {
     let last_before = commits.iter().rev().find(|at| **at <= since).copied();
     let after = commits.iter().copied().filter(|at| *at > since);
     let moments: Vec<Instant> = last_before.into_iter().chain(after).collect();
@@ -98,12 +98,12 @@ fn longest_gap(commits: &[Instant], since: Instant) -> Duration {
     gaps.max().unwrap_or_default()
 }
 
-fn create(cluster: &Cluster) -> Result<()> {
+pub fn create(cluster: &Cluster) -> Result<()> {
     Session::new(cluster.connect(0)?).run("CREATE TABLE line (client int, n int)")
 }
 
 /// Every commit that was answered is there, on every node.
-fn check_rows(cluster: &Cluster, commits: &[Vec<Instant>]) -> Result<()> {
+pub fn check_rows(cluster: &Cluster, commits: &[Vec<Instant>]) -> Result<()> {
     xtask::checks::whole(cluster, PATIENCE)?;
     for (client, commits) in commits.iter().enumerate() {
         let found = Session::new(cluster.connect(0)?).text(&format!(
@@ -119,7 +119,7 @@ fn check_rows(cluster: &Cluster, commits: &[Vec<Instant>]) -> Result<()> {
     Ok(())
 }
 
-fn await_online(cluster: &Cluster, node: usize) -> Result<()> {
+pub fn await_online(cluster: &Cluster, node: usize) -> Result<()> {
     wait_for(&format!("node {} to be online", node + 1), PATIENCE, || {
         let status = cluster
             .connect(node)

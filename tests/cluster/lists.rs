@@ -22,6 +22,9 @@ use crate::ledger::Dice;
 const KEYS: u64 = 6;
 /// Most reads and appends of a transaction.
 const STEPS: u64 = 4;
+/// Of a connection string.
+const STRICT_READS: &str =
+    "options='-c multimaster.strict_reads=on -c multimaster.wait_peer_commits=off'";
 /// Pause of a client whose node serves nothing.
 const REFUSED_PAUSE: Duration = Duration::from_millis(20);
 
@@ -70,8 +73,15 @@ pub fn create(session: &mut Session) -> Result<()> {
 }
 
 impl Lists {
-    /// Starts one client on each node.
+    /// Starts one client on each node. A read sees what was answered before in two ways: COMMIT waits for the peers, or readers wait.
     pub fn start(cluster: &Cluster, dice: &mut Dice) -> Lists {
+        let readers_wait = dice.below(2) == 0;
+        let ways = if readers_wait {
+            println!("  lists are read with multimaster.strict_reads");
+            STRICT_READS
+        } else {
+            ""
+        };
         let stop = Arc::new(AtomicBool::new(false));
         let clients = cluster
             .nodes
@@ -79,7 +89,7 @@ impl Lists {
             .enumerate()
             .map(|(node, server)| {
                 let conninfo = format!(
-                    "{} application_name=lists connect_timeout=5",
+                    "{} application_name=lists connect_timeout=5 {ways}",
                     server.conninfo()
                 );
                 let (stop, dice) = (Arc::clone(&stop), Dice::new(dice.below(u64::MAX)));

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 mod bulk;
 mod clients;
+mod clone;
 mod crash;
 mod cut_off;
 mod failover;
@@ -13,6 +14,7 @@ mod growth;
 mod hosts;
 mod intruder;
 mod kill;
+mod large;
 mod ledger;
 mod life;
 mod lists;
@@ -20,10 +22,13 @@ mod load;
 mod minority;
 mod nemesis;
 mod open_sessions;
+mod operations;
+mod recovery;
 mod referee;
 mod refusals;
 mod split;
 mod standby;
+mod stuck;
 
 fn main() -> ExitCode {
     let cases = [
@@ -32,13 +37,18 @@ fn main() -> ExitCode {
         load::cases(),
         life::cases(),
         bulk::cases(),
+        large::cases(),
         failover::cases(),
+        clone::cases(),
+        operations::cases(),
+        recovery::cases(),
         minority::cases(),
         cut_off::cases(),
         clients::cases(),
         open_sessions::cases(),
         split::cases(),
         referee::cases(),
+        stuck::cases(),
         nemesis::cases(),
         crash::cases(),
         kill::cases(),

@@ -12,7 +12,8 @@ use crate::hosts::{Hosts, PATIENCE, with_hosts};
 pub fn cases() -> Vec<OwnCase> {
     cases![
         minority_refuses_what_touches_data,
-        a_stopped_node_shows_nothing_stale
+        a_stopped_node_shows_nothing_stale,
+        strict_read_ends_with_the_majority,
     ]
 }
 
@@ -129,5 +130,41 @@ fn write(hosts: &Hosts, number: u32) -> Result<()> {
     let mut writer = hosts.session(0)?;
     wait_for("a commit without the stopped node", PATIENCE, || {
         Ok(writer.run(&format!("UPDATE t SET n = {number}")).is_ok())
+    })
+}
+
+/// A strict read that waits for a transaction of which this node will not hear any more.
+fn strict_read_ends_with_the_majority(installation: &Installation) -> Result<()> {
+    with_hosts(installation, 3, |hosts| {
+        hosts
+            .session(0)?
+            .run("CREATE TABLE t (n int); INSERT INTO t VALUES (0)")?;
+        let mut other = hosts.session(2)?;
+        let mut reader = hosts.session(2)?;
+        reader.run("SET multimaster.strict_reads = on")?;
+        let pid = reader.text("SELECT pg_backend_pid()")?;
+        other.run("SET multimaster.failpoint = 'finish-before-record=hold'")?;
+        hosts
+            .session(0)?
+            .run("SET multimaster.wait_peer_commits = off; UPDATE t SET n = 1")?;
+        let read = std::thread::spawn(move || reader.refused("SELECT n FROM t"));
+        let waits = wait_for("the reader to wait", PATIENCE, || {
+            let sql = format!(
+                "SELECT coalesce(wait_event_type, '') FROM pg_stat_activity WHERE pid = {pid}"
+            );
+            Ok(other.text(&sql)? == "Extension" || read.is_finished())
+        });
+        hosts.network.isolate(2)?;
+        let error = read
+            .join()
+            .map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+        other.run("SET multimaster.failpoint = ''")?;
+        waits?;
+        ensure!(error.code().code() == CANNOT_CONNECT_NOW, "{error:?}");
+        hosts.network.heal()?;
+        hosts.await_status(2, "online")?;
+        let seen = hosts.session(2)?.text("SELECT n FROM t")?;
+        ensure!(seen == "1", "{seen}");
+        xtask::checks::whole(&hosts.cluster, PATIENCE)
     })
 }

@@ -7,6 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use multimaster_tests::{Rig, Session, SharedCase, cases};
 use postgres::error::DbError;
+use xtask::cluster::wait_for;
+
+use crate::held::Held;
 
 pub fn cases() -> Vec<SharedCase> {
     cases![
@@ -22,6 +25,9 @@ pub fn cases() -> Vec<SharedCase> {
         update_meets_remote_delete,
         select_for_update_does_not_stop_a_committing_peer,
         counter_incremented_everywhere_loses_nothing,
+        second_attempt_keeps_its_age,
+        younger_running_transaction_gives_way_at_once,
+        older_running_transaction_may_still_commit,
     ]
 }
 
@@ -352,4 +358,135 @@ fn select_for_update_does_not_stop_a_committing_peer(rig: &Rig) -> Result<()> {
     );
     drop(holder);
     rig.expect("SELECT v FROM t WHERE id = 1", "5")
+}
+
+/// How long a session or process may take to get where a case wants it.
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn second_attempt_keeps_its_age(rig: &Rig) -> Result<()> {
+    table(rig)?;
+    let mut session = rig.session(2)?;
+    let start = |session: &mut Session| session.text("SELECT extract(epoch FROM now())");
+    session.run("BEGIN; UPDATE t SET v = -1 WHERE id = 1")?;
+    let first = start(&mut session)?;
+    lose(&mut session, || {
+        rig.session(1)?.run("UPDATE t SET v = 1 WHERE id = 1")
+    })?;
+    // What writes nothing in between changes nothing.
+    session.run("SELECT 1")?;
+    session.run("BEGIN; UPDATE t SET v = 2 WHERE id = 1")?;
+    let shown = commit_and_look(rig, &mut session)?;
+    ensure!(shown == first, "started {shown}, first attempt {first}");
+    session.run("BEGIN; UPDATE t SET v = 3 WHERE id = 1")?;
+    let own = start(&mut session)?;
+    let shown = commit_and_look(rig, &mut session)?;
+    ensure!(shown == own, "after a commit: started {shown}, not {own}");
+    rig.expect("SELECT v FROM t WHERE id = 1", "3")
+}
+
+/// The session is in a statement when `winner` commits, and has to give way.
+fn lose(session: &mut Session, winner: impl FnOnce() -> Result<()>) -> Result<()> {
+    let error = thread::scope(|scope| {
+        let loser = scope.spawn(|| session.refused_with("40001", "SELECT pg_sleep(60)"));
+        let won = winner();
+        let error = loser
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        won?;
+        error
+    })?;
+    ensure!(
+        error.message().contains("blocks a committing transaction"),
+        "{error:?}"
+    );
+    session.run("ROLLBACK")
+}
+
+/// Commits what a session of node 2 has begun; when it started, as the cluster sees it.
+fn commit_and_look(rig: &Rig, session: &mut Session) -> Result<String> {
+    let mut held = Held::new(rig);
+    held.hold(3, "apply-before-prepare")?;
+    thread::scope(|scope| {
+        let commit = scope.spawn(|| session.run("COMMIT"));
+        let mut watcher = rig.session(2)?;
+        let mut shown = String::new();
+        let sql =
+            "SELECT extract(epoch FROM started_at) FROM mtm.transactions WHERE state = 'voting'";
+        let looked = wait_for("the transaction to be shown", LIMIT, || {
+            shown = watcher.text(sql)?;
+            Ok(!shown.is_empty())
+        });
+        held.release(3)?;
+        commit
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        looked?;
+        Ok(shown)
+    })
+}
+
+/// A grace that no case lives to see.
+fn with_long_grace(rig: &Rig, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let set = |value: &str| -> Result<()> {
+        let mut session = rig.session(2)?;
+        session.run(&format!(
+            "ALTER SYSTEM SET multimaster.conflict_grace = {value}"
+        ))?;
+        session.run("SELECT pg_reload_conf()")?;
+        wait_for("the setting to be in force", LIMIT, || {
+            let shown = rig
+                .session(2)?
+                .text("SELECT setting = '60000' FROM pg_settings WHERE name = 'multimaster.conflict_grace'")?;
+            Ok((shown == "t") == (value != "DEFAULT"))
+        })
+    };
+    set("'60s'")?;
+    let outcome = work();
+    set("DEFAULT")?;
+    outcome
+}
+
+fn younger_running_transaction_gives_way_at_once(rig: &Rig) -> Result<()> {
+    table(rig)?;
+    with_long_grace(rig, || {
+        let mut older = rig.session(1)?;
+        older.run("BEGIN; SELECT 1")?;
+        let mut younger = rig.session(2)?;
+        younger.run("BEGIN; UPDATE t SET v = -1 WHERE id = 1")?;
+        older.run("UPDATE t SET v = 1 WHERE id = 1")?;
+        let started = Instant::now();
+        lose(&mut younger, || older.run("COMMIT"))?;
+        ensure!(
+            started.elapsed() < LIMIT,
+            "it waited for the grace: {:?}",
+            started.elapsed()
+        );
+        Ok(())
+    })?;
+    rig.expect("SELECT v FROM t WHERE id = 1", "1")
+}
+
+fn older_running_transaction_may_still_commit(rig: &Rig) -> Result<()> {
+    table(rig)?;
+    with_long_grace(rig, || {
+        let mut older = rig.session(2)?;
+        older.run("BEGIN; UPDATE t SET v = -1 WHERE id = 1")?;
+        let mut younger = rig.session(1)?;
+        let mut watcher = rig.session(2)?;
+        thread::scope(|scope| {
+            let commit =
+                scope.spawn(|| younger.refused_with("40001", "UPDATE t SET v = 1 WHERE id = 1"));
+            let waits = wait_for("apply to wait for the row", LIMIT, || {
+                let sql = "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE '%apply worker%' AND wait_event_type = 'Lock'";
+                Ok(watcher.text(sql)? == "1")
+            });
+            older.run("COMMIT")?;
+            waits?;
+            commit
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+                .map(drop)
+        })
+    })?;
+    rig.expect("SELECT v FROM t WHERE id = 1", "-1")
 }

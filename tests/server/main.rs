@@ -10,8 +10,11 @@ mod commit;
 mod conflicts;
 mod constraints;
 mod ddl;
+mod held;
 mod rows;
+mod steps;
 mod stream;
+mod strict;
 mod traps;
 mod views;
 mod workers;
@@ -31,7 +34,13 @@ fn main() -> ExitCode {
     ]
     .concat();
     if !plain() {
-        cases.extend([conflicts::cases(), views::cases()].into_iter().flatten());
+        let of_clusters = [
+            conflicts::cases(),
+            strict::cases(),
+            views::cases(),
+            steps::cases(),
+        ];
+        cases.extend(of_clusters.into_iter().flatten());
     }
     run_shared(NODES, cases)
 }

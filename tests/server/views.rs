@@ -6,9 +6,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use multimaster_tests::{Rig, Session, SharedCase, cases};
 use xtask::cluster::wait_for;
-use xtask::trace;
 
 use crate::conflicts::fight;
+use crate::held::Held;
 
 pub fn cases() -> Vec<SharedCase> {
     cases![
@@ -30,7 +30,6 @@ pub fn cases() -> Vec<SharedCase> {
         endings_are_counted_by_outcome_and_reason,
         conflict_with_a_running_transaction_is_shown,
         conflict_of_committing_transactions_is_shown,
-        steps_of_a_transaction_can_be_logged,
         commit_latency_counts_phases_and_peers,
         commit_latency_starts_again_when_told,
     ]
@@ -136,11 +135,13 @@ fn settings_are_documented_in_the_server(rig: &Rig) -> Result<()> {
         "arbiter_port",
         "heartbeat_send_timeout",
         "heartbeat_recv_timeout",
+        "slow_node_timeout",
         "max_workers",
         "wait_peer_commits",
         "min_recovery_lag",
         "max_recovery_lag",
         "conflict_grace",
+        "stream_in_progress",
     ];
     let list: Vec<String> = names
         .iter()
@@ -182,45 +183,7 @@ fn ordinary_users_cannot_change_the_cluster(rig: &Rig) -> Result<()> {
 }
 
 /// How long a transaction may take to get into a state.
-const STATE_LIMIT: Duration = Duration::from_secs(20);
-
-/// Lets nodes hold their processes at failpoints; undone when dropped.
-struct Held<'r> {
-    rig: &'r Rig,
-    nodes: Vec<usize>,
-}
-
-impl<'r> Held<'r> {
-    fn new(rig: &'r Rig) -> Self {
-        Held {
-            rig,
-            nodes: Vec::new(),
-        }
-    }
-
-    fn hold(&mut self, node: usize, point: &str) -> Result<()> {
-        self.nodes.push(node);
-        arm(self.rig, node, &format!("{point}=hold"))
-    }
-
-    fn release(&mut self, node: usize) -> Result<()> {
-        arm(self.rig, node, "")
-    }
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        for node in &self.nodes {
-            // A case that fails here costs its cluster anyway.
-            let _ = arm(self.rig, *node, "");
-        }
-    }
-}
-
-fn arm(rig: &Rig, node: usize, value: &str) -> Result<()> {
-    rig.session(node)?
-        .run(&format!("SET multimaster.failpoint = '{value}'"))
-}
+pub const STATE_LIMIT: Duration = Duration::from_secs(20);
 
 /// Waits until a node shows the only transaction in flight like this: role, state, ballot, missing.
 fn await_shown(rig: &Rig, node: usize, expected: &str) -> Result<()> {
@@ -522,76 +485,6 @@ fn conflict_of_committing_transactions_is_shown(rig: &Rig) -> Result<()> {
         }
     }
     bail!("fifty fights, and no conflict of committing transactions")
-}
-
-fn steps_of_a_transaction_can_be_logged(rig: &Rig) -> Result<()> {
-    rig.session(1)?.run("CREATE TABLE t (id serial)")?;
-    set_log_level(rig, "debug1")?;
-    let steps = wait_for_steps(rig);
-    set_log_level(rig, "DEFAULT")?;
-    let steps = steps?;
-    let place = |node: &str, text: &str| {
-        steps
-            .iter()
-            .position(|step| step.node == node && step.text.starts_with(text))
-            .with_context(|| format!("no {text:?} of {node} in {steps:#?}"))
-    };
-    // What depends on each other. Whether node 2 or node 3 is the faster one is left open.
-    let precommit = [
-        place("n1", "PREPARE is durable")?,
-        place("n1", "Propose Precommit, ballot 1.0 to n2")?,
-        place("n2", "Propose Precommit, ballot 1.0 from n1")?,
-        place("n2", "Accepted, ballot 1.0 to n1")?,
-    ];
-    let outcome = [
-        place("n1", "Accepted, ballot 1.0 from")?,
-        place("n1", "Decided Commit")?,
-        place("n2", "Decided Commit")?,
-        place("n2", "Finished Commit to n1")?,
-        place("n1", "Forget to n2")?,
-        place("n2", "record to be emptied")?,
-    ];
-    ensure!(
-        precommit.is_sorted() && outcome.is_sorted(),
-        "out of order: {steps:#?}"
-    );
-    Ok(())
-}
-
-/// All steps of a transaction. The arbiters take to the new level when they come to it, so several are tried.
-fn wait_for_steps(rig: &Rig) -> Result<Vec<trace::Step>> {
-    let mut session = rig.session(1)?;
-    let mut gids = Vec::new();
-    let mut whole = Vec::new();
-    wait_for("a transaction with all its steps", STATE_LIMIT, || {
-        session.run(
-            "BEGIN; SET LOCAL multimaster.commit_mode = 'e3pc'; INSERT INTO t DEFAULT VALUES",
-        )?;
-        gids.push(session.text("SELECT mtm.current_gid()")?);
-        session.run("COMMIT")?;
-        for gid in &gids {
-            let steps = trace::steps(&rig.cluster, gid);
-            let begun = steps
-                .iter()
-                .any(|step| step.text.starts_with("PREPARE is durable"));
-            let ended = |step: &&trace::Step| step.text == "record to be emptied";
-            if begun && steps.iter().filter(ended).count() == rig.len() {
-                whole = steps;
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    })?;
-    Ok(whole)
-}
-
-fn set_log_level(rig: &Rig, level: &str) -> Result<()> {
-    for node in 1..=rig.len() {
-        let mut session = rig.session(node)?;
-        session.run(&format!("ALTER SYSTEM SET log_min_messages = {level}"))?;
-        session.run("SELECT pg_reload_conf()")?;
-    }
-    Ok(())
 }
 
 /// How often each phase was counted, as `phase peer count`.

@@ -1,8 +1,9 @@
 //! From a receiver to one apply worker: frames of one transaction through the worker's ring.
 
+use crate::guc;
 use crate::pg::process::{self, Wait};
 use crate::pg::shared::{self, WorkerSlot, shared, worker};
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -12,9 +13,12 @@ const LOOK_AROUND: Duration = Duration::from_millis(100);
 const STUCK: Duration = Duration::from_millis(200);
 
 thread_local! {
-    /// Worker and job that this receiver is writing a transaction for.
-    static FEEDING: Cell<Option<(usize, u64)>> = const { Cell::new(None) };
+    /// Workers and jobs that this receiver is writing transactions for.
+    static FEEDING: RefCell<Vec<(usize, u64)>> = const { RefCell::new(Vec::new()) };
 }
+
+/// Of so many workers one may apply a transaction that still runs; the others are there for those that commit.
+const WORKERS_FOR_ONE_AHEAD: usize = 4;
 
 /// The longest frame; a longer one is a protocol error. Values of PostgreSQL are limited to 1 GB.
 pub const FRAME_BYTES_MAX: usize = 1 << 30;
@@ -50,6 +54,20 @@ impl Feed {
         }
     }
 
+    /// Takes an idle worker for a transaction that still runs; nothing when there is none to spare.
+    pub fn claim_ahead() -> Option<Feed> {
+        let running = shared::workers()
+            .iter()
+            .filter(|slot| slot.ahead.load(Ordering::Acquire))
+            .count();
+        if running >= guc::max_workers() / WORKERS_FOR_ONE_AHEAD {
+            return None;
+        }
+        let feed = Feed::try_claim()?;
+        feed.slot.ahead.store(true, Ordering::Release);
+        Some(feed)
+    }
+
     fn try_claim() -> Option<Feed> {
         for (index, slot) in shared::workers().iter().enumerate() {
             let taken = slot
@@ -65,7 +83,7 @@ impl Feed {
                 slot.fed.store(true, Ordering::Release);
                 slot.feeder.set_self();
                 let job = slot.jobs_given.fetch_add(1, Ordering::AcqRel) + 1;
-                FEEDING.set(Some((index, job)));
+                FEEDING.with_borrow_mut(|feeding| feeding.push((index, job)));
                 if shared().monitor_idle.swap(false, Ordering::SeqCst) {
                     shared().monitor.wake();
                 }
@@ -108,9 +126,61 @@ impl Feed {
         }
     }
 
+    /// Sends a message, with its length before it.
+    pub fn write_message(&self, message: &[u8]) -> bool {
+        let length = (message.len() as u32).to_le_bytes();
+        self.write(&[&length, message], || ())
+    }
+
+    /// Sends as many bytes as there is room for, and returns their number. The worker wakes this process when it has made room.
+    pub fn offer(&self, bytes: &[u8]) -> usize {
+        let ring = shared::ring(self.index);
+        let mut written = ring.write(bytes);
+        if written < bytes.len() {
+            self.slot.feeder_waits.store(true, Ordering::SeqCst);
+            // Room that was made before the worker could see this would not be told of.
+            written += ring.write(&bytes[written..]);
+        }
+        self.slot.process.wake();
+        written
+    }
+
+    /// Whether the worker has dropped what it had applied of a running transaction.
+    pub fn was_dropped(&self) -> bool {
+        self.slot.dropped_job.load(Ordering::Acquire) == self.job
+            || self.slot.jobs_done.load(Ordering::Acquire) >= self.job
+    }
+
+    /// Waits until the worker has read that the PREPARE has come; false when it has dropped the transaction instead, or nothing may be applied
+    /// ahead any more.
+    pub fn await_begin(&self, may: impl Fn() -> bool) -> bool {
+        loop {
+            if self.slot.resumed_job.load(Ordering::Acquire) == self.job {
+                return true;
+            }
+            if self.was_dropped() || !may() {
+                return false;
+            }
+            process::wait_latch(LOOK_AROUND, Wait::Worker);
+            process::check_interrupts();
+        }
+    }
+
     /// Everything has been written, or need not be.
     pub fn end(self) {
-        FEEDING.set(None);
+        self.forget();
+    }
+
+    /// The transaction is not to be applied: the worker drops it.
+    pub fn break_off(self) {
+        // In this order: another feeder may have the worker as soon as it knows.
+        self.forget();
+        self.slot.broken_job.store(self.job, Ordering::Release);
+        self.slot.process.wake();
+    }
+
+    fn forget(&self) {
+        FEEDING.with_borrow_mut(|feeding| feeding.retain(|one| *one != (self.index, self.job)));
         self.slot.fed.store(false, Ordering::Release);
     }
 }
@@ -122,10 +192,10 @@ pub fn lost_one() -> bool {
         .any(|slot| slot.lost.load(Ordering::Acquire) && slot.feeder.is_self())
 }
 
-/// The calling receiver goes away: the worker in the middle of a transaction of its stream drops it, and what workers have lost is asked for by
+/// The calling receiver goes away: workers in the middle of a transaction of its stream drop it, and what workers have lost is asked for by
 /// the next receiver.
 pub fn break_off() {
-    if let Some((index, job)) = FEEDING.take() {
+    for (index, job) in FEEDING.take() {
         let slot = &shared::workers()[index];
         slot.broken_job.store(job, Ordering::Release);
         slot.process.wake();
@@ -139,11 +209,13 @@ pub fn break_off() {
     }
 }
 
-/// Waits until no worker is busy with a transaction fed by this process's predecessor for the same peer.
+/// Waits until no worker is busy with a transaction fed by this process's predecessor for the same peer. One that still ran is dropped, and leaves
+/// nothing to know about.
 pub fn drain(origin: protocol::NodeId) {
     loop {
         let busy = shared::workers().iter().any(|slot| {
             slot.state.load(Ordering::Acquire) == worker::BUSY
+                && !slot.ahead.load(Ordering::Acquire)
                 && slot.gid.get().is_none_or(|gid| gid.coordinator == origin)
         });
         if !busy {

@@ -2,6 +2,7 @@
 
 use crate::arbiter::event::{FinishOrder, LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit};
+use crate::pg::in_flight;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::DurableTable;
 use crate::pg::shared::{self, shared};
@@ -62,6 +63,7 @@ fn finish(order: &FinishOrder, records: &DurableTable) {
             }
         }
     }
+    in_flight::leave(order.gid);
     hit(Failpoint::FinishAfterFinish);
     submit(&LocalEvent::Finished { gid: order.gid });
     hit(Failpoint::FinishAfterTelling);

@@ -9,5 +9,7 @@ pub mod progress;
 pub mod receiver;
 pub mod recovery;
 pub mod rows;
+mod spool;
 mod stream_message;
+mod streamed;
 pub mod worker;

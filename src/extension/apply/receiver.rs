@@ -3,10 +3,12 @@
 use super::feed::{self, Feed};
 use super::progress::{Fences, Progress};
 use super::stream_message::{DATA_HEADER_BYTES, number, status_message};
+use super::streamed::Streams;
 use crate::arbiter::event::{LocalEvent, submit};
-use crate::arbiter::{MARK_ROWS, body_of, number_in};
+use crate::arbiter::{MARK_ROWS, body_of, number_in, read_membership};
 use crate::cluster::{Identity, slot_name};
 use crate::failpoint::{Failpoint, hit};
+use crate::guc;
 use crate::pg::process::{self, SocketWait, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::remote::Connection;
@@ -15,11 +17,11 @@ use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
 use crate::pg::{locks, senders};
 use protocol::membership::{Admission, Phase};
-use protocol::{Decision, Gid, Lsn, NodeId, Record, Refusal, Vote};
+use protocol::{Decision, GenerationNum, Gid, Lsn, NodeId, Record, Refusal, Vote};
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use wire::stream::{Message, StreamFrame};
+use wire::stream::{Begin, Message, StreamFrame};
 
 /// Pause before a peer that does not fit is tried again.
 const REFUSED_PAUSE_MS: u64 = 5000;
@@ -64,6 +66,8 @@ enum Answer {
     Yes,
     /// Its generation is over.
     No,
+    /// The same, to a user's own PREPARE TRANSACTION.
+    NoToUser,
     Nothing,
     /// It comes through a donor: the mark stays before it.
     SetAside,
@@ -78,11 +82,16 @@ struct Receiver {
     fences: Fences,
     stored: Lsn,
     current: Current,
+    /// Transactions that still run there.
+    streams: Streams,
     /// Transactions of this peer that this server knows already; what is not in here and comes is new.
     prepared: BTreeSet<Gid>,
     ended: BTreeSet<Gid>,
-    /// Names of users' prepared transactions found at the start.
+    /// Names of users' prepared transactions found at the start, or when this node had last recovered; nobody knows them by gid.
     of_users: BTreeSet<String>,
+    recovered_to: GenerationNum,
+    /// The generation that the peer's WAL is in here, as its markers say.
+    generation: GenerationNum,
     stored_at: Instant,
     told_at: Instant,
     /// When the walsenders of this server were last looked after.
@@ -167,15 +176,13 @@ impl Receiver {
         // In this order: finishes go on meanwhile, and each writes its record first. What is no longer prepared has its record by then.
         let names = locks::prepared_names();
         let prepared: BTreeSet<Gid> = names
-            .values()
-            .filter_map(|name| Gid::parse(name))
+            .into_values()
+            .filter_map(|name| Gid::parse(&name))
             .map(|(_, gid)| gid)
             .filter(|gid| gid.coordinator == peer)
             .collect();
-        let of_users = names
-            .into_values()
-            .filter(|name| Gid::parse(name).is_none())
-            .collect();
+        let online_in = process::in_transaction(read_membership)
+            .map_or(GenerationNum(1), |record| record.online_in);
         let (marks, stored, ended) = process::in_transaction(|| {
             let marks = DurableTable::open(c"marks", MARK_ROWS);
             let stored = Lsn(number_in(&marks.read_all()[peer.get() as usize]));
@@ -198,9 +205,12 @@ impl Receiver {
             fences: Fences::default(),
             stored,
             current: Current::None,
+            streams: Streams::default(),
             prepared,
             ended,
-            of_users,
+            of_users: names_of_users(),
+            recovered_to: shared().standing.get().recovered_to,
+            generation: online_in,
             stored_at: Instant::now(),
             told_at: Instant::now(),
             looked_at: Instant::now(),
@@ -233,6 +243,8 @@ impl Receiver {
             match stream.receive() {
                 Received::Message(message) => self.on_message(message),
                 Received::Nothing { socket } => {
+                    let gone_on = self.streams.go_on(may_apply_ahead());
+                    self.expect_spooled(gone_on);
                     self.tell(stream);
                     let wait = waiting.take().filter(|wait| wait.socket() == socket);
                     waiting
@@ -284,6 +296,7 @@ impl Receiver {
     fn see(&mut self, end: Lsn) {
         self.seen = self.seen.max(end);
         self.node.received.fetch_max(self.seen.0, Ordering::AcqRel);
+        self.node.streamed.store(self.seen.0, Ordering::Relaxed);
     }
 
     /// `at` is the end of the PREPARE for the message that ends a transaction.
@@ -292,8 +305,11 @@ impl Receiver {
             Ok(message) => message,
             Err(error) => pgrx::error!("multimaster receiver of node {}: {error}", self.peer.get()),
         };
-        if message.begins() {
-            self.begin(&message);
+        if message.is_piece() {
+            return self.add_piece(&message, bytes);
+        }
+        if message.begins() && self.begin(&message, bytes) {
+            return;
         }
         match &self.current {
             Current::None => return self.outside_transaction(&message),
@@ -305,34 +321,98 @@ impl Receiver {
         }
     }
 
-    fn begin(&mut self, message: &Message<'_>) {
-        let Some(Ok(StreamFrame::Begin(begin))) = message.frames().next() else {
+    /// Part of a transaction that still runs.
+    fn add_piece(&mut self, message: &Message<'_>, bytes: &[u8]) {
+        let Some(Ok(StreamFrame::Piece(piece))) = message.frames().next() else {
             pgrx::error!(
-                "multimaster receiver of node {}: a transaction without its head",
+                "multimaster receiver of node {}: a piece without its head",
                 self.peer.get()
             );
         };
+        let added = self.streams.add(&piece, bytes, may_apply_ahead());
+        self.expect_spooled(added);
+    }
+
+    /// Ends this process when a temporary file does not do what it should: the stream comes again.
+    fn expect_spooled<T>(&self, result: std::io::Result<T>) -> T {
+        result.unwrap_or_else(|error| {
+            pgrx::error!(
+                "multimaster receiver of node {}: cannot keep a running transaction in a temporary file: {error}",
+                self.peer.get()
+            )
+        })
+    }
+
+    /// A transaction's head has come. True when the message has been passed on already.
+    fn begin(&mut self, message: &Message<'_>, bytes: &[u8]) -> bool {
+        let (begin, streamed) = match message.frames().next() {
+            Some(Ok(StreamFrame::Begin(begin))) => (begin, None),
+            Some(Ok(StreamFrame::Resume(resume))) => (resume.begin, self.streams.take(resume.top)),
+            _ => pgrx::error!(
+                "multimaster receiver of node {}: a transaction without its head",
+                self.peer.get()
+            ),
+        };
         let gid = begin.gid;
         hit(Failpoint::ReceiverBegins);
-        let prepared = self.prepared.contains(&gid);
-        let of_user = !self.of_users.is_empty() && self.of_users.remove(&begin.name.to_string());
-        let answer = if prepared {
+        match (self.answer_at_once(&begin), streamed) {
+            (Some(answer), streamed) => {
+                if let Some(streamed) = streamed {
+                    streamed.drop_all();
+                }
+                self.current = Current::Skipping { gid, answer };
+                false
+            }
+            (None, None) => {
+                self.current = Current::Feeding(Feed::claim(|| ()));
+                false
+            }
+            (None, Some(streamed)) => {
+                let fed = streamed.resume(bytes, may_apply_ahead);
+                self.current = Current::Feeding(self.expect_spooled(fed));
+                true
+            }
+        }
+    }
+
+    /// What to do with a transaction that is not to be applied; none when it is.
+    fn answer_at_once(&mut self, begin: &Begin<'_>) -> Option<Answer> {
+        let gid = begin.gid;
+        let name = begin.name.as_bytes();
+        if !name.starts_with(b"mtm-") {
+            self.admit_users(gid, name)
+        } else if self.prepared.contains(&gid) {
             Some(Answer::Yes)
-        } else if of_user || self.ended.contains(&gid) {
+        } else if self.ended.contains(&gid) {
             Some(Answer::Nothing)
         } else {
-            admit(gid, begin.name.as_bytes())
+            admit(gid)
+        }
+    }
+
+    /// A user's own PREPARE TRANSACTION. The number in its gid is that of whoever decoded it; which generation it is of, the markers before it tell.
+    fn admit_users(&mut self, gid: Gid, name: &[u8]) -> Option<Answer> {
+        let gid = Gid {
+            generation: self.generation,
+            ..gid
         };
-        self.current = match answer {
-            Some(answer) => Current::Skipping { gid, answer },
-            None => Current::Feeding(Feed::claim(|| ())),
-        };
+        let answer = admit(gid);
+        let recovered_to = shared().standing.get().recovered_to;
+        if self.recovered_to != recovered_to {
+            self.recovered_to = recovered_to;
+            self.of_users = names_of_users();
+        }
+        let is_here = std::str::from_utf8(name).is_ok_and(|name| self.of_users.remove(name));
+        match answer {
+            _ if is_here => Some(Answer::Nothing),
+            Some(Answer::No) => Some(Answer::NoToUser),
+            answer => answer,
+        }
     }
 
     fn pass_on(&self, feed: &Feed, bytes: &[u8]) {
-        let length = (bytes.len() as u32).to_le_bytes();
         // A worker that is gone has voted no: the rest of the transaction is not wanted.
-        let _ = feed.write(&[&length, bytes], || ());
+        let _ = feed.write_message(bytes);
     }
 
     fn end(&mut self, at: Lsn) {
@@ -347,6 +427,11 @@ impl Receiver {
                 let vote = match answer {
                     Answer::Yes => Some(Vote::Yes),
                     Answer::No => Some(Vote::No(generation_over())),
+                    Answer::NoToUser => {
+                        let vote = Vote::No(generation_over());
+                        submit(&LocalEvent::UserVoted { gid, vote });
+                        None
+                    }
                     Answer::Nothing => None,
                     Answer::SetAside => {
                         // The mark may be anywhere before the transaction's end.
@@ -379,8 +464,10 @@ impl Receiver {
                     self.confirm_now = true;
                 }
                 Ok(StreamFrame::Marker(marker)) => {
+                    self.generation = self.generation.max(marker.generation);
                     self.fences.put(marker.lsn, marker.generation);
                 }
+                Ok(StreamFrame::Undo(undo)) => self.streams.undo(undo),
                 Ok(_) => pgrx::error!(
                     "multimaster receiver of node {}: a change outside of a transaction",
                     self.peer.get()
@@ -501,14 +588,22 @@ impl Receiver {
     }
 }
 
+/// Names of the prepared transactions that are users' own.
+fn names_of_users() -> BTreeSet<String> {
+    let names = locks::prepared_names().into_values();
+    names.filter(|name| Gid::parse(name).is_none()).collect()
+}
+
+/// Whether transactions that still run may be applied here. A node that recovers gets what they build on in another way.
+fn may_apply_ahead() -> bool {
+    guc::stream_in_progress() && shared().standing.get().phase == Phase::Online
+}
+
 /// Waits until it is known what to do with a transaction that is new here; none when it is to be applied.
-fn admit(gid: Gid, name: &[u8]) -> Option<Answer> {
-    // Of a user's own, the number is that of whoever decoded it.
-    let users = !name.starts_with(b"mtm-");
+fn admit(gid: Gid) -> Option<Answer> {
     loop {
         match shared().admit(gid) {
             Admission::Apply => return None,
-            _ if users && shared().standing.get().phase == Phase::Online => return None,
             Admission::Refuse => return Some(Answer::No),
             Admission::Skip => return Some(Answer::Nothing),
             Admission::SetAside => return Some(Answer::SetAside),

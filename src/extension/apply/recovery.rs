@@ -15,9 +15,9 @@ use crate::pg::apply_error::{ApplyFailure, attempt};
 use crate::pg::process::{self, SocketWait, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::recovered;
-use crate::pg::shared::shared;
+use crate::pg::shared::{RecoveryOrder, shared};
 use crate::pg::walreceiver::{Received, Stream};
-use crate::pg::{ddl, locks, rows, sequences, twophase};
+use crate::pg::{clock, ddl, locks, rows, sequences, twophase};
 use protocol::{GenerationNum, Gid, Lsn, NodeId};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -31,22 +31,52 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// Pause before a transaction that failed is tried again, and how often it is.
 const RETRY_PAUSE_MS: u64 = 500;
 const TRIES: u32 = 5;
+/// How often the rate is worked out anew.
+const RATE_INTERVAL: Duration = Duration::from_secs(1);
+/// Most that is told of an error.
+const REASON_CHARS: usize = 400;
 
 /// Whom this process recovers from; for the exit callback.
 static DONOR: AtomicU32 = AtomicU32::new(0);
 
 /// Where the process stands.
 struct Recovery {
+    /// What this process was started for.
+    order: RecoveryOrder,
     donor: NodeId,
     /// Transactions of this generation and older are here, or can never commit.
     online_in: GenerationNum,
-    /// Names of what has been recovered since.
+    /// Names of what has been recovered since; of users' prepared transactions, those that have been finished.
     known: BTreeSet<String>,
+    /// The generation that the donor's WAL is in here, as its markers and fences say.
+    generation: GenerationNum,
+    /// The highest marker or fence in this node's own WAL.
+    fenced: GenerationNum,
     /// Messages of the transaction that is being received.
     pending: Vec<Vec<u8>>,
     seen: Lsn,
     told_at: Instant,
     was_level: bool,
+    /// When the rate was last worked out, and how far the recovery was then.
+    rated_at: Instant,
+    rated: Lsn,
+}
+
+/// Why a recovery ends before its time.
+#[derive(Debug, thiserror::Error)]
+enum RecoveryError {
+    /// Another donor may do better.
+    #[error("{0}")]
+    Stream(String),
+    /// A transaction that is committed elsewhere cannot be applied here.
+    #[error("{0}")]
+    Replay(String),
+}
+
+impl From<String> for RecoveryError {
+    fn from(text: String) -> RecoveryError {
+        RecoveryError::Stream(text)
+    }
 }
 
 /// Body of the background worker `multimaster recovery`.
@@ -61,12 +91,20 @@ pub fn main(donor: NodeId) {
     process::connect_to_cluster();
     process::tag_as_applied();
     process::commit_asynchronously();
-    if let Err(error) = run(donor) {
+    let Some(order) = shared().recovery_order().filter(|it| it.from() == donor) else {
+        return;
+    };
+    if let Err(error) = run(order) {
         pgrx::warning!("multimaster recovery from node {}: {error}", donor.get());
+        if let RecoveryError::Replay(reason) = error {
+            submit(&LocalEvent::RecoveryFailed { reason });
+            shared().arbiter.wake();
+        }
     }
 }
 
 fn leave() {
+    shared().recovery_progress.donor.store(0, Ordering::Release);
     if shared().recovery.release()
         && let Some(from) = NodeId::new(DONOR.load(Ordering::Relaxed) as u8)
     {
@@ -75,11 +113,12 @@ fn leave() {
     }
 }
 
-fn run(donor: NodeId) -> Result<(), String> {
+fn run(order: RecoveryOrder) -> Result<(), RecoveryError> {
+    let donor = order.from();
     let identity = match process::in_transaction(Identity::load) {
         Ok(Some(identity)) => identity,
         Ok(None) => return Ok(()),
-        Err(error) => return Err(error.to_string()),
+        Err(error) => return Err(error.to_string().into()),
     };
     let Some(target) = identity.nodes.iter().find(|node| node.id == donor) else {
         return Ok(());
@@ -101,25 +140,34 @@ fn run(donor: NodeId) -> Result<(), String> {
         "multimaster recovers from node {}, from {mark}",
         donor.get()
     );
+    let online_in = shared().online_in();
     let mut recovery = Recovery {
+        order,
         donor,
-        online_in: shared().online_in(),
+        online_in,
         known,
+        generation: GenerationNum(0),
+        fenced: online_in,
         pending: Vec::new(),
         seen: mark,
         told_at: Instant::now(),
         was_level: false,
+        rated_at: Instant::now(),
+        rated: mark,
     };
+    shared()
+        .recovery_progress
+        .begin(donor.get().into(), clock::now_us(), mark.0);
     recovery.receive_all(&mut stream)
 }
 
 impl Recovery {
     /// Until this process is no longer wanted, or the stream ends.
-    fn receive_all(&mut self, stream: &mut Stream) -> Result<(), String> {
+    fn receive_all(&mut self, stream: &mut Stream) -> Result<(), RecoveryError> {
         let mut waiting = None::<SocketWait>;
         loop {
             process::check_interrupts();
-            if shared().recover_from() != Some(self.donor) {
+            if shared().recovery_order() != Some(self.order) {
                 return Ok(());
             }
             match stream.receive() {
@@ -131,7 +179,7 @@ impl Recovery {
                         .insert(wait.unwrap_or_else(|| SocketWait::new(socket)))
                         .wait(Duration::from_millis(100), Wait::Stream);
                 }
-                Received::End => return Err("the stream ended".to_owned()),
+                Received::End => return Err("the stream ended".to_owned().into()),
             }
             if self.told_at.elapsed() >= STATUS_INTERVAL {
                 self.tell(stream);
@@ -139,7 +187,7 @@ impl Recovery {
         }
     }
 
-    fn on_message(&mut self, message: &[u8]) -> Result<(), String> {
+    fn on_message(&mut self, message: &[u8]) -> Result<(), RecoveryError> {
         match message.first() {
             Some(b'w') if message.len() > DATA_HEADER_BYTES => {
                 self.on_data(Lsn(number(message, 1)), &message[DATA_HEADER_BYTES..])?;
@@ -150,13 +198,13 @@ impl Recovery {
                     self.seen = self.seen.max(Lsn(number(message, 1)));
                 }
             }
-            _ => return Err("unknown replication message".to_owned()),
+            _ => return Err("unknown replication message".to_owned().into()),
         }
         self.measure();
         Ok(())
     }
 
-    fn on_data(&mut self, at: Lsn, bytes: &[u8]) -> Result<(), String> {
+    fn on_data(&mut self, at: Lsn, bytes: &[u8]) -> Result<(), RecoveryError> {
         let message = Message::parse(bytes).map_err(|error| error.to_string())?;
         let (begins, ends) = (message.begins(), message.ends());
         if begins || !self.pending.is_empty() {
@@ -171,12 +219,12 @@ impl Recovery {
         for frame in message.frames() {
             match frame.map_err(|error| error.to_string())? {
                 StreamFrame::Marker(marker) => self.on_marker(marker),
-                StreamFrame::CommitPrepared(end) => finish_user(end.name.as_bytes(), true),
-                StreamFrame::RollbackPrepared(end) => finish_user(end.name.as_bytes(), false),
+                StreamFrame::CommitPrepared(end) => self.finish_user(end.name.as_bytes(), true),
+                StreamFrame::RollbackPrepared(end) => self.finish_user(end.name.as_bytes(), false),
                 StreamFrame::FinishUser(finish) => {
-                    finish_user(finish.name.as_bytes(), finish.commit);
+                    self.finish_user(finish.name.as_bytes(), finish.commit);
                 }
-                _ => return Err("a change outside of a transaction".to_owned()),
+                _ => return Err("a change outside of a transaction".to_owned().into()),
             }
         }
         self.seen = self.seen.max(at);
@@ -184,7 +232,8 @@ impl Recovery {
     }
 
     /// Everything older than the generation lies before: it counts once it is flushed.
-    fn on_marker(&self, marker: Marker) {
+    fn on_marker(&mut self, marker: Marker) {
+        self.generation = self.generation.max(marker.generation);
         records::flush_all();
         submit(&LocalEvent::MarkerReached {
             from: self.donor,
@@ -193,27 +242,38 @@ impl Recovery {
     }
 
     /// Applies a transaction, again if that fails: locks of what this node prepared before it went away go when its outcome is known.
-    fn commit(&mut self, messages: &[Vec<u8>]) -> Result<(), String> {
+    fn commit(&mut self, messages: &[Vec<u8>]) -> Result<(), RecoveryError> {
+        let head = head_of(messages)?;
+        if self.is_here(&head) {
+            return Ok(());
+        }
+        self.fence(self.generation_of(&head));
         let mut tries = 0;
         loop {
-            let result = attempt(|| apply(messages, &self.known, self.online_in));
+            let result = attempt(|| apply(messages, &head));
             match result {
-                Ok(Some(name)) => {
-                    self.known.insert(name);
+                Ok(applied) => {
+                    self.known.extend(applied);
+                    let done = &shared().recovery_progress.transactions;
+                    done.fetch_add(1, Ordering::Relaxed);
                     return Ok(());
                 }
-                Ok(None) => return Ok(()),
                 Err(failure) => {
                     rows::forget_all();
                     process::abort_transaction();
                     tries += 1;
+                    let retries = &shared().recovery_progress.retries;
+                    retries.fetch_add(1, Ordering::Relaxed);
                     pgrx::warning!(
                         "multimaster recovery could not apply a transaction: {} ({})",
                         failure.message,
                         failure.detail
                     );
                     if tries == TRIES {
-                        return Err(failure.message);
+                        let what = format!("{} ({})", failure.message, failure.detail);
+                        return Err(RecoveryError::Replay(
+                            what.chars().take(REASON_CHARS).collect(),
+                        ));
                     }
                     process::pause_ms(RETRY_PAUSE_MS);
                 }
@@ -222,11 +282,71 @@ impl Recovery {
         }
     }
 
+    /// Whether there is nothing to do for a transaction.
+    ///
+    /// One that needs this node's vote cannot have committed without it: it is here, prepared or finished, whatever the generation. That holds for those that
+    /// follow while this process has not heard yet that the recovery is over.
+    ///
+    /// That is all the same for a user's own but that its gid names the members of the generation in which the donor is now.
+    fn is_here(&self, head: &Head) -> bool {
+        let node = shared().node_id();
+        let is_member = node.is_some_and(|node| head.gid.members.contains(node));
+        let generation = self.generation_of(head);
+        if generation <= self.online_in || (is_member && generation >= head.gid.generation) {
+            return true;
+        }
+        match &head.users_name {
+            Some(name) => {
+                self.known.contains(name)
+                    || locks::prepared_names().values().any(|other| other == name)
+            }
+            None => self.known.contains(&head.gid.text(shared().cluster_tag())),
+        }
+    }
+
+    /// The generation of a transaction. A user's own does not name it, but lies behind its marker on every node.
+    fn generation_of(&self, head: &Head) -> GenerationNum {
+        match head.users_name {
+            Some(_) => self.generation,
+            None => head.gid.generation,
+        }
+    }
+
+    /// Before a transaction of a generation, this node's WAL has a marker or fence of that or a later one: who recovers from this node later must read it from there
+    /// on, and its ordinary stream does not show it the transaction.
+    fn fence(&mut self, generation: GenerationNum) {
+        if generation > self.fenced {
+            // What is tagged as applied is left out of the ordinary streams.
+            process::untagged(|| {
+                process::in_transaction(|| recovered::write_marker(generation));
+            });
+            self.fenced = generation;
+        }
+    }
+
+    /// Finishes a user's prepared transaction. A commit is noted first: should the stream begin again, at this donor or another one, the PREPARE comes again, and
+    /// that of an earlier one of this name that was rolled back.
+    fn finish_user(&mut self, name: &[u8], commit: bool) {
+        let Ok(name) = std::str::from_utf8(name) else {
+            return;
+        };
+        if commit && self.generation > self.online_in && self.known.insert(name.to_owned()) {
+            process::in_transaction(|| recovered::note(name));
+        }
+        if !commit && self.known.contains(name) {
+            return;
+        }
+        while twophase::finish(name, commit) == twophase::Finished::Busy {
+            process::wait_latch(Duration::from_millis(5), Wait::Work);
+            process::check_interrupts();
+        }
+    }
+
     /// How far behind this node is, for the views and for who decides when it may be a member again.
     fn measure(&mut self) {
         let end = shared().node(self.donor).flushed.load(Ordering::Relaxed);
         let lag = end.saturating_sub(self.seen.0);
-        shared().recovery_lag.store(lag, Ordering::Relaxed);
+        self.show(end);
         let level = end > 0 && lag <= guc::min_recovery_lag();
         if level != self.was_level {
             self.was_level = level;
@@ -237,6 +357,20 @@ impl Recovery {
         }
     }
 
+    fn show(&mut self, end: u64) {
+        let progress = &shared().recovery_progress;
+        progress.applied.store(self.seen.0, Ordering::Relaxed);
+        progress.end.store(end.max(self.seen.0), Ordering::Relaxed);
+        let since = self.rated_at.elapsed();
+        if since >= RATE_INTERVAL {
+            let bytes = self.seen.0.saturating_sub(self.rated.0);
+            let rate = bytes as f64 / since.as_secs_f64();
+            progress.rate.store(rate as u64, Ordering::Relaxed);
+            self.rated_at = Instant::now();
+            self.rated = self.seen;
+        }
+    }
+
     /// The copy of the slot is dropped with the connection: nothing needs to be confirmed.
     fn tell(&mut self, stream: &mut Stream) {
         stream.send(&status_message(self.seen, Lsn::ZERO));
@@ -244,12 +378,28 @@ impl Recovery {
     }
 }
 
-/// One transaction from its first frame to its commit; returns the name under which it is known from now on, if it was not here already.
-fn apply(
-    messages: &[Vec<u8>],
-    known: &BTreeSet<String>,
-    online_in: GenerationNum,
-) -> Result<Option<String>, ApplyFailure> {
+/// Which transaction it is.
+struct Head {
+    gid: Gid,
+    /// What a user's own prepared one is called.
+    users_name: Option<String>,
+}
+
+/// Reads the first frame of a transaction.
+fn head_of(messages: &[Vec<u8>]) -> Result<Head, String> {
+    let first = messages.first().map_or(&[][..], Vec::as_slice);
+    let message = Message::parse(first).map_err(|error| error.to_string())?;
+    match message.frames().next() {
+        Some(Ok(StreamFrame::Begin(begin))) => Ok(Head {
+            gid: begin.gid,
+            users_name: Some(begin.name.to_string()).filter(|name| !name.is_empty()),
+        }),
+        _ => Err("a transaction without its head".to_owned()),
+    }
+}
+
+/// One transaction from its first frame to its commit; returns the name under which it is known from now on.
+fn apply(messages: &[Vec<u8>], head: &Head) -> Result<Option<String>, ApplyFailure> {
     process::begin_transaction();
     let mut applier = rows::RowApplier::begin();
     let mut begun = None::<Begun>;
@@ -257,15 +407,7 @@ fn apply(
         let message = Message::parse(bytes).map_err(ApplyFailure::malformed)?;
         for frame in message.frames() {
             match frame.map_err(ApplyFailure::malformed)? {
-                StreamFrame::Begin(begin) => {
-                    let users_name = begin.name.to_string();
-                    if is_here(begin.gid, &users_name, known, online_in) {
-                        applier.abandon();
-                        process::abort_transaction();
-                        return Ok(None);
-                    }
-                    begun = Some(Begun::new(begin.gid, users_name));
-                }
+                StreamFrame::Begin(_) => begun = Some(Begun::new(head)),
                 StreamFrame::Ddl(payload) => {
                     applier.before_ddl();
                     ddl::execute(payload).map_err(ApplyFailure::from)?;
@@ -295,11 +437,11 @@ enum Begun {
 
 impl Begun {
     /// Notes the transaction as recovered, within itself.
-    fn new(gid: Gid, users_name: String) -> Begun {
-        if !users_name.is_empty() {
-            return Begun::User(users_name);
+    fn new(head: &Head) -> Begun {
+        if let Some(name) = &head.users_name {
+            return Begun::User(name.clone());
         }
-        let name = gid.text(shared().cluster_tag());
+        let name = head.gid.text(shared().cluster_tag());
         recovered::add(&name);
         Begun::Cluster(name)
     }
@@ -315,25 +457,5 @@ impl Begun {
                 None
             }
         }
-    }
-}
-
-/// Whether there is nothing to do for the transaction. A user's own has a name, and is here when it is prepared.
-fn is_here(gid: Gid, users_name: &str, known: &BTreeSet<String>, online_in: GenerationNum) -> bool {
-    if !users_name.is_empty() {
-        return locks::prepared_names()
-            .values()
-            .any(|name| name == users_name);
-    }
-    gid.generation <= online_in || known.contains(&gid.text(shared().cluster_tag()))
-}
-
-fn finish_user(name: &[u8], commit: bool) {
-    let Ok(name) = std::str::from_utf8(name) else {
-        return;
-    };
-    while twophase::finish(name, commit) == twophase::Finished::Busy {
-        process::wait_latch(Duration::from_millis(5), Wait::Work);
-        process::check_interrupts();
     }
 }

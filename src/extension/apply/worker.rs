@@ -12,11 +12,15 @@ use crate::pg::{ddl, locks, rows, sequences, twophase};
 use protocol::membership::Admission;
 use protocol::{Csn, Gid, Lsn, NodeId, Refusal, Vote};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
-use wire::stream::{Message, StreamFrame};
+use std::time::{Duration, Instant};
+use wire::stream::{Message, Resume, StreamFrame};
 
 /// How often a worker that waits looks around although nobody woke it.
 const LOOK_AROUND: Duration = Duration::from_millis(500);
+/// How often a worker that applies ahead looks whether somebody waits for it; that one waits so long at most.
+const LOOK_BEHIND: Duration = Duration::from_millis(20);
+/// How long it waits for a lock itself. It cannot look behind meanwhile.
+const AHEAD_PATIENCE: Duration = Duration::from_millis(50);
 
 /// This process's slot, for the exit callback.
 static MY_SLOT: AtomicUsize = AtomicUsize::new(usize::MAX);
@@ -52,6 +56,9 @@ struct Inbox {
     buffer: Vec<u8>,
     taken: usize,
     ended: bool,
+    /// The transaction still runs at its origin, as far as is known here: nobody may have to wait for it.
+    ahead: bool,
+    looked_behind_at: Instant,
 }
 
 /// Body of the background worker `multimaster apply worker <index + 1>`.
@@ -129,6 +136,7 @@ fn leave() {
         None => {}
     }
     slot.gid.set(None);
+    slot.ahead.store(false, Ordering::Release);
     slot.waits_for_row.store(false, Ordering::Release);
     slot.process.clear();
     slot.jobs_done
@@ -147,6 +155,8 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
         buffer: Vec::new(),
         taken: 0,
         ended: false,
+        ahead: false,
+        looked_behind_at: Instant::now(),
     };
     PREPARED.store(false, Ordering::Relaxed);
     slot.target.clear();
@@ -167,7 +177,12 @@ fn run_job(slot: &'static WorkerSlot, index: usize) {
             other => other,
         };
         report(slot, &job, end, result);
+    } else {
+        // Before its gid was known: nobody hears of it but the feeder, who may apply it otherwise.
+        slot.dropped_job.store(job_number, Ordering::Release);
+        slot.feeder.wake();
     }
+    inbox.leave_ahead();
     inbox.skip_rest();
     shared::ring(index).reset();
     slot.gid.set(None);
@@ -194,10 +209,11 @@ fn wake_feeder(slot: &WorkerSlot) {
     }
 }
 
-/// This process, if it is an apply worker, is about to wait for a transaction that has a row in hand: the conflict rule has to look at it now.
-pub fn wait_for_row(wait: impl FnOnce()) {
+/// This process, if it is an apply worker, is about to wait for the transaction `xid`, which has a row in hand: the conflict rule has to look at it now.
+pub fn wait_for_row(xid: u32, wait: impl FnOnce()) {
     let slot = shared::workers().get(MY_SLOT.load(Ordering::Relaxed));
     if let Some(slot) = slot {
+        slot.awaited_xid.store(xid, Ordering::Release);
         slot.waits_for_row.store(true, Ordering::Release);
         shared().monitor.wake();
     }
@@ -306,7 +322,14 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
         inbox.ended = message.ends();
         for frame in message.frames() {
             match frame.map_err(ApplyFailure::malformed)? {
-                StreamFrame::Begin(begin) => {
+                StreamFrame::Piece(piece) => {
+                    if job.is_none() {
+                        inbox.run_ahead();
+                    }
+                    let deps: Vec<_> = piece.deps.iter().collect();
+                    wait_for_order(inbox.slot, &deps);
+                }
+                StreamFrame::Begin(begin) | StreamFrame::Resume(Resume { begin, .. }) => {
                     let begun = Job {
                         gid: begin.gid,
                         name: begin.name.to_string(),
@@ -316,7 +339,7 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
                     *end = Lsn(begin.prepare_lsn.0 + 1);
                     PREPARE_AT.store(end.0, Ordering::Relaxed);
                     USERS.store(begun.is_users(), Ordering::Relaxed);
-                    inbox.slot.gid.set(Some(begun.gid));
+                    inbox.resume(begun.gid);
                     // From here on there is somebody to answer, whatever happens.
                     let begun = job.insert(begun);
                     hit(Failpoint::ApplyBegins);
@@ -344,15 +367,19 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
             break;
         }
     }
-    let Some(job) = job.as_ref().filter(|_| inbox.ended) else {
+    let Some(job) = job.as_mut().filter(|_| inbox.ended) else {
         applier.abandon();
         process::abort_transaction();
         return Ok(Applied::Dropped);
     };
     applier.finish().map_err(ApplyFailure::from)?;
     hit(Failpoint::ApplyBeforePrepare);
-    barrier::enter();
-    if !job.is_users() && shared().admit(job.gid) != Admission::Apply {
+    let opened = barrier::enter();
+    if job.is_users() {
+        // Whoever counts the votes has to know under which generation this one was prepared.
+        job.gid.generation = opened;
+    }
+    if shared().admit(job.gid) != Admission::Apply {
         barrier::leave();
         return Err(ApplyFailure::generation_over());
     }
@@ -381,9 +408,52 @@ fn wait_for_order(slot: &WorkerSlot, deps: &[(NodeId, Csn)]) {
 }
 
 impl Inbox {
-    /// Reads the next message into `message`; false when the feeder broke off.
+    /// What is applied here still runs at its origin.
+    fn run_ahead(&mut self) {
+        if !self.ahead {
+            self.ahead = true;
+            locks::limit_waits(Some(AHEAD_PATIENCE));
+        }
+    }
+
+    /// The transaction is known by its gid from now on; one that was applied ahead commits now, and is treated like any other.
+    fn resume(&mut self, gid: Gid) {
+        if self.ahead {
+            locks::limit_waits(None);
+            // That limit may have struck at the last moment.
+            process::forget_cancel();
+        }
+        self.slot.gid.set(Some(gid));
+        if std::mem::take(&mut self.ahead) {
+            self.slot.ahead.store(false, Ordering::Release);
+            self.slot.resumed_job.store(self.job, Ordering::Release);
+            self.slot.feeder.wake();
+        }
+    }
+
+    /// The job ends.
+    fn leave_ahead(&mut self) {
+        if std::mem::take(&mut self.ahead) {
+            locks::limit_waits(None);
+        }
+        self.slot.ahead.store(false, Ordering::Release);
+    }
+
+    /// Whether a transaction that is applied ahead has to be dropped: its feeder does not want it any more, or somebody waits for it.
+    fn has_to_give_way(&mut self) -> bool {
+        if !self.ahead || self.looked_behind_at.elapsed() < LOOK_BEHIND {
+            return false;
+        }
+        self.looked_behind_at = Instant::now();
+        self.slot.broken_job.load(Ordering::Acquire) == self.job || locks::somebody_waits_for_me()
+    }
+
+    /// Reads the next message into `message`; false when the feeder broke off, or when the transaction has to give way.
     fn next(&mut self, message: &mut Vec<u8>) -> bool {
         message.clear();
+        if self.has_to_give_way() {
+            return false;
+        }
         let Some(length) = self
             .take(4)
             .map(|bytes| u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
@@ -410,9 +480,13 @@ impl Inbox {
             if self.slot.broken_job.load(Ordering::Acquire) == self.job {
                 return None;
             }
-            process::wait_latch(LOOK_AROUND, Wait::Ring);
+            let patience = if self.ahead { LOOK_BEHIND } else { LOOK_AROUND };
+            process::wait_latch(patience, Wait::Ring);
             // A cancel has to wait: it must not lose the place between two messages.
             process::exit_if_terminated();
+            if self.has_to_give_way() {
+                return None;
+            }
         }
         let start = self.taken;
         self.taken += count;

@@ -41,6 +41,8 @@ pub enum LocalEvent {
     MarkerReached { from: NodeId, num: GenerationNum },
     /// Whether this node is level with its donor but for a small rest.
     RecoveryLevel { from: NodeId, level: bool },
+    /// What is committed elsewhere cannot be applied here.
+    RecoveryFailed { reason: String },
     /// The recovery stream of `from` has ended.
     RecoveryLost { from: NodeId },
     /// What the referee has said.

@@ -15,6 +15,9 @@ pub struct Finishing {
     next: BTreeMap<Gid, FinishOrder>,
     /// Orders that found the queue full.
     delayed: VecDeque<Gid>,
+    /// Numbers of the orders that are out, in the order in which they were given.
+    numbers: BTreeMap<Gid, u64>,
+    last: u64,
 }
 
 impl Finishing {
@@ -27,6 +30,8 @@ impl Finishing {
             }
             Entry::Vacant(free) => {
                 free.insert(order);
+                self.last += 1;
+                self.numbers.insert(gid, self.last);
                 self.push(gid);
             }
         }
@@ -54,6 +59,7 @@ impl Finishing {
     /// The transaction is finished; false when another order for it follows.
     pub fn finished(&mut self, gid: Gid) -> bool {
         self.given.remove(&gid);
+        self.numbers.remove(&gid);
         match self.next.remove(&gid) {
             Some(order) => {
                 self.give(order);
@@ -61,6 +67,11 @@ impl Finishing {
             }
             None => true,
         }
+    }
+
+    /// Number of the oldest order that is out: while it stays, that one is not carried out.
+    pub fn oldest(&self) -> Option<u64> {
+        self.numbers.values().min().copied()
     }
 
     /// The process that had the order went away.

@@ -5,29 +5,30 @@
 
 mod counters;
 pub mod durable;
+mod early_votes;
 pub mod event;
 mod finishing;
 mod net_config;
 pub mod referee;
+mod retention;
 pub mod slots;
 mod start;
 mod thread;
 mod trace;
 mod user_votes;
 
-pub use start::{MARK_ROWS, body_of, find, number_in};
+pub use start::{MARK_ROWS, body_of, find, number_in, read_membership};
 
 use crate::failpoint::{Failpoint, hit};
-use crate::guc;
 use crate::pg::process::{self, Wait};
 use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::{self, NodeStatus, shared, worker};
 use crate::pg::{outcome, recovered, thread as os_thread};
-use net_config::{NetSettings, millis};
+use net_config::NetSettings;
 use protocol::{Gid, NodeId};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use thread::{FromMain, HeartbeatTimes, LogLevel, LogRecord, ToMain};
+use thread::{FromMain, LogLevel, LogRecord, ToMain};
 use tokio::sync::mpsc;
 
 /// How often the main thread looks around although nobody woke it.
@@ -48,6 +49,7 @@ struct MainThread {
     replies: mpsc::UnboundedSender<FromMain>,
     peers: Vec<NodeId>,
     children: start::Children,
+    retention: retention::Retention,
     alive_at: Instant,
 }
 
@@ -60,9 +62,7 @@ pub fn main() {
     shared().arbiter.set_self();
     process::at_exit(leave);
     start::find_database();
-    process::connect(pgrx::pg_sys::Oid::from(
-        shared().database.load(Ordering::Acquire),
-    ));
+    process::connect(shared().database.load(Ordering::Acquire));
     let Some(identity) = start::await_identity() else {
         process::exit_to_restart()
     };
@@ -76,6 +76,7 @@ pub fn main() {
         replies,
         peers,
         children: start::Children::default(),
+        retention: retention::Retention::default(),
         alive_at: Instant::now(),
     };
     let settings = NetSettings::read(shared().epoch.load(Ordering::Acquire));
@@ -117,13 +118,14 @@ impl MainThread {
             }
             self.children.look_after(&self.peers);
             self.grow_pool();
+            for notice in self.retention.look() {
+                pgrx::warning!("multimaster, node {}: {}", notice.node.get(), notice.text);
+                let _ = self.replies.send(FromMain::Notice(notice));
+            }
             if process::sighup_pending() {
                 process::reload();
-                let times = HeartbeatTimes {
-                    send_ms: millis(guc::heartbeat_send_timeout()),
-                    recv_ms: millis(guc::heartbeat_recv_timeout()),
-                };
-                let _ = self.replies.send(FromMain::Reconfigure(times));
+                let settings = NetSettings::read(shared().epoch.load(Ordering::Acquire));
+                let _ = self.replies.send(FromMain::Reconfigure(settings));
             }
             if process::terminate_pending() {
                 let deadline = *stop_at.get_or_insert_with(|| Instant::now() + FAREWELL);
@@ -159,6 +161,7 @@ impl MainThread {
                 }
                 ToMain::LookUp(gid) => self.look_up(gid),
                 ToMain::WriteMembership(record) => {
+                    hit(Failpoint::MembersBeforeWrite);
                     start::write_membership(record);
                     let _ = self.replies.send(FromMain::MembershipDurable);
                 }
@@ -169,6 +172,10 @@ impl MainThread {
                 ToMain::LookForOlder(num) => {
                     let drained = !start::holds_older(num);
                     let _ = self.replies.send(FromMain::Drained { num, drained });
+                }
+                ToMain::NeedCopy { node, reason } => {
+                    retention::note(node, &reason);
+                    let _ = self.replies.send(FromMain::CopyNeeded);
                 }
                 ToMain::ForgetRecovered => process::in_transaction(recovered::clear),
                 ToMain::Log(LogRecord {

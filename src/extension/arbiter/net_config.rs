@@ -1,5 +1,6 @@
 //! The arbiter's sockets: who listens where, and how the mesh is started.
 
+use super::thread::{HeartbeatTimes, SEND_MS_MAX};
 use crate::cluster::Identity;
 use crate::guc;
 use mesh::{Mesh, MeshConfig, MeshEvent, MeshHandle, Peer};
@@ -21,6 +22,8 @@ pub struct NetSettings {
     pub port: u16,
     pub send_ms: u64,
     pub recv_ms: u64,
+    /// `multimaster.slow_node_timeout`, milliseconds; zero suspects nobody.
+    pub slow_ms: u64,
     pub epoch: u32,
     /// Whether there is a referee.
     pub referee: bool,
@@ -31,10 +34,19 @@ impl NetSettings {
         NetSettings {
             listen_addresses: guc::arbiter_listen_addresses(),
             port: guc::arbiter_port(),
-            send_ms: millis(guc::heartbeat_send_timeout()),
+            send_ms: millis(guc::heartbeat_send_timeout()).min(SEND_MS_MAX),
             recv_ms: millis(guc::heartbeat_recv_timeout()),
+            slow_ms: millis(guc::slow_node_timeout()),
             epoch,
             referee: guc::referee_connstring().is_some(),
+        }
+    }
+
+    /// The heartbeat times among them.
+    pub fn times(&self) -> HeartbeatTimes {
+        HeartbeatTimes {
+            send_ms: self.send_ms,
+            recv_ms: self.recv_ms,
         }
     }
 }

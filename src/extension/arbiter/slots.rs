@@ -23,8 +23,10 @@ pub fn missing(identity: &Identity) -> Vec<String> {
             .collect::<Result<_, _>>()
     })
     .unwrap_or_else(|error| pgrx::error!("multimaster cannot list the replication slots: {error}"));
+    let given_up = shared().needs_copy();
     identity
         .peers()
+        .filter(|peer| !given_up.contains(peer.id))
         .map(|peer| slot_name(identity.tag, peer.id))
         .filter(|name| !there.contains(name))
         .collect()

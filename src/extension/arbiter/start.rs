@@ -4,21 +4,23 @@ use super::RESTART_PAUSE;
 use super::durable::{RECORDS_MAX, Tuples};
 use super::event::{self, LocalEvent};
 use super::net_config::{NetSettings, millis, start_mesh};
-use super::referee;
-use super::slots;
-use super::thread::{Arbiter, FromMain, HeartbeatTimes, MainLink};
+use super::thread::{Arbiter, FromMain, MainLink};
+use super::{referee, retention, slots};
 use crate::cluster::Identity;
+use crate::cluster::copy::{self, Copied};
 use crate::cluster::identity::ClusterState;
 use crate::failpoint::{Failpoint, hit};
 use crate::guc;
 use crate::pg::outcome::next_xid;
 use crate::pg::process::{self, Wait};
-use crate::pg::records::{self, DurableTable};
+use crate::pg::records::{self, DurableTable, Places};
 use crate::pg::shared::{self, outcome, shared};
-use crate::pg::{catalog_scan, ddl, locks, sequences};
+use crate::pg::{catalog_scan, ddl, in_flight, locks, sequences};
+use mesh::MeshHandle;
 use protocol::membership::{Generation, MembershipRecord};
 use protocol::{
-    Config, Core, Effects, GenerationNum, Gid, Lsn, NodeId, NodeSet, Record, Recovered,
+    Config, Core, Effects, FAST_NODES_MAX, GenerationNum, Gid, Lsn, NodeId, NodeSet, Record,
+    Recovered,
 };
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -81,14 +83,13 @@ pub fn find(database: u32) {
     if database == 0 {
         process::connect_shared_catalogs();
         let found = process::in_transaction(catalog_scan::any_database);
-        shared.finder_database.store(
-            found.map_or(0, pgrx::pg_sys::Oid::to_u32),
-            Ordering::Release,
-        );
+        shared
+            .finder_database
+            .store(found.unwrap_or(0), Ordering::Release);
     } else {
-        process::connect(pgrx::pg_sys::Oid::from(database));
+        process::connect(database);
         if let Some(found) = process::in_transaction(catalog_scan::cluster_database) {
-            shared.database.store(found.to_u32(), Ordering::Release);
+            shared.database.store(found, Ordering::Release);
         }
     }
     shared.finder_done.store(true, Ordering::Release);
@@ -129,8 +130,12 @@ pub struct RecoveredState {
 pub struct Decider {
     pub core: Core,
     pub tuples: Tuples,
+    /// Where the durable records lie.
+    pub places: Places,
     /// What the membership remembers; none in a new cluster.
     pub membership: Option<MembershipRecord>,
+    /// The node that this server is a copy of.
+    pub copied_from: Option<NodeId>,
     /// Number of this start.
     pub epoch: u32,
     /// What the core wants done first.
@@ -144,9 +149,12 @@ pub fn recover(identity: &Identity) -> RecoveredState {
     let first_xid = next_xid();
     // Prepared transactions first: a finish writes its record before, so what is not prepared has its record by then.
     let prepared: Vec<Gid> = locks::prepared_names()
-        .values()
-        .filter_map(|name| Gid::parse(name))
-        .map(|(_, gid)| gid)
+        .iter()
+        .filter_map(|(xid, name)| {
+            let (_, gid) = Gid::parse(name)?;
+            in_flight::enter(gid, *xid);
+            Some(gid)
+        })
         .collect();
     let (records, bodies) = process::in_transaction(|| {
         let table = DurableTable::open(c"records", RECORDS_MAX);
@@ -165,14 +173,15 @@ pub fn recover(identity: &Identity) -> RecoveredState {
     hit(Failpoint::StartBeforeEpoch);
     let epoch = next_epoch(identity.node_id);
     hit(Failpoint::StartAfterEpoch);
+    process::in_transaction(retention::load);
     shared().slots_missing.store(
         process::in_transaction(|| !slots::missing(identity).is_empty()),
         Ordering::Release,
     );
-    let membership = read_membership();
+    let (membership, copied) = process::in_transaction(|| (read_membership(), copy::load()));
     publish(identity, membership);
     repeat_marks(identity.node_id);
-    let config = config(identity, membership, epoch, first_xid);
+    let config = config(identity, membership, copied, epoch, first_xid);
     let tuples = Tuples::new(found.iter().map(|(gid, (tuple, _))| (*gid, *tuple)));
     let mut effects = Effects::new();
     let core = Core::new(config, recovered(&found, &prepared), 0, &mut effects);
@@ -180,7 +189,9 @@ pub fn recover(identity: &Identity) -> RecoveredState {
         decider: Decider {
             core,
             tuples,
+            places: records.places(),
             membership,
+            copied_from: copied.map(|copied| copied.donor),
             epoch,
             effects,
         },
@@ -241,6 +252,7 @@ fn recovered(found: &BTreeMap<Gid, (u32, Record)>, prepared: &[Gid]) -> Vec<Reco
 fn config(
     identity: &Identity,
     membership: Option<MembershipRecord>,
+    copied: Option<Copied>,
     epoch: u32,
     first_xid: u64,
 ) -> Config {
@@ -253,6 +265,8 @@ fn config(
         generation: current.num,
         epoch,
         first_xid,
+        copied_in: copied.map_or(GenerationNum(0), |copied| copied.generation),
+        votes_to_all: configured.len() > FAST_NODES_MAX,
         resolve_after_ms: millis(guc::heartbeat_recv_timeout()),
         resolve_step_ms: 200,
         resend_after_ms: 500,
@@ -261,11 +275,9 @@ fn config(
     }
 }
 
-/// The membership's record; none in a new cluster. One that cannot be right stops the node.
-fn read_membership() -> Option<MembershipRecord> {
-    let body = process::in_transaction(|| {
-        DurableTable::open(c"marks", MARK_ROWS).read_all()[MEMBERS_ROW as usize]
-    });
+/// The membership's record; none in a new cluster. One that cannot be right stops the node. Runs in a transaction.
+pub fn read_membership() -> Option<MembershipRecord> {
+    let body = DurableTable::open(c"marks", MARK_ROWS).read_all()[MEMBERS_ROW as usize];
     if body == [0; records::BODY_BYTES] {
         return None;
     }
@@ -297,7 +309,7 @@ pub fn holds_older(num: GenerationNum) -> bool {
         .any(|(_, gid)| gid.generation < num)
 }
 
-/// At the first start of this node in its cluster: tables get a replica identity, sequences their share. Again after a crash in between.
+/// At the first start of this node in its cluster, or of a copy as this node: tables get a replica identity, sequences their share. Again after a crash in between.
 fn prepare_database(node: NodeId) {
     ddl::prepare_existing_tables();
     sequences::prepare_existing_sequences(node);
@@ -308,8 +320,10 @@ fn next_epoch(node: NodeId) -> u32 {
     let end = process::in_transaction(|| {
         let marks = DurableTable::open(c"marks", MARK_ROWS);
         let epoch = number_in(&marks.read_all()[EPOCH_ROW as usize]) + 1;
-        if epoch == 1 {
+        let fresh_copy = copy::load().is_some_and(|copied| copied.is_fresh);
+        if epoch == 1 || fresh_copy {
             prepare_database(node);
+            copy::settle();
         }
         shared().epoch.store(epoch as u32, Ordering::Release);
         marks.write(&mut [(EPOCH_ROW, body_of(epoch))])
@@ -367,25 +381,31 @@ pub fn run_thread(
         .map_err(|error| format!("could not start the network runtime: {error}"))?;
     let node = identity.node_id;
     let configured = identity.nodes.iter().map(|peer| peer.id).collect();
-    let local = tokio::task::LocalSet::new();
-    local.block_on(&runtime, async move {
+    runtime.block_on(async move {
         let (mesh, events) = start_mesh(&identity, &settings).await?;
-        Arbiter::new(
-            node,
-            configured,
-            decider,
-            main,
-            mesh,
-            HeartbeatTimes {
-                send_ms: settings.send_ms,
-                recv_ms: settings.recv_ms,
-            },
-            settings.referee,
-        )
-        .run(events, from_main)
-        .await
-        .map_err(|error| format!("network thread failed: {error}"))
+        let silence = SilentInPanic(mesh.clone());
+        let arbiter = Arbiter::new(node, configured, decider, main, mesh, &settings);
+        // A task like those of the links: what they wake runs next, where the runtime looks at all sockets before it goes on with its outermost future.
+        let running = tokio::spawn(async move {
+            let _silence = silence;
+            arbiter.run(events, from_main).await
+        });
+        match running.await {
+            Ok(result) => result.map_err(|error| format!("network thread failed: {error}")),
+            Err(ended) => std::panic::resume_unwind(ended.into_panic()),
+        }
     })
+}
+
+/// Keeps the links from saying anything more once the arbiter's task has panicked: a node whose core is wrong must not act.
+struct SilentInPanic(MeshHandle);
+
+impl Drop for SilentInPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.speak_for(Some(Duration::ZERO));
+        }
+    }
 }
 
 /// Workers that must always be there.
@@ -422,6 +442,12 @@ impl Children {
             0,
             shared.finisher.is_set(),
         );
+        let needs_copy = shared
+            .node_id()
+            .is_some_and(|node| shared.needs_copy().contains(node));
+        if needs_copy {
+            return;
+        }
         if referee::is_wanted() {
             self.keep(
                 "multimaster referee",
@@ -430,11 +456,11 @@ impl Children {
                 shared.referee.is_set(),
             );
         }
-        if let Some(donor) = shared.recover_from() {
+        if let Some(order) = shared.recovery_order() {
             self.keep(
                 "multimaster recovery",
                 "multimaster_recovery_main",
-                i32::from(donor.get()),
+                i32::from(order.from().get()),
                 shared.recovery.is_set(),
             );
         }

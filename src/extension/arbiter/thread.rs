@@ -6,21 +6,29 @@
 mod answers;
 mod delays;
 mod effects;
+mod extras;
+mod health;
 mod lease;
 mod links;
 mod main_link;
 mod members;
+mod stuck;
+mod suspects;
 
+pub use lease::SEND_MS_MAX;
 pub use main_link::{FromMain, HeartbeatTimes, LogLevel, LogRecord, MainLink, ToMain};
 
 use super::counters::Refusals;
 use super::durable::{DurableOrder, Tuples};
+use super::early_votes::EarlyVotes;
 use super::event::{self, LocalEvent};
 use super::finishing::Finishing;
+use super::net_config::NetSettings;
 use super::start::Decider;
 use super::trace;
-use super::user_votes::{UserTally, UserVotes};
+use super::user_votes::{UserTally, UserVotes, generation_over};
 use crate::failpoint::{Failpoint, hit_in_thread};
+use crate::pg::records::Places;
 use crate::pg::shared::{self, EVENT_BYTES, outcome, shared};
 use crate::pg::thread as os_thread;
 use delays::Stages;
@@ -44,6 +52,7 @@ pub struct Arbiter {
     pub configured: NodeSet,
     pub core: Core,
     pub tuples: Tuples,
+    pub places: Places,
     pub main: MainLink,
     pub mesh: MeshHandle,
     started: Instant,
@@ -51,6 +60,7 @@ pub struct Arbiter {
     silence: Duration,
     effects: Effects,
     user_votes: UserVotes,
+    early_votes: EarlyVotes,
     order: DurableOrder,
     /// Backends that wait for an outcome.
     waiting: BTreeMap<Gid, Waiting>,
@@ -61,6 +71,7 @@ pub struct Arbiter {
     peer_views: BTreeMap<NodeId, NodeSet>,
     leases: lease::LeaseKeeper,
     members: members::Members,
+    stuck: stuck::Stuck,
     /// Heartbeat times of the peers, as they say.
     peer_times: BTreeMap<NodeId, Option<HeartbeatTimes>>,
     refusals: Refusals,
@@ -91,23 +102,32 @@ impl Arbiter {
         decider: Decider,
         main: MainLink,
         mesh: MeshHandle,
-        timing: HeartbeatTimes,
-        referee: bool,
+        settings: &NetSettings,
     ) -> Arbiter {
+        let timing = settings.times();
         let silence = Duration::from_millis(timing.recv_ms);
-        let members = members::Members::new(node, configured, referee, decider.membership, 0);
+        let members = members::Members::new(
+            node,
+            configured,
+            settings.referee,
+            decider.membership,
+            decider.copied_from,
+            0,
+        );
         let leases = lease::LeaseKeeper::new(node, decider.epoch, configured, timing, &mesh);
         Arbiter {
             node,
             configured,
             core: decider.core,
             tuples: decider.tuples,
+            places: decider.places,
             main,
             mesh,
             started: Instant::now(),
             silence,
             effects: decider.effects,
             user_votes: UserVotes::default(),
+            early_votes: EarlyVotes::default(),
             order: DurableOrder::default(),
             waiting: BTreeMap::new(),
             to_self: VecDeque::new(),
@@ -116,6 +136,7 @@ impl Arbiter {
             peer_views: BTreeMap::new(),
             leases,
             members,
+            stuck: stuck::Stuck::new(settings.slow_ms),
             peer_times: BTreeMap::new(),
             refusals: Refusals::default(),
         }
@@ -132,9 +153,9 @@ impl Arbiter {
         self.carry_out(first.drain());
         hit_in_thread(Failpoint::StartAfterEffects);
         self.adopt_waiting_backends();
-        self.carry_out_members();
+        self.start_members();
         let wake = os_thread::wake_readiness()?;
-        // An earlier life of this process may have died between draining the descriptor and saying so.
+        // An earlier life of this process may have died between being woken and saying so.
         accept_wakes();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -142,7 +163,6 @@ impl Arbiter {
             tokio::select! {
                 ready = wake.readable() => {
                     let mut ready = ready?;
-                    os_thread::drain_wake_fd();
                     ready.clear_ready();
                     accept_wakes();
                 }
@@ -246,6 +266,7 @@ impl Arbiter {
                     wait_peers,
                     fast,
                 });
+                self.hand_on_votes(gid);
             }
             LocalEvent::Voted { gid, vote, lsn } => self.input(Input::Voted {
                 gid,
@@ -254,8 +275,10 @@ impl Arbiter {
             }),
             LocalEvent::UserPreparing { gid, backend } => {
                 self.waiting.insert(gid, Waiting::begin(backend, false));
-                self.user_votes
-                    .expect(gid, self.configured.without(self.node));
+                if gid.generation < shared().generation() {
+                    return self.answer_user(gid, UserTally::Refused(generation_over()));
+                }
+                self.user_votes.expect(gid, gid.members.without(self.node));
             }
             LocalEvent::UserVoted { gid, vote } => {
                 self.send(gid.coordinator, &Message::Vote { gid, vote })
@@ -276,15 +299,24 @@ impl Arbiter {
             LocalEvent::Abandoned { gid } => {
                 self.waiting.remove(&gid);
                 self.input(Input::Abandoned { gid });
+                self.hand_on_votes(gid);
             }
             LocalEvent::MarkerReached { .. }
             | LocalEvent::RecoveryLevel { .. }
             | LocalEvent::RecoveryLost { .. }
             | LocalEvent::Refereed { .. } => self.on_recovery(&event),
+            LocalEvent::RecoveryFailed { reason } => self.on_recovery_failed(&reason),
             LocalEvent::Ask { number, question } => self.answer(number, &question),
             LocalEvent::MarkStored { node, lsn } => {
                 self.input(Input::MarkPassed { origin: node, lsn })
             }
+        }
+    }
+
+    /// The core knows the transaction, or has to find out what it was.
+    fn hand_on_votes(&mut self, gid: Gid) {
+        for (from, msg) in self.early_votes.take(gid) {
+            self.input(Input::Message { from, msg });
         }
     }
 
@@ -303,15 +335,28 @@ impl Arbiter {
             FromMain::Outcome { gid, outcome } => {
                 self.input(Input::CoordinatorOutcome { gid, outcome })
             }
-            FromMain::Reconfigure(timing) => {
+            FromMain::Reconfigure(settings) => {
+                let timing = settings.times();
+                self.stuck.set_timeout(settings.slow_ms);
                 self.silence = Duration::from_millis(timing.recv_ms);
                 self.leases.reconfigure(timing);
                 self.reconfigure(timing);
+                for (peer, theirs) in self.peer_times.clone() {
+                    self.tell_unequal(peer, theirs);
+                }
+            }
+            FromMain::CopyNeeded => self.on_copy_needed(),
+            FromMain::Notice(notice) => {
+                self.note(notice.node, notice.event, &notice.text, 0);
+                self.publish();
             }
             FromMain::MembershipDurable => self.on_member_record(),
             FromMain::MarkerWritten(num) => self.on_marker_written(num),
             FromMain::Drained { num, drained } => self.on_drained(num, drained),
-            FromMain::Alive => self.mesh.speak_for(Some(self.silence)),
+            FromMain::Alive => {
+                self.mesh.speak_for(Some(self.silence));
+                self.stuck.alive(self.now());
+            }
             FromMain::Stop => {}
         }
     }
@@ -337,8 +382,12 @@ impl Arbiter {
 
     fn on_tick(&mut self) {
         self.tick_members();
+        self.tick_stuck();
         self.refresh_status();
         self.input(Input::Tick);
+        for gid in self.early_votes.overdue(Instant::now()) {
+            self.hand_on_votes(gid);
+        }
         self.place();
         self.finishing.push_delayed();
         self.send_batch(true);

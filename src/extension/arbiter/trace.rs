@@ -101,6 +101,7 @@ pub fn event(event: &LocalEvent) -> Option<(Gid, String)> {
         | LocalEvent::MarkerReached { .. }
         | LocalEvent::RecoveryLevel { .. }
         | LocalEvent::RecoveryLost { .. }
+        | LocalEvent::RecoveryFailed { .. }
         | LocalEvent::Refereed { .. } => return None,
     };
     Some((*gid, text))

@@ -3,12 +3,14 @@
 //! - `preflight`: settings without which the server does not start, or cannot join.
 //! - `init`: `mtm.init_cluster`. It works through connections only, one to every node including its own server, in the steps `member`
 //!   (connect), `facts` and `checks` (look, without changing anything), `setup` (write; undone everywhere if a node fails).
+//! - `copy`: what `mtm clone` asks of the nodes, and what a copy finds about itself.
 //! - `identity`: what the arbiter reads when it starts.
 //!
 //! What happens in shared memory and on the arbiter's sockets is elsewhere.
 
 mod checks;
 mod conninfo;
+pub mod copy;
 mod data;
 mod error;
 mod facts;

@@ -4,20 +4,25 @@
 //!
 //! - a transaction that is committing too (prepared here, or being applied here): if the waiting one is younger it dies here; if it is older it
 //!   waits, because the younger one meets the older where that one is prepared, and dies there;
-//! - a running transaction: after the grace it is cancelled with 40001; a session that is idle in its transaction learns at its next statement, and
-//!   is ended if that does not come soon;
+//! - a running transaction: it is cancelled with 40001, at once if it is younger, after the grace if it is older and does not begin to commit by then;
+//!   a session that is idle in its transaction learns at its next statement, and is ended if that does not come soon;
 //! - a user's own prepared transaction: nobody knows how long it stays, so the waiting one dies after the grace.
+//!
+//! A transaction that comes to COMMIT while an older one waits for it here gives way by itself (`pg::age`).
 //!
 //! So waits among committing transactions only go from older to younger and never end in a running one: no cycle survives.
 
 use crate::arbiter::event::Conflict;
 use crate::guc;
+use crate::pg::age::WaitingWorker;
 use crate::pg::clock;
+use crate::pg::in_flight;
 use crate::pg::locks::{self, Holder, LockSnapshot};
 use crate::pg::process::{self, Wait};
 use crate::pg::shared::{self, WorkerSlot, shared, stage, worker};
 use protocol::{Gid, NodeId, Refusal};
 use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -39,7 +44,8 @@ const VICTIM_PATIENCE: Duration = Duration::from_millis(500);
 enum Blocker {
     Committing(Gid),
     UserPrepared(String),
-    Running,
+    /// Since when it has run, microseconds since 2000-01-01; `None` when it has not written anything.
+    Running(Option<i64>),
     /// It has been told to give way.
     Victim(i32),
 }
@@ -124,6 +130,9 @@ impl Monitor {
 
     fn identify(&mut self, snapshot: &LockSnapshot, holder: Holder) -> Option<Blocker> {
         if holder.pid == 0 {
+            if let Some(gid) = snapshot.xids_of(holder).find_map(in_flight::gid_of) {
+                return Some(Blocker::Committing(gid));
+            }
             let name = self.name_of(snapshot, holder)?;
             return Some(match Gid::parse(&name) {
                 Some((_, gid)) => Blocker::Committing(gid),
@@ -140,7 +149,10 @@ impl Monitor {
         match backend.stage.load(Ordering::Acquire) {
             // Between its PREPARE and its announcement it has no gid to compare yet: look again.
             stage::COMMITTING => backend.gid.get().map(Blocker::Committing),
-            stage::RUNNING => Some(Blocker::Running),
+            stage::RUNNING => {
+                let started_at = backend.started_at.load(Ordering::Acquire);
+                Some(Blocker::Running((started_at != 0).then_some(started_at)))
+            }
             stage::VICTIM => Some(Blocker::Victim(holder.pid)),
             _ => None,
         }
@@ -184,15 +196,15 @@ impl Monitor {
                     cancel_worker(slot, transaction, &Refusal::retry(message, String::new()));
                 }
             }
-            Blocker::Running if self.grace_is_over(index, transaction, holder) => {
+            Blocker::Running(started_at)
+                if is_younger(started_at, gid)
+                    || self.grace_is_over(index, transaction, holder) =>
+            {
                 shared()
                     .counters
                     .conflicts_running
                     .fetch_add(1, Ordering::Relaxed);
-                let message = format!(
-                    "canceling transaction because it blocks a committing transaction of node {}",
-                    gid.coordinator.get()
-                );
+                let message = format!("{BLOCKS} {}", gid.coordinator.get());
                 let target = awaited_row(slot);
                 if locks::cancel_running(holder, &Refusal::retry(message, place_of(&target))) {
                     remember("running", None, Some(gid), &target);
@@ -206,7 +218,7 @@ impl Monitor {
             Blocker::Victim(pid) if self.waited(index, transaction, holder) >= VICTIM_PATIENCE => {
                 locks::end_session(pid);
             }
-            Blocker::Running | Blocker::UserPrepared(_) | Blocker::Victim(_) => {}
+            Blocker::Running(_) | Blocker::UserPrepared(_) | Blocker::Victim(_) => {}
         }
     }
 
@@ -220,6 +232,31 @@ impl Monitor {
             .or_insert_with(Instant::now)
             .elapsed()
     }
+}
+
+/// Why a transaction that has not begun to commit loses; the node follows.
+const BLOCKS: &str = "canceling transaction because it blocks a committing transaction of node";
+
+/// Counts a transaction that gives way at its COMMIT to the one that the worker applies, and writes what its client reads.
+pub fn tell_loser(waiting: WaitingWorker, message: &mut impl Write, detail: &mut impl Write) {
+    let slot = &shared::workers()[waiting.index];
+    let target = awaited_row(slot);
+    shared()
+        .counters
+        .conflicts_running
+        .fetch_add(1, Ordering::Relaxed);
+    remember("running", None, Some(waiting.gid), &target);
+    // A text that is too long is cut.
+    let _ = write!(message, "{BLOCKS} {}", waiting.gid.coordinator.get());
+    let _ = write!(detail, "{}", place_of(&target));
+}
+
+/// Whether a running transaction of this node must lose against a committing one in any case: when it came to commit, that one would be older.
+fn is_younger(started_at: Option<i64>, committing: Gid) -> bool {
+    let here = shared().node_id();
+    started_at
+        .zip(here)
+        .is_some_and(|age| age > (committing.started_at, committing.coordinator))
 }
 
 /// Whether some worker applies.

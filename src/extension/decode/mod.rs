@@ -29,5 +29,10 @@ pub const MARKER_PREFIX: &std::ffi::CStr = c"mtm-marker";
 /// Prefix of the first message of a transaction that was applied while this node recovered: its gid as text. It committed without PREPARE.
 pub const RECOVERED_PREFIX: &std::ffi::CStr = c"mtm-recovered";
 
+/// Whether a transactional message with this prefix becomes a frame.
+pub fn is_ours(prefix: &std::ffi::CStr) -> bool {
+    prefix == DDL_PREFIX || prefix == SEQUENCE_PREFIX
+}
+
 /// Schema of the extension; nothing in it is replicated.
 pub const OWN_SCHEMA: &[u8] = b"mtm";

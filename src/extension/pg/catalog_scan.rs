@@ -7,21 +7,21 @@ use pgrx::pg_sys;
 
 const PREFIX: &str = "mtm_";
 
-/// The database the marker names. Runs in a transaction.
-pub fn cluster_database() -> Option<pg_sys::Oid> {
+/// Oid of the database that the marker names. Runs in a transaction.
+pub fn cluster_database() -> Option<u32> {
     origin_names()
         .into_iter()
         .find_map(|name| database_of(&name))
 }
 
-/// Some database that takes connections. Readable without being attached to one, because pg_database is nailed in the relation cache.
-pub fn any_database() -> Option<pg_sys::Oid> {
+/// Oid of some database that takes connections. Readable without being attached to one, because pg_database is nailed in the relation cache.
+pub fn any_database() -> Option<u32> {
     let mut found = None;
     each_tuple(pg_sys::DatabaseRelationId, |tuple, _| {
         // SAFETY: a tuple of pg_database; its fixed-width head is laid out as the struct.
         let row = unsafe { &*pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_database>() };
         if row.datallowconn && (found.is_none() || !row.datistemplate) {
-            found = Some(row.oid);
+            found = Some(row.oid.to_u32());
         }
     });
     found
@@ -34,11 +34,8 @@ pub fn has_cluster_marker() -> bool {
         .any(|name| database_of(name).is_some())
 }
 
-fn database_of(name: &str) -> Option<pg_sys::Oid> {
-    name.strip_prefix(PREFIX)?
-        .parse::<u32>()
-        .ok()
-        .map(pg_sys::Oid::from)
+fn database_of(name: &str) -> Option<u32> {
+    name.strip_prefix(PREFIX)?.parse().ok()
 }
 
 fn origin_names() -> Vec<String> {

@@ -12,8 +12,11 @@
 
 use super::process::{self, Wait};
 use super::shared::{self, outcome, stage};
-use super::{barrier, fixed_text::FixedText, gate, raw, senders, standby, twophase};
+use super::{
+    age, barrier, fixed_text::FixedText, gate, in_flight, raw, records, senders, standby, twophase,
+};
 use crate::arbiter::event::{LocalEvent, submit};
+use crate::conflict;
 use crate::failpoint::{Failpoint, hit, hit_in_backend};
 use crate::guc;
 use crate::latency::Phase;
@@ -82,13 +85,8 @@ pub fn reset() {
 
 /// The gid of the running transaction of this backend, which must have an xid.
 fn current_gid() -> Option<Gid> {
-    // SAFETY: both read this backend's transaction state.
-    let (xid, started_at) = unsafe {
-        (
-            pg_sys::GetTopFullTransactionIdIfAny().value,
-            pg_sys::GetCurrentTransactionStartTimestamp(),
-        )
-    };
+    // SAFETY: reads this backend's transaction state.
+    let xid = unsafe { pg_sys::GetTopFullTransactionIdIfAny().value };
     let shared = shared::shared();
     (xid != 0).then_some(())?;
     let current = shared.current();
@@ -97,7 +95,7 @@ fn current_gid() -> Option<Gid> {
         xid,
         generation: current.num,
         members: current.members,
-        started_at,
+        started_at: age::started_at(),
     })
 }
 
@@ -169,6 +167,8 @@ pub unsafe fn commit_globally() {
                 hit_in_backend(Failpoint::BackendBeforeCommit);
                 let decided = Instant::now();
                 finish(name.as_ptr(), true);
+                in_flight::leave(gid);
+                age::won();
                 let finished = Instant::now();
                 latencies.note(Phase::Commit, finished - decided);
                 hit_in_backend(Failpoint::BackendAfterCommit);
@@ -189,9 +189,15 @@ pub unsafe fn commit_globally() {
             }
             outcome::ABORT => {
                 hit_in_backend(Failpoint::BackendBeforeRollback);
+                // While the row is still in hand.
+                let passed_by = age::waiting_for(gid.xid as u32);
                 finish(name.as_ptr(), false);
+                in_flight::leave(gid);
                 hit_in_backend(Failpoint::BackendAfterRollback);
                 UNFINISHED.set(None);
+                if lost_a_conflict() {
+                    age::lost(gid.started_at, passed_by);
+                }
                 submit(&LocalEvent::Finished { gid });
                 shared::shared()
                     .counters
@@ -250,7 +256,10 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
         USER_PREPARING.set(None);
         leave();
         match result {
-            outcome::COMMIT => forget_late_cancel(),
+            outcome::COMMIT => {
+                age::won();
+                forget_late_cancel();
+            }
             outcome::ABORT => {
                 IN_SEQUENCE.set(true);
                 finish(name, false);
@@ -274,12 +283,33 @@ unsafe fn claim_commit() {
         ) {
             Ok(_) | Err(stage::COMMITTING) => return,
             Err(stage::VICTIM) => {
+                age::lost_running();
                 leave();
                 // SAFETY: raises; this frame owns nothing.
                 unsafe { raise_refusal() };
             }
             Err(_) => std::hint::spin_loop(),
         }
+    }
+}
+
+/// Refuses a transaction that an older one, which is committing, waits for here: it would be refused by the others, after everybody had prepared it.
+unsafe fn give_way(gid: Gid) {
+    let Some(waiting) = age::older_waiting_for_me(gid) else {
+        return;
+    };
+    age::lost(gid.started_at, Some(waiting));
+    let (mut message, mut detail) = (FixedText::<256>::new(), FixedText::<1024>::new());
+    conflict::tell_loser(waiting, &mut message, &mut detail);
+    leave();
+    // SAFETY: as raise_refusal; the texts are plain arrays.
+    unsafe {
+        raise(
+            pgrx::PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32,
+            message.as_c_str(),
+            detail.as_c_str(),
+            c"The transaction was rolled back on every node; run it again.",
+        );
     }
 }
 
@@ -334,10 +364,14 @@ unsafe fn prepare_under(
         mark_decodable();
         // Until here, deferred triggers may have waited for anybody: to the conflict rule the transaction was still running.
         claim_commit();
+        give_way(gid);
         reset_outcome(gid);
         standby::wait_in_transaction();
         if barrier::enter() != gid.generation {
             refuse_changed_generation();
+        }
+        if preparing == Preparing::Commit {
+            in_flight::enter(gid, raw::GetTopTransactionIdIfAny().into_inner());
         }
         before_prepare();
         hit_in_backend(Failpoint::BackendBeforePrepare);
@@ -485,7 +519,20 @@ fn await_peers(gid: Gid, life: u32) {
 }
 
 /// Step 6.
+///
+/// The record that came with a commit precedes it in WAL; one flush takes both along. An error between the two leaves the transaction to the arbiter,
+/// which has another process write the record and commit.
 unsafe fn finish(name: *const c_char, commit: bool) {
+    let handed = shared::my_backend().record.get();
+    // Written by the first attempt; it stays written while another process has the transaction in its hands.
+    let mut unwritten = handed.filter(|_| commit);
+    let write_record = |unwritten: &mut Option<(records::Place, records::Body)>| {
+        if let Some((place, body)) = unwritten.take() {
+            hit(Failpoint::BackendBeforeRecord);
+            records::write_at(place, &body);
+            hit(Failpoint::BackendAfterRecord);
+        }
+    };
     // SAFETY: the prepared transaction belongs to the user in effect at PREPARE, who need not be the present one; the bootstrap
     // superuser (oid 10) may finish any.
     unsafe {
@@ -496,7 +543,7 @@ unsafe fn finish(name: *const c_char, commit: bool) {
             context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32,
         );
         loop {
-            match twophase::finish_in_transaction(name, commit) {
+            match twophase::finish_in_transaction(name, commit, || write_record(&mut unwritten)) {
                 twophase::Finished::Done | twophase::Finished::Unknown => break,
                 twophase::Finished::Busy => {
                     process::wait_latch(BUSY_PAUSE, Wait::PeerCommits);
@@ -555,6 +602,14 @@ fn copy_refusal(message: &mut FixedText<1024>, detail: &mut FixedText<1024>) -> 
     let _ = message.write_str(refusal.message());
     let _ = detail.write_str(refusal.detail());
     sqlstate_number(refusal.sqlstate())
+}
+
+/// Whether the refusal in this backend's slot says that the transaction may succeed when it is run again.
+fn lost_a_conflict() -> bool {
+    shared::my_backend()
+        .refusal
+        .get()
+        .is_none_or(|refusal| refusal.sqlstate() == *b"40001")
 }
 
 /// `MAKE_SQLSTATE` of utils/elog.h.

@@ -11,7 +11,7 @@
 
 use super::process::{self, Wait};
 use super::shared::{self, NodeStatus};
-use super::{clock, commit, fixed_text::FixedText, hooks, raw};
+use super::{clock, commit, fixed_text::FixedText, hooks, outcome, raw};
 use crate::guc;
 use pgrx::pg_sys;
 use protocol::NodeSet;
@@ -24,6 +24,9 @@ use std::time::{Duration, Instant};
 /// How often a statement looks whether the lease has been renewed.
 const LOOK_AROUND: Duration = Duration::from_millis(5);
 
+/// How far back 32 bits of an xid say which one is meant, with room to spare.
+const RECENT_XIDS: u64 = 1 << 30;
+
 /// First oid that is not part of every new database (`FirstNormalObjectId` of access/transam.h).
 const FIRST_NORMAL_OID: u32 = 16384;
 
@@ -35,13 +38,13 @@ thread_local! {
 }
 
 /// Whether this node takes reads and writes at this moment.
-fn serves() -> bool {
+pub fn serves() -> bool {
     let shared = shared::shared();
     shared.serving() && shared.lease_holds()
 }
 
 /// Whether the statements of this process are to be looked at.
-fn applies() -> bool {
+pub fn applies() -> bool {
     // SAFETY: a plain variable of this process.
     shared::exists() && unsafe { pg_sys::ParallelWorkerNumber < 0 } && hooks::in_cluster()
 }
@@ -126,26 +129,45 @@ unsafe fn copies_no_data(copy: *mut pg_sys::CopyStmt) -> bool {
 
 /// Whether some table of the plan is a user's. Temporary ones are the session's own business.
 unsafe fn touches_data(plan: &pg_sys::PlannedStmt) -> bool {
-    // SAFETY: the range table is a list of range table entries.
+    // SAFETY: as the caller promises.
     unsafe {
-        if plan.rtable.is_null() {
-            return false;
-        }
         let own_schema = own_schema();
-        (0..(*plan.rtable).length).any(|position| {
-            let entry = (*(*plan.rtable).elements.add(position as usize)).ptr_value
-                as *const pg_sys::RangeTblEntry;
-            (*entry).rtekind == pg_sys::RTEKind::RTE_RELATION && is_data((*entry).relid, own_schema)
-        })
+        has_relation(plan, |relation| is_data(relation, own_schema))
     }
 }
 
-/// The schema of this extension.
+/// Whether the plan reads views of the extension, and no user's table.
+pub unsafe fn shows_only_the_cluster(plan: &pg_sys::PlannedStmt) -> bool {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let own_schema = own_schema();
+        has_relation(plan, |relation| {
+            pg_sys::get_rel_namespace(relation) == own_schema
+        }) && !touches_data(plan)
+    }
+}
+
 unsafe fn own_schema() -> pg_sys::Oid {
     // SAFETY: a catalog look-up in a transaction.
     unsafe { pg_sys::get_namespace_oid(c"mtm".as_ptr(), true) }
 }
 
+unsafe fn has_relation(
+    plan: &pg_sys::PlannedStmt,
+    mut is_meant: impl FnMut(pg_sys::Oid) -> bool,
+) -> bool {
+    // SAFETY: the range table is a list of range table entries.
+    unsafe {
+        !plan.rtable.is_null()
+            && (0..(*plan.rtable).length).any(|position| {
+                let entry = (*(*plan.rtable).elements.add(position as usize)).ptr_value
+                    as *const pg_sys::RangeTblEntry;
+                (*entry).rtekind == pg_sys::RTEKind::RTE_RELATION && is_meant((*entry).relid)
+            })
+    }
+}
+
+/// The schema of this extension.
 /// Views hold nothing themselves: what they read stands beside them in the range table.
 unsafe fn is_data(relation: pg_sys::Oid, own_schema: pg_sys::Oid) -> bool {
     // SAFETY: catalog look-ups in a transaction.
@@ -225,6 +247,35 @@ unsafe fn await_service(reads_only: bool) {
     unsafe { refresh_session() };
 }
 
+/// Raises when the snapshot lacks something that this node has recovered: it was taken before the node could serve, however long ago that was.
+///
+/// What is recovered commits one after the other, so who sees the last of them sees all.
+///
+/// # Safety
+/// As [`check_query`]; the snapshot is none or valid.
+pub unsafe fn check_snapshot(plan: &pg_sys::PlannedStmt, snapshot: pg_sys::Snapshot) {
+    if snapshot.is_null() || !shared::exists() {
+        return;
+    }
+    let last = shared::shared().last_recovered.load(Ordering::Acquire);
+    // SAFETY: as the caller promises; the rest are plain values of this process.
+    unsafe {
+        if last == 0
+            || (*snapshot).snapshot_type != pg_sys::SnapshotType::SNAPSHOT_MVCC
+            || !pg_sys::XidInMVCCSnapshot(pg_sys::TransactionId::from(last as u32), snapshot)
+            || !applies()
+            || guc::minority_reads()
+            || !touches_data(plan)
+        {
+            return;
+        }
+        // So long ago that the xid may have come round.
+        if outcome::next_xid() - last < RECENT_XIDS {
+            refuse_old_snapshot();
+        }
+    }
+}
+
 /// Whether enough nodes are there to renew the lease, or it has ended so short a time ago that they may only be slow. A node that has been cut off
 /// for longer refuses at once.
 fn lease_may_return() -> bool {
@@ -248,7 +299,7 @@ unsafe fn refuse_old_snapshot() {
     unsafe {
         commit::raise(
             pgrx::PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32,
-            c"this node has come back to the cluster while the statement waited",
+            c"this node has come back to the cluster since the snapshot was taken",
             c"What it would have read may be older than what other nodes have committed.",
             c"Run the transaction again.",
         );
@@ -305,6 +356,7 @@ pub fn describe(message: &mut impl Write, detail: &mut impl Write) {
     let node = shared.node_id().map_or(0, protocol::NodeId::get);
     let state = match shared.status() {
         NodeStatus::Online => "cut off from a majority of the nodes",
+        NodeStatus::NeedsCopy => "in need of a new copy",
         status => status.name(),
     };
     // A text that is too long is cut.

@@ -6,7 +6,7 @@
 //! see an empty transaction and could raise an error for what is already committed.
 
 use super::shared;
-use super::{commit, ddl_bridge, gate, process, raw, user_2pc, victim};
+use super::{age, commit, ddl_bridge, gate, process, raw, strict, user_2pc, victim};
 use pgrx::pg_sys;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
@@ -53,6 +53,7 @@ pub fn note_write() {
         wrote: true,
         ..FOOTPRINT.get()
     });
+    show_age();
 }
 
 /// Notes an explanation for the transaction's WAL that needs no replication.
@@ -61,6 +62,13 @@ pub fn note_harmless() {
         harmless: true,
         ..FOOTPRINT.get()
     });
+}
+
+/// Before the first lock that somebody may wait for.
+fn show_age() {
+    if shared::exists() && has_proc() {
+        age::show();
+    }
 }
 
 /// Whether commits of this process can be global at all.
@@ -135,13 +143,19 @@ unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, flags:
         let plan = &*(*query).plannedstmt;
         gate::refresh_session();
         if flags as u32 & pg_sys::EXEC_FLAG_EXPLAIN_ONLY == 0 {
+            strict::before_query(query);
+            // With the snapshot that the query is going to use.
             gate::check_query(plan);
+            gate::check_snapshot(plan, (*query).snapshot);
         }
         if plan.commandType != pg_sys::CmdType::CMD_SELECT || plan.hasModifyingCTE {
             if flags as u32 & pg_sys::EXEC_FLAG_EXPLAIN_ONLY == 0 {
+                age::let_pass();
                 note_plan_writes(plan);
             }
         } else if !plan.rowMarks.is_null() {
+            age::let_pass();
+            show_age();
             note_harmless();
         }
         match PREVIOUS_EXECUTOR_START {
@@ -215,6 +229,9 @@ unsafe extern "C-unwind" fn transaction_event(
                 end_of_transaction();
             }
             pg_sys::XactEvent::XACT_EVENT_ABORT => {
+                if shared::exists() && has_proc() && shared::my_backend().is_victim() {
+                    age::lost_running();
+                }
                 commit::reset();
                 end_of_transaction();
                 LOCAL_DEPTH.set(0);
@@ -341,6 +358,7 @@ unsafe extern "C-unwind" fn utility(
         gate::refresh_session();
         if !is_transaction {
             victim::check();
+            strict::before_command(pstmt);
             gate::check_utility(node);
         }
         keep_cluster(node);
@@ -382,6 +400,7 @@ unsafe extern "C-unwind" fn utility(
             // What it did in the transaction it leaves behind is local. In a pipeline, others may follow in the same transaction.
             note_harmless();
         }
+        strict::after_command(node);
         if is_transaction && in_cluster {
             user_2pc::after_command(node.cast());
         }

@@ -91,6 +91,18 @@ impl LockSnapshot {
         blockers
     }
 
+    /// Whether somebody waits for the process.
+    pub fn is_waited_for(&self, pid: i32) -> bool {
+        self.locks
+            .iter()
+            .filter(|lock| lock.waitLockMode != 0 && lock.pid != pid)
+            .any(|waiter| {
+                self.blockers_of(waiter.pid)
+                    .iter()
+                    .any(|holder| holder.pid == pid)
+            })
+    }
+
     /// The transaction ids (top and sub) that a holder's transaction owns.
     pub fn xids_of(&self, holder: Holder) -> impl Iterator<Item = u32> + '_ {
         self.locks
@@ -130,6 +142,19 @@ pub fn backend_of(pid: i32) -> Option<&'static BackendSlot> {
             shared::backends().get((*proc_).pgprocno as usize)
         }
     }
+}
+
+/// Whether somebody waits for a lock of this process.
+pub fn somebody_waits_for_me() -> bool {
+    // SAFETY: a plain variable of this process.
+    LockSnapshot::take().is_waited_for(unsafe { pg_sys::MyProcPid })
+}
+
+/// How long this process waits for a lock before it gives up with 55P03; for ever when nothing is given.
+pub fn limit_waits(limit: Option<std::time::Duration>) {
+    let millis = limit.map_or(0, |limit| limit.as_millis().min(i32::MAX as u128) as i32);
+    // SAFETY: the variable of `lock_timeout`, looked at when a wait begins; apply workers set it themselves and have core's handler for it.
+    unsafe { pg_sys::LockTimeout = millis };
 }
 
 /// Names of prepared transactions by their local xid.

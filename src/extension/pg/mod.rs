@@ -1,6 +1,7 @@
 //! The only module that may be unsafe: PostgreSQL's C interface behind safe functions.
 #![allow(unsafe_code)]
 
+pub mod age;
 pub mod apply_error;
 pub mod barrier;
 pub mod board;
@@ -14,7 +15,9 @@ pub mod decode;
 pub mod failpoint;
 mod fixed_text;
 mod gate;
+mod handed_record;
 pub mod hooks;
+pub mod in_flight;
 pub mod invalidation;
 pub mod locks;
 pub mod memory;
@@ -33,6 +36,7 @@ pub mod sequences;
 pub mod settings;
 pub mod shared;
 pub mod standby;
+mod strict;
 pub mod thread;
 pub mod twophase;
 mod user_2pc;

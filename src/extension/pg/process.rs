@@ -196,7 +196,8 @@ pub fn exit_if_terminated() {
 }
 
 /// Attaches a background worker to the database of the cluster as the bootstrap superuser.
-pub fn connect(database: pg_sys::Oid) {
+pub fn connect(database: u32) {
+    let database = pg_sys::Oid::from(database);
     // SAFETY: called once at the start of a background worker that asked for a database connection.
     unsafe { pg_sys::BackgroundWorkerInitializeConnectionByOid(database, pg_sys::Oid::INVALID, 0) };
     super::standby::wait_always();
@@ -212,6 +213,18 @@ pub fn connect_shared_catalogs() {
 pub fn tag_as_applied() {
     // SAFETY: a plain variable of this process. DoNotReplicateId asks for the tag without a progress entry.
     unsafe { pg_sys::replorigin_session_origin = pg_sys::RepOriginId::MAX };
+}
+
+/// Runs `work` as if its WAL came from here.
+pub fn untagged<T>(work: impl FnOnce() -> T) -> T {
+    // SAFETY: plain accesses to a variable of this process. An error in between ends the process or is not caught before the next tag_as_applied.
+    unsafe {
+        let tag = pg_sys::replorigin_session_origin;
+        pg_sys::replorigin_session_origin = pg_sys::RepOriginId::MIN;
+        let result = work();
+        pg_sys::replorigin_session_origin = tag;
+        result
+    }
 }
 
 /// Installs SIGTERM (core's `die`) and SIGHUP handlers and unblocks signals.
@@ -325,9 +338,7 @@ pub fn forget_cancel() {
 
 /// Attaches to the database of the cluster, with the settings that applying needs whatever the database's or the server's defaults are.
 pub fn connect_to_cluster() {
-    connect(pg_sys::Oid::from(
-        super::shared::shared().database.load(Ordering::Acquire),
-    ));
+    connect(super::shared::shared().database.load(Ordering::Acquire));
     for (name, value) in APPLY_SETTINGS {
         // SAFETY: zero-terminated literals; at the start of a background worker, outside of any transaction.
         unsafe {

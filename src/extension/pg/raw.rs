@@ -38,6 +38,31 @@ unsafe extern "C-unwind" {
         is_reload: bool,
     ) -> c_int;
 
+    // utils/snapmgr.h
+    pub fn GetTransactionSnapshot() -> pg_sys::Snapshot;
+    pub fn GetActiveSnapshot() -> pg_sys::Snapshot;
+    pub fn ActiveSnapshotSet() -> bool;
+    pub fn PushActiveSnapshot(snapshot: pg_sys::Snapshot);
+    pub fn PushActiveSnapshotWithLevel(snapshot: pg_sys::Snapshot, level: c_int);
+    pub fn PopActiveSnapshot();
+    pub fn RegisterSnapshot(snapshot: pg_sys::Snapshot) -> pg_sys::Snapshot;
+    pub fn UnregisterSnapshot(snapshot: pg_sys::Snapshot);
+
+    // access/twophase.h, storage/procarray.h
+    pub static max_prepared_xacts: c_int;
+    pub fn TransactionIdIsInProgress(xid: pg_sys::TransactionId) -> bool;
+
+    // storage/condition_variable.h
+    pub fn ConditionVariableInit(variable: *mut pg_sys::ConditionVariable);
+    pub fn ConditionVariablePrepareToSleep(variable: *mut pg_sys::ConditionVariable);
+    pub fn ConditionVariableTimedSleep(
+        variable: *mut pg_sys::ConditionVariable,
+        timeout_ms: c_long,
+        wait_event: u32,
+    ) -> bool;
+    pub fn ConditionVariableCancelSleep();
+    pub fn ConditionVariableBroadcast(variable: *mut pg_sys::ConditionVariable);
+
     // commands/trigger.h, utils/portal.h, commands/tablecmds.h, commands/async.h
     pub fn AfterTriggerFireDeferred();
     pub fn PreCommit_Portals(is_prepare: bool) -> bool;

@@ -24,6 +24,35 @@ struct Position {
     offset: u16,
 }
 
+/// Where a row lies, for a process that has not opened its table.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Place {
+    relation: u32,
+    id: u32,
+    position: Position,
+}
+
+/// Where all rows of a table lie.
+pub struct Places {
+    relation: u32,
+    positions: Vec<Position>,
+}
+
+impl Places {
+    /// The row's place.
+    ///
+    /// # Panics
+    /// When there is no such row.
+    pub fn of(&self, id: u32) -> Place {
+        Place {
+            relation: self.relation,
+            id,
+            position: self.positions[id as usize],
+        }
+    }
+}
+
 /// An open table of fixed rows.
 pub struct DurableTable {
     relation: pg_sys::Oid,
@@ -88,6 +117,14 @@ impl DurableTable {
         bodies
     }
 
+    /// Where the rows lie, as long as this process lives and has them pinned.
+    pub fn places(&self) -> Places {
+        Places {
+            relation: self.relation.to_u32(),
+            positions: self.positions.clone(),
+        }
+    }
+
     /// Overwrites rows; returns the WAL position up to which WAL must be flushed for them to be durable. Runs in a transaction.
     pub fn write(&self, updates: &mut [(u32, Body)]) -> protocol::Lsn {
         updates.sort_by_key(|(id, _)| self.positions[*id as usize].block);
@@ -99,28 +136,16 @@ impl DurableTable {
             for group in updates.chunk_by(|left, right| {
                 self.positions[left.0 as usize].block == self.positions[right.0 as usize].block
             }) {
-                end = self.write_page(relation, group).max(end);
+                let rows = group
+                    .iter()
+                    .map(|(id, body)| (self.positions[*id as usize].offset, body));
+                let block = self.positions[group[0].0 as usize].block;
+                end = write_page(relation, block, rows, |_| false)
+                    .map_or(end, |written| end.max(written));
             }
             pg_sys::table_close(relation, pg_sys::NoLock as i32);
         }
         protocol::Lsn(end)
-    }
-
-    unsafe fn write_page(&self, relation: pg_sys::Relation, group: &[(u32, Body)]) -> u64 {
-        // SAFETY: see write(). Nothing between start and finish of the generic record raises except for lack of memory.
-        unsafe {
-            let buffer = pg_sys::ReadBuffer(relation, self.positions[group[0].0 as usize].block);
-            pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_EXCLUSIVE as i32);
-            let state = pg_sys::GenericXLogStart(relation);
-            let page = pg_sys::GenericXLogRegisterBuffer(state, buffer, 0).cast::<u8>();
-            for (id, body) in group {
-                let data = tuple_data(page, self.positions[*id as usize].offset);
-                std::ptr::copy_nonoverlapping(body.as_ptr(), data.add(BODY_OFFSET), BODY_BYTES);
-            }
-            let end = pg_sys::GenericXLogFinish(state);
-            pg_sys::UnlockReleaseBuffer(buffer);
-            end
-        }
     }
 
     fn each_tuple(&self, mut visit: impl FnMut(Position, &[u8])) {
@@ -146,6 +171,70 @@ impl DurableTable {
             }
             pg_sys::table_close(relation, pg_sys::AccessShareLock as i32);
         }
+    }
+}
+
+/// Overwrites rows of one page, by their line pointers; returns the end of the WAL record, or none when the page `is_wrong`: then nothing is written.
+///
+/// # Safety
+/// The relation is open and locked, and the line pointers are those of fixed rows unless the page is wrong.
+unsafe fn write_page<'b>(
+    relation: pg_sys::Relation,
+    block: u32,
+    rows: impl Iterator<Item = (u16, &'b Body)>,
+    is_wrong: impl FnOnce(*mut u8) -> bool,
+) -> Option<u64> {
+    // SAFETY: as the caller promises. Nothing between start and finish of the generic record raises except for lack of memory.
+    unsafe {
+        let buffer = pg_sys::ReadBuffer(relation, block);
+        pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_EXCLUSIVE as i32);
+        if is_wrong(pg_sys::BufferGetPage(buffer).cast::<u8>()) {
+            pg_sys::UnlockReleaseBuffer(buffer);
+            return None;
+        }
+        let state = pg_sys::GenericXLogStart(relation);
+        let page = pg_sys::GenericXLogRegisterBuffer(state, buffer, 0).cast::<u8>();
+        for (offset, body) in rows {
+            let data = tuple_data(page, offset);
+            std::ptr::copy_nonoverlapping(body.as_ptr(), data.add(BODY_OFFSET), BODY_BYTES);
+        }
+        let end = pg_sys::GenericXLogFinish(state);
+        pg_sys::UnlockReleaseBuffer(buffer);
+        Some(end)
+    }
+}
+
+/// Overwrites one row of a table that another process has pinned. Runs in a transaction; raises (unwinding) when another row lies there: the pin was lost for
+/// a moment and the table was rewritten.
+pub fn write_at(place: Place, body: &Body) {
+    let Position { block, offset } = place.position;
+    // SAFETY: buffer access under the relation's lock. The row's number is compared before anything is written.
+    let written = unsafe {
+        let relation = pg_sys::table_open(
+            pg_sys::Oid::from(place.relation),
+            pg_sys::RowExclusiveLock as i32,
+        );
+        let row = std::iter::once((offset, body));
+        let is_another = |page| id_at(page, offset) != Some(place.id);
+        let written = write_page(relation, block, row, is_another);
+        pg_sys::table_close(relation, pg_sys::NoLock as i32);
+        written
+    };
+    if written.is_none() {
+        pgrx::error!("multimaster's table of durable records was rewritten");
+    }
+}
+
+/// The number of the row at a line pointer, if there is a row.
+///
+/// # Safety
+/// A page of a table of fixed rows, under a buffer lock.
+unsafe fn id_at(page: *mut u8, offset: u16) -> Option<u32> {
+    // SAFETY: as the caller promises; the line pointer is checked before use.
+    unsafe {
+        let is_row = offset <= line_pointers(page)
+            && line_pointer(page, offset).lp_flags() == pg_sys::LP_NORMAL;
+        is_row.then(|| tuple_data(page, offset).cast::<u32>().read_unaligned())
     }
 }
 

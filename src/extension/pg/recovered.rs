@@ -1,8 +1,10 @@
 //! Names of the transactions that this node has recovered, in `mtm.recovered`, until it is online.
 
+use super::shared::shared;
 use crate::decode;
 use pgrx::prelude::*;
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 
 mod guarded {
     use pgrx::pg_sys;
@@ -31,14 +33,24 @@ pub fn names() -> BTreeSet<String> {
 /// Names the running transaction, here and to whoever recovers from this node later.
 pub fn add(name: &str) {
     log_message(decode::RECOVERED_PREFIX, name.as_bytes(), true);
+    note(name);
+}
+
+/// Names a transaction here only. Runs in a transaction.
+pub fn note(name: &str) {
     // SAFETY: in a transaction; the snapshot is taken off again right below, or by the abort.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
     let added = Spi::run_with_args("INSERT INTO mtm.recovered VALUES ($1)", &[name.into()]);
     if let Err(error) = added {
         pgrx::error!("multimaster cannot write mtm.recovered: {error}");
     }
-    // SAFETY: pushed above.
-    unsafe { pg_sys::PopActiveSnapshot() };
+    // SAFETY: pushed above; the transaction has an xid by now.
+    let xid = unsafe {
+        pg_sys::PopActiveSnapshot();
+        pg_sys::GetTopFullTransactionIdIfAny().value
+    };
+    // Before it commits: see `gate::check_snapshot`.
+    shared().last_recovered.store(xid, Ordering::Release);
 }
 
 /// Forgets them. Runs in a transaction.

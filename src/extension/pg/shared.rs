@@ -2,18 +2,32 @@
 //!
 //! Written by one party at a time by construction (each field says by whom), read by anybody. The tokio thread of the arbiter uses only
 //! what is here, `SetLatch` and the eventfd.
+//!
+//! Where to read on: `segment` (how it comes to be), `backend` and `apply` (the slots of processes), `cells` (values of several words), `status`.
+
+mod apply;
+mod backend;
+mod cells;
+mod process;
+mod recovery;
+mod segment;
+mod status;
+
+pub use apply::{WorkerSlot, worker};
+pub use backend::{BackendSlot, outcome, stage};
+pub use cells::{GidCell, RefusalCell, StandingCell};
+pub use process::{ProcCell, my_backend_index, wake_proc};
+pub use recovery::RecoveryProgress;
+pub(super) use segment::{area, backend_count};
+pub use segment::{backends, exists, my_backend, register, ring, shared, wake_fd, workers};
+pub use status::NodeStatus;
 
 use super::board::{Board, RecentLog};
-use super::queue::{Queue, Ring};
-use super::raw;
+use super::queue::Queue;
 use crate::latency::Latencies;
-use pgrx::pg_sys;
-use protocol::membership::{Admission, Phase, Standing};
-use protocol::{Csn, Decision, Generation, GenerationNum, Gid, NodeId, NodeSet, Refusal};
-use std::cell::UnsafeCell;
-use std::sync::atomic::{
-    AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, Ordering,
-};
+use protocol::membership::Admission;
+use protocol::{Csn, Decision, Generation, GenerationNum, Gid, NodeId, NodeSet};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering};
 
 /// Node ids are 1 to 16; index 0 of per-node arrays is unused.
 pub const NODES: usize = 17;
@@ -25,465 +39,6 @@ pub const FINISH_BYTES: usize = 384;
 pub const RING_BYTES: usize = 256 * 1024;
 /// Upper limit of `multimaster.max_workers`.
 pub const WORKERS_MAX: usize = 256;
-
-/// What this node is, as `mtm.status()` shows it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum NodeStatus {
-    /// No cluster here (yet).
-    Disabled = 0,
-    /// The cluster is known; connections and recovery are under way.
-    Starting = 1,
-    /// Connected to every member in both directions: takes reads and writes.
-    Online = 2,
-    /// Some member cannot be reached: writes wait or are refused.
-    Degraded = 3,
-    /// A new generation begins: in a moment it is online or not a member.
-    Switching = 4,
-    /// A member that is not level yet: the others wait for it.
-    Recovery = 5,
-    /// Not a member; replays what it has missed.
-    Catchup = 6,
-    /// Not a member, and nobody to recover from is seen.
-    Minority = 7,
-}
-
-impl NodeStatus {
-    fn from_raw(raw: u32) -> NodeStatus {
-        match raw {
-            1 => NodeStatus::Starting,
-            2 => NodeStatus::Online,
-            3 => NodeStatus::Degraded,
-            4 => NodeStatus::Switching,
-            5 => NodeStatus::Recovery,
-            6 => NodeStatus::Catchup,
-            7 => NodeStatus::Minority,
-            _ => NodeStatus::Disabled,
-        }
-    }
-
-    /// The word users see.
-    pub fn name(self) -> &'static str {
-        match self {
-            NodeStatus::Disabled => "disabled",
-            NodeStatus::Starting => "starting",
-            NodeStatus::Online => "online",
-            NodeStatus::Degraded => "degraded",
-            NodeStatus::Switching => "switching",
-            NodeStatus::Recovery => "recovery",
-            NodeStatus::Catchup => "catchup",
-            NodeStatus::Minority => "minority",
-        }
-    }
-}
-
-/// A process that can be woken: its index in `ProcGlobal->allProcs` plus one; 0 is nobody.
-#[repr(transparent)]
-pub struct ProcCell(AtomicU32);
-
-impl ProcCell {
-    /// Remembers the calling process.
-    pub fn set_self(&self) {
-        self.0.store(my_proc_number() as u32 + 1, Ordering::Release);
-    }
-
-    pub fn clear(&self) {
-        self.0.store(0, Ordering::Release);
-    }
-
-    /// Takes an empty cell for the calling process; false when another process is in it.
-    pub fn claim(&self) -> bool {
-        self.0
-            .compare_exchange(
-                0,
-                my_proc_number() as u32 + 1,
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            )
-            .is_ok()
-    }
-
-    /// Empties the cell, if the calling process is in it; says whether it was.
-    pub fn release(&self) -> bool {
-        self.0
-            .compare_exchange(
-                my_proc_number() as u32 + 1,
-                0,
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            )
-            .is_ok()
-    }
-
-    /// Sets the process's latch, if there is a process. Callable from any thread.
-    pub fn wake(&self) {
-        let number = self.0.load(Ordering::Acquire);
-        if number != 0 {
-            wake_proc(number as usize - 1);
-        }
-    }
-
-    pub fn is_set(&self) -> bool {
-        self.0.load(Ordering::Acquire) != 0
-    }
-
-    /// Whether it is the calling process.
-    pub fn is_self(&self) -> bool {
-        self.0.load(Ordering::Acquire) == my_proc_number() as u32 + 1
-    }
-
-    pub fn pid(&self) -> i32 {
-        match self.0.load(Ordering::Acquire) {
-            0 => 0,
-            // SAFETY: allProcs lives as long as shared memory and the index came from a process's own pgprocno.
-            number => unsafe { (*(*pg_sys::ProcGlobal).allProcs.add(number as usize - 1)).pid },
-        }
-    }
-}
-
-/// A gid that one process writes and others read.
-#[repr(C)]
-#[derive(Default)]
-pub struct GidCell {
-    version: AtomicU32,
-    coordinator: AtomicU32,
-    generation: AtomicU32,
-    members: AtomicU32,
-    xid: AtomicU64,
-    started_at: AtomicI64,
-}
-
-impl GidCell {
-    pub fn set(&self, gid: Option<Gid>) {
-        self.version.fetch_add(1, Ordering::AcqRel);
-        let (node, generation, members, xid, started_at) = match gid {
-            Some(gid) => (
-                u32::from(gid.coordinator.get()),
-                gid.generation.0,
-                u32::from(gid.members.bits()),
-                gid.xid,
-                gid.started_at,
-            ),
-            None => (0, 0, 0, 0, 0),
-        };
-        self.coordinator.store(node, Ordering::Relaxed);
-        self.generation.store(generation, Ordering::Relaxed);
-        self.members.store(members, Ordering::Relaxed);
-        self.xid.store(xid, Ordering::Relaxed);
-        self.started_at.store(started_at, Ordering::Relaxed);
-        self.version.fetch_add(1, Ordering::Release);
-    }
-
-    /// The gid, or nothing when there is none or it is being changed at this moment.
-    pub fn get(&self) -> Option<Gid> {
-        let before = self.version.load(Ordering::Acquire);
-        let gid = Gid {
-            coordinator: NodeId::new(self.coordinator.load(Ordering::Relaxed) as u8)?,
-            generation: GenerationNum(self.generation.load(Ordering::Relaxed)),
-            members: NodeSet::from_bits(self.members.load(Ordering::Relaxed) as u16),
-            xid: self.xid.load(Ordering::Relaxed),
-            started_at: self.started_at.load(Ordering::Relaxed),
-        };
-        std::sync::atomic::fence(Ordering::Acquire);
-        (before.is_multiple_of(2) && before == self.version.load(Ordering::Relaxed)).then_some(gid)
-    }
-}
-
-/// Where the node stands: written by the tokio thread, read by all who apply.
-#[repr(C)]
-#[derive(Default)]
-pub struct StandingCell {
-    /// Odd while it is being written.
-    version: AtomicU32,
-    num: AtomicU32,
-    members: AtomicU32,
-    online_in: AtomicU32,
-    recovered_to: AtomicU32,
-    phase: AtomicU32,
-}
-
-/// In the order of their numbers in [`StandingCell`]; zeroed memory says `Waiting`.
-const PHASES: [Phase; 4] = [
-    Phase::Waiting,
-    Phase::Online,
-    Phase::Recovering,
-    Phase::Outside,
-];
-
-impl StandingCell {
-    /// Tokio thread only.
-    pub fn set(&self, standing: &Standing) {
-        let phase = PHASES.iter().position(|phase| *phase == standing.phase);
-        self.version.fetch_add(1, Ordering::AcqRel);
-        self.num.store(standing.current.num.0, Ordering::Relaxed);
-        self.members.store(
-            u32::from(standing.current.members.bits()),
-            Ordering::Relaxed,
-        );
-        self.online_in
-            .store(standing.online_in.0, Ordering::Relaxed);
-        self.recovered_to
-            .store(standing.recovered_to.0, Ordering::Relaxed);
-        self.phase
-            .store(phase.unwrap_or(0) as u32, Ordering::Relaxed);
-        self.version.fetch_add(1, Ordering::Release);
-    }
-
-    pub fn get(&self) -> Standing {
-        loop {
-            let before = self.version.load(Ordering::Acquire);
-            let phase = self.phase.load(Ordering::Relaxed) as usize;
-            let standing = Standing {
-                current: Generation {
-                    num: GenerationNum(self.num.load(Ordering::Relaxed)),
-                    members: NodeSet::from_bits(self.members.load(Ordering::Relaxed) as u16),
-                },
-                online_in: GenerationNum(self.online_in.load(Ordering::Relaxed)),
-                recovered_to: GenerationNum(self.recovered_to.load(Ordering::Relaxed)),
-                phase: PHASES.get(phase).copied().unwrap_or_default(),
-            };
-            std::sync::atomic::fence(Ordering::Acquire);
-            if before.is_multiple_of(2) && before == self.version.load(Ordering::Relaxed) {
-                return standing;
-            }
-            std::hint::spin_loop();
-        }
-    }
-}
-
-/// A refusal handed from one process to another; the state word beside it says whose it is.
-#[repr(C)]
-pub struct RefusalCell {
-    length: AtomicU32,
-    bytes: UnsafeCell<[u8; EVENT_BYTES]>,
-}
-
-// SAFETY: written by the one party that the owner's state word names, before it publishes that word with release.
-unsafe impl Sync for RefusalCell {}
-
-impl RefusalCell {
-    /// Stores a refusal. The caller owns the cell by the protocol of the state word beside it.
-    pub fn set(&self, refusal: &Refusal) {
-        // SAFETY: see the Sync implementation.
-        let bytes = unsafe { &mut *self.bytes.get() };
-        let length = bincode::serde::encode_into_slice(refusal, bytes, bincode::config::standard())
-            .unwrap_or(0);
-        self.length.store(length as u32, Ordering::Release);
-    }
-
-    /// Stores that there is none.
-    pub fn clear(&self) {
-        self.length.store(0, Ordering::Release);
-    }
-
-    pub fn get(&self) -> Option<Refusal> {
-        let length = self.length.load(Ordering::Acquire) as usize;
-        // SAFETY: see the Sync implementation; the length was published after the bytes.
-        let bytes = unsafe { &(&*self.bytes.get())[..length.min(EVENT_BYTES)] };
-        let (refusal, _) =
-            bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok()?;
-        Some(refusal)
-    }
-}
-
-/// How the commit of a backend stands.
-pub mod outcome {
-    pub const WAITING: u32 = 0;
-    pub const COMMIT: u32 = 1;
-    pub const ABORT: u32 = 2;
-    pub const UNKNOWN: u32 = 3;
-}
-
-/// Room of the word of `outcome` beside the xid.
-const OUTCOME_BITS: u32 = 2;
-const OUTCOME_MASK: u64 = (1 << OUTCOME_BITS) - 1;
-
-const fn outcome_word(xid: u64, code: u32) -> u64 {
-    (xid << OUTCOME_BITS) | code as u64
-}
-
-/// Where a backend's transaction stands for the conflict rule.
-pub mod stage {
-    /// Nothing special: running, or no transaction.
-    pub const RUNNING: u32 = 0;
-    /// COMMIT has begun; the outcome belongs to the protocol.
-    pub const COMMITTING: u32 = 1;
-    /// The monitor is writing why the transaction must die.
-    pub const MARKING: u32 = 2;
-    /// The transaction must die; the reason is in `refusal`.
-    pub const VICTIM: u32 = 3;
-}
-
-/// One per process slot of the server (`pgprocno`).
-#[repr(C, align(64))]
-pub struct BackendSlot {
-    pub stage: AtomicU32,
-    /// The `xid` of the transaction that it is about and a word of `outcome`: an answer that comes late never reaches another transaction.
-    outcome: AtomicU64,
-    /// `xid` of the last transaction of this backend that every member is known to have finished.
-    peers_finished: AtomicU64,
-    pub gid: GidCell,
-    /// In the middle of a PREPARE: see `barrier`.
-    pub preparing: AtomicBool,
-    /// `gid` is a user's own PREPARE TRANSACTION: votes are counted, nothing is decided.
-    pub user_prepare: AtomicBool,
-    /// The tokio thread's reason of an abort, or the monitor's for a victim.
-    pub refusal: RefusalCell,
-}
-
-impl BackendSlot {
-    /// The backend begins to wait for the outcome of its transaction.
-    pub fn await_outcome(&self, xid: u64) {
-        self.outcome
-            .store(outcome_word(xid, outcome::WAITING), Ordering::Release);
-    }
-
-    /// How the backend's transaction `xid` stands; waiting if the slot is about another one.
-    pub fn outcome(&self, xid: u64) -> u32 {
-        let word = self.outcome.load(Ordering::Acquire);
-        let code = (word & OUTCOME_MASK) as u32;
-        if word == outcome_word(xid, code) {
-            code
-        } else {
-            outcome::WAITING
-        }
-    }
-
-    /// Answers the backend; false when it does not wait for this transaction (any more).
-    pub fn tell_outcome(&self, xid: u64, code: u32) -> bool {
-        self.outcome
-            .compare_exchange(
-                outcome_word(xid, outcome::WAITING),
-                outcome_word(xid, code),
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            )
-            .is_ok()
-    }
-
-    /// Every member has finished the backend's transaction `xid`. An earlier one of the same slot may be told of later.
-    pub fn tell_peers_finished(&self, xid: u64) {
-        self.peers_finished.fetch_max(xid, Ordering::AcqRel);
-    }
-
-    /// Whether every member is known to have finished the backend's transaction `xid`.
-    pub fn have_peers_finished(&self, xid: u64) -> bool {
-        self.peers_finished.load(Ordering::Acquire) >= xid
-    }
-
-    /// Claims the backend's running transaction as a victim of the conflict rule; false when it has begun to commit.
-    ///
-    /// While it is being marked, the backend can neither begin to commit nor leave the transaction. So `still_running` is the truth about the
-    /// transaction that gets marked, and the signal that `interrupt` sends cannot hit the next one.
-    pub fn make_victim(
-        &self,
-        refusal: &Refusal,
-        still_running: impl FnOnce() -> bool,
-        interrupt: impl FnOnce() -> bool,
-    ) -> bool {
-        let claimed = self
-            .stage
-            .compare_exchange(
-                stage::RUNNING,
-                stage::MARKING,
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            )
-            .is_ok();
-        if !claimed {
-            return false;
-        }
-        if !still_running() {
-            self.stage.store(stage::RUNNING, Ordering::Release);
-            return false;
-        }
-        self.refusal.set(refusal);
-        let interrupted = interrupt();
-        self.stage.store(stage::VICTIM, Ordering::Release);
-        interrupted
-    }
-
-    /// Whether the backend's own transaction must die. Waits while that is just being written.
-    pub fn is_victim(&self) -> bool {
-        loop {
-            match self.stage.load(Ordering::Acquire) {
-                stage::MARKING => std::hint::spin_loop(),
-                stage => return stage == stage::VICTIM,
-            }
-        }
-    }
-
-    /// The backend's transaction has ended, one way or the other.
-    pub fn end_transaction(&self) {
-        loop {
-            match self.stage.load(Ordering::Acquire) {
-                stage::RUNNING => return,
-                stage::MARKING => std::hint::spin_loop(),
-                seen => {
-                    let changed = self.stage.compare_exchange(
-                        seen,
-                        stage::RUNNING,
-                        Ordering::AcqRel,
-                        Ordering::Acquire,
-                    );
-                    if changed.is_ok() {
-                        return;
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Life of an apply worker's slot.
-pub mod worker {
-    /// No process.
-    pub const FREE: u32 = 0;
-    /// A process has been asked for.
-    pub const STARTING: u32 = 1;
-    /// Waits for work.
-    pub const IDLE: u32 = 2;
-    /// A receiver feeds it a transaction.
-    pub const BUSY: u32 = 3;
-}
-
-/// One per apply worker; the ring lies in `WorkerRing` of the same index.
-#[repr(C, align(64))]
-pub struct WorkerSlot {
-    pub state: AtomicU32,
-    pub process: ProcCell,
-    /// The receiver that feeds it.
-    pub feeder: ProcCell,
-    /// The feeder sleeps until the ring has room.
-    pub feeder_waits: AtomicBool,
-    /// The worker is about to wait for a transaction that has a row in hand, or does so.
-    pub waits_for_row: AtomicBool,
-    /// Jobs given, and jobs whose effect is durable (or that were refused).
-    pub jobs_given: AtomicU64,
-    pub jobs_done: AtomicU64,
-    /// A receiver may still write into the ring. While this or `lost` is set, no new process gets the slot.
-    pub fed: AtomicBool,
-    /// The process went away before it knew which transaction it had been given: the receiver must ask for it again.
-    pub lost: AtomicBool,
-    /// The transaction being applied; empty between transactions.
-    pub gid: GidCell,
-    /// Counts applied transactions, so that the monitor's cancellation cannot hit the next one.
-    pub applying: AtomicU64,
-    /// `applying` of the transaction that must die by the conflict rule: whoever sets it writes `refusal`, and then `cancel_said`.
-    pub cancel: AtomicU64,
-    pub cancel_said: AtomicU64,
-    pub refusal: RefusalCell,
-    /// The transaction that `cancel` is for the benefit of.
-    pub winner: GidCell,
-    /// Table and key of the row the worker waits for, as the detail of a refusal; written before it waits, read while it does.
-    pub target: RefusalCell,
-    /// Waits until `settled` has reached what its transaction depends on.
-    pub waits_for_order: AtomicBool,
-    /// The last job whose receiver went away in the middle of it: it is to be dropped.
-    pub broken_job: AtomicU64,
-}
-
-pub type WorkerRing = Ring<RING_BYTES>;
 
 /// What this node knows of one node of the cluster.
 #[repr(C, align(64))]
@@ -506,9 +61,13 @@ pub struct NodeShared {
     pub peer_end: AtomicU64,
     /// End of its flushed WAL, as its last heartbeat said; this node's own for this node.
     pub flushed: AtomicU64,
-    /// Last WAL position seen in its stream.
+    /// Last WAL position seen in its stream, ever.
     pub received: AtomicU64,
+    /// The same, of the present connection.
+    pub streamed: AtomicU64,
     pub connectivity: AtomicU32,
+    /// It replays what it has missed, as its last heartbeat said.
+    pub recovers: AtomicBool,
     pub heartbeats: AtomicU64,
     /// Microseconds since 2000-01-01.
     pub last_change_us: AtomicI64,
@@ -540,6 +99,8 @@ pub struct Shared {
     pub generation: AtomicU32,
     /// The generation is being changed: see `barrier`.
     pub barrier_closed: AtomicBool,
+    /// The generation in which this node prepares its own transactions; 0 while it is online in none.
+    pub opened: AtomicU32,
     pub members: AtomicU32,
     pub configured: AtomicU32,
     pub status: AtomicU32,
@@ -572,10 +133,14 @@ pub struct Shared {
     pub referee: ProcCell,
     /// Number and `online_in` of the question for the referee; 0 for none.
     pub referee_question: AtomicU64,
-    /// The node to recover from; 0 for none.
-    pub recover_from: AtomicU32,
-    /// Bytes of the donor's WAL that have not been applied yet.
-    pub recovery_lag: AtomicU64,
+    /// Nodes that cannot recover any more, as bits: see `arbiter::retention`. Written by the arbiter's main thread.
+    needs_copy: AtomicU32,
+    /// The order to recover: see [`RecoveryOrder`]; 0 for none.
+    recovery_order: AtomicU32,
+    /// Full xid of the last transaction that was recovered here since the server's start; 0 for none. They run one after the other.
+    pub last_recovered: AtomicU64,
+    /// How far the recovery is.
+    pub recovery_progress: RecoveryProgress,
     /// Where this node stands, for those who apply.
     pub standing: StandingCell,
     /// True while an event has been queued that the tokio thread has not looked at: no second write to the eventfd is needed.
@@ -594,84 +159,6 @@ pub struct Shared {
     pub finishes: Queue<FINISH_BYTES, 2048>,
     #[cfg(feature = "failpoints")]
     pub failpoint: super::failpoint::Armed,
-}
-
-static SHARED: AtomicPtr<Shared> = AtomicPtr::new(std::ptr::null_mut());
-static BACKENDS: AtomicPtr<BackendSlot> = AtomicPtr::new(std::ptr::null_mut());
-static WORKERS: AtomicPtr<WorkerSlot> = AtomicPtr::new(std::ptr::null_mut());
-static RINGS: AtomicPtr<WorkerRing> = AtomicPtr::new(std::ptr::null_mut());
-static WAKE_FD: AtomicI32 = AtomicI32::new(-1);
-
-static mut PREVIOUS_REQUEST: pg_sys::shmem_request_hook_type = None;
-static mut PREVIOUS_STARTUP: pg_sys::shmem_startup_hook_type = None;
-
-/// `AddinShmemInitLock` of storage/lwlocknames.h in PostgreSQL 15.
-const ADDIN_SHMEM_INIT_LOCK: usize = 21;
-
-/// The shared segment.
-///
-/// # Panics
-/// Before the postmaster has made it, which only our own start-up code could see.
-pub fn shared() -> &'static Shared {
-    // SAFETY: the segment is made before any process that calls this is started, and never moves in the life of a process.
-    unsafe { SHARED.load(Ordering::Acquire).as_ref() }
-        .expect("shared memory is made at server start")
-}
-
-/// True in a server that has our shared memory (false in `postgres --single` and during `initdb`).
-pub fn exists() -> bool {
-    !SHARED.load(Ordering::Acquire).is_null()
-}
-
-fn backend_count() -> usize {
-    // SAFETY: set once by the postmaster before shared memory is sized. Auxiliary processes have numbers above MaxBackends.
-    unsafe { pg_sys::MaxBackends as usize + pg_sys::NUM_AUXILIARY_PROCS as usize }
-}
-
-/// The slot of each process.
-pub fn backends() -> &'static [BackendSlot] {
-    // SAFETY: made together with `Shared`, for `backend_count()` entries.
-    unsafe { std::slice::from_raw_parts(BACKENDS.load(Ordering::Acquire), backend_count()) }
-}
-
-/// The calling process's slot.
-pub fn my_backend() -> &'static BackendSlot {
-    &backends()[my_proc_number()]
-}
-
-fn my_proc_number() -> usize {
-    // SAFETY: MyProc is set in every process that attached to shared memory.
-    unsafe { (*pg_sys::MyProc).pgprocno as usize }
-}
-
-/// Index of the calling process among `backends()`.
-pub fn my_backend_index() -> u32 {
-    my_proc_number() as u32
-}
-
-/// The slots of the apply workers, `multimaster.max_workers` of them.
-pub fn workers() -> &'static [WorkerSlot] {
-    let count = shared().workers_max.load(Ordering::Relaxed) as usize;
-    // SAFETY: made together with `Shared` for that many entries.
-    unsafe { std::slice::from_raw_parts(WORKERS.load(Ordering::Acquire), count) }
-}
-
-/// The ring of an apply worker.
-pub fn ring(worker: usize) -> &'static WorkerRing {
-    assert!(worker < workers().len());
-    // SAFETY: as many rings as workers.
-    unsafe { &*RINGS.load(Ordering::Acquire).add(worker) }
-}
-
-/// Sets the latch of a process by its number in `allProcs`. Callable from any thread.
-pub fn wake_proc(number: usize) {
-    // SAFETY: allProcs lives as long as shared memory; SetLatch touches shared memory and kill(2) only.
-    unsafe { raw::SetLatch(&raw mut (*(*pg_sys::ProcGlobal).allProcs.add(number)).procLatch) }
-}
-
-/// Descriptor of the eventfd that wakes the tokio thread.
-pub fn wake_fd() -> i32 {
-    WAKE_FD.load(Ordering::Relaxed)
 }
 
 impl Shared {
@@ -726,9 +213,40 @@ impl Shared {
         }
     }
 
-    /// The node to recover from.
-    pub fn recover_from(&self) -> Option<NodeId> {
-        NodeId::new(self.recover_from.load(Ordering::Acquire) as u8)
+    /// Whether this node prepares its own transactions: it is online.
+    pub fn is_open(&self) -> bool {
+        self.opened.load(Ordering::Acquire) != 0
+    }
+
+    /// Nodes that this one knows to need a new copy, itself maybe among them.
+    pub fn needs_copy(&self) -> NodeSet {
+        NodeSet::from_bits(self.needs_copy.load(Ordering::Acquire) as u16)
+    }
+
+    /// Main thread of the arbiter only.
+    pub fn set_needs_copy(&self, nodes: NodeSet) {
+        self.needs_copy
+            .store(u32::from(nodes.bits()), Ordering::Release);
+    }
+
+    /// The node is about to be copied: it no longer counts as one that cannot come back.
+    pub fn forget_copy_need(&self, node: NodeId) {
+        let bit = u32::from(NodeSet::EMPTY.with(node).bits());
+        self.needs_copy.fetch_and(!bit, Ordering::AcqRel);
+    }
+
+    /// From whom to recover.
+    pub fn recovery_order(&self) -> Option<RecoveryOrder> {
+        RecoveryOrder::from_raw(self.recovery_order.load(Ordering::Acquire))
+    }
+
+    /// Gives another order to recover, or none. Tokio thread only.
+    pub fn order_recovery(&self, from: Option<NodeId>) {
+        let given = self.recovery_order.load(Ordering::Acquire);
+        let node = from.map_or(0, |node| u32::from(node.get()));
+        let number = (given >> NODE_BITS).wrapping_add(1);
+        self.recovery_order
+            .store(number << NODE_BITS | node, Ordering::Release);
     }
 
     /// The generation with its members. They are changed before the number, behind a closed barrier.
@@ -793,6 +311,25 @@ impl Shared {
     }
 }
 
+/// An order to recover from a node. Each is another one, also from the same node: what a process found out under an earlier order went to somebody who may
+/// be gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecoveryOrder(u32);
+
+/// Room of the node's id beside the order's number.
+const NODE_BITS: u32 = 8;
+
+impl RecoveryOrder {
+    fn from_raw(raw: u32) -> Option<RecoveryOrder> {
+        NodeId::new(raw as u8).map(|_| RecoveryOrder(raw))
+    }
+
+    /// The node to recover from.
+    pub fn from(self) -> NodeId {
+        NodeId::new(self.0 as u8).expect("an order names a node")
+    }
+}
+
 /// The nodes this one is connected with in both ways, for messages.
 pub fn connected_nodes() -> NodeSet {
     shared()
@@ -808,89 +345,4 @@ pub fn connected_nodes() -> NodeSet {
 /// Whether a decision commits, as core's functions want it.
 pub fn is_commit(decision: Decision) -> bool {
     decision == Decision::Commit
-}
-
-/// Registers the requests for shared memory and makes the eventfd. Called from `_PG_init` in the postmaster.
-pub fn register(workers_max: usize) {
-    // SAFETY: runs in the postmaster before any child exists; hook variables are plain function pointers.
-    unsafe {
-        WORKERS_REQUESTED.store(workers_max as u32, Ordering::Relaxed);
-        PREVIOUS_REQUEST = pg_sys::shmem_request_hook;
-        pg_sys::shmem_request_hook = Some(request);
-        PREVIOUS_STARTUP = pg_sys::shmem_startup_hook;
-        pg_sys::shmem_startup_hook = Some(startup);
-        WAKE_FD.store(
-            libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC),
-            Ordering::Relaxed,
-        );
-    }
-}
-
-static WORKERS_REQUESTED: AtomicU32 = AtomicU32::new(0);
-
-fn workers_requested() -> usize {
-    WORKERS_REQUESTED.load(Ordering::Relaxed) as usize
-}
-
-unsafe extern "C-unwind" fn request() {
-    // SAFETY: called by the postmaster in its shared memory request phase.
-    unsafe {
-        if let Some(previous) = PREVIOUS_REQUEST {
-            previous();
-        }
-        pg_sys::RequestAddinShmemSpace(
-            size_of::<Shared>()
-                + backend_count() * size_of::<BackendSlot>()
-                + workers_requested() * (size_of::<WorkerSlot>() + size_of::<WorkerRing>())
-                + 4096,
-        );
-    }
-}
-
-/// Attaches to or makes one zeroed area; returns it and whether it was there already.
-unsafe fn area<T>(name: &std::ffi::CStr, count: usize) -> (*mut T, bool) {
-    let mut found = false;
-    // SAFETY: the caller holds AddinShmemInitLock; the space was requested.
-    unsafe {
-        let start =
-            pg_sys::ShmemInitStruct(name.as_ptr(), count * size_of::<T>(), &mut found).cast::<T>();
-        if !found {
-            std::ptr::write_bytes(start, 0, count);
-        }
-        (start, found)
-    }
-}
-
-unsafe extern "C-unwind" fn startup() {
-    // SAFETY: called by the postmaster (also after a crash restart) when shared memory is being set up. All-zero bytes are valid for every
-    // area: atomics, plain arrays and enums stored as numbers.
-    unsafe {
-        if let Some(previous) = PREVIOUS_STARTUP {
-            previous();
-        }
-        let lock = &raw mut (*pg_sys::MainLWLockArray.add(ADDIN_SHMEM_INIT_LOCK)).lock;
-        pg_sys::LWLockAcquire(lock, pg_sys::LWLockMode::LW_EXCLUSIVE);
-        let (shared, found) = area::<Shared>(c"multimaster", 1);
-        BACKENDS.store(
-            area(c"multimaster backends", backend_count()).0,
-            Ordering::Release,
-        );
-        WORKERS.store(
-            area(c"multimaster workers", workers_requested()).0,
-            Ordering::Release,
-        );
-        RINGS.store(
-            area(c"multimaster rings", workers_requested()).0,
-            Ordering::Release,
-        );
-        if !found {
-            (*shared).events.init();
-            (*shared).finishes.init();
-            (*shared)
-                .workers_max
-                .store(workers_requested() as u32, Ordering::Relaxed);
-        }
-        SHARED.store(shared, Ordering::Release);
-        pg_sys::LWLockRelease(lock);
-    }
 }

@@ -3,6 +3,7 @@
 use super::shared;
 use pgrx::pg_sys;
 use std::os::fd::{AsRawFd, RawFd};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// Starts a thread in which every signal is blocked, so that PostgreSQL's handlers only ever run on the main thread.
@@ -30,13 +31,6 @@ pub fn logs_debug() -> bool {
     unsafe { std::ptr::read_volatile(&raw const pg_sys::log_min_messages) <= pg_sys::DEBUG1 as i32 }
 }
 
-/// Takes all wake-ups out of the eventfd.
-pub fn drain_wake_fd() {
-    let mut count = 0u64;
-    // SAFETY: a non-blocking eventfd and an eight-byte buffer.
-    unsafe { libc::read(shared::wake_fd(), (&raw mut count).cast(), 8) };
-}
-
 /// The eventfd as tokio wants it.
 pub struct WakeFd;
 
@@ -47,7 +41,9 @@ impl AsRawFd for WakeFd {
 }
 
 /// Readiness of the eventfd, for the runtime this is called in.
+///
+/// It becomes ready again with each write, although nobody reads it: tokio hears of changes (EPOLLET), and the count would overflow after 2^64 writes.
 pub fn wake_readiness() -> std::io::Result<AsyncFd<WakeFd>> {
     // SAFETY: the descriptor was made by the postmaster and is never closed in a child.
-    unsafe { AsyncFd::register(WakeFd) }.map_err(Into::into)
+    unsafe { AsyncFd::register_with_interest(WakeFd, Interest::READABLE) }.map_err(Into::into)
 }

@@ -1,7 +1,8 @@
 //! PREPARE, COMMIT PREPARED and ROLLBACK PREPARED from a background worker.
 
-use super::{process, senders};
+use super::{in_flight, process, senders};
 use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
+use protocol::Gid;
 use std::ffi::{CStr, CString};
 
 mod guarded {
@@ -63,13 +64,18 @@ pub fn finish_after(name: &str, commit: bool, before: impl FnOnce()) -> Finished
 
 /// Finishes a prepared transaction inside the calling backend's transaction.
 ///
-/// Every error is an answer: nothing may unwind into the hook's callers. After `Failed` the transaction must be aborted.
+/// `before` runs first. Every error is an answer: nothing may unwind into the hook's callers. After `Failed` the transaction must be aborted.
 ///
 /// # Safety
 /// In a transaction; the caller's frames own nothing with a destructor.
-pub unsafe fn finish_in_transaction(name: *const std::ffi::c_char, commit: bool) -> Finished {
+pub unsafe fn finish_in_transaction(
+    name: *const std::ffi::c_char,
+    commit: bool,
+    before: impl FnOnce(),
+) -> Finished {
     // SAFETY: a zero-terminated name that outlives the call.
     let attempt = quietly_if_ours(unsafe { CStr::from_ptr(name) }, || {
+        before();
         // SAFETY: guarded: errors become unwinding, which the handlers below end.
         unsafe {
             pg_sys::ffi::pg_guard_ffi_boundary(|| guarded::FinishPreparedTransaction(name, commit))
@@ -109,6 +115,10 @@ fn quietly_if_ours<T>(name: &CStr, work: impl FnOnce() -> T) -> impl FnOnce() ->
 ///
 /// Raises (unwinding) when deferred constraints fail, when there is no free slot or the name is in use.
 pub fn prepare(name: &str) {
+    if let Some((_, gid)) = Gid::parse(name) {
+        // SAFETY: in a transaction; PREPARE would assign the xid otherwise.
+        in_flight::enter(gid, unsafe { pg_sys::GetTopTransactionId() }.into_inner());
+    }
     let name = CString::new(name).expect("names of prepared transactions have no zero bytes");
     // SAFETY: in a transaction begun by StartTransactionCommand; the order is the one of an explicit block.
     unsafe {

@@ -7,6 +7,7 @@ use super::process::{self, Wait};
 use super::{commit, raw, shared};
 use crate::guc;
 use pgrx::pg_sys;
+use protocol::NodeId;
 use std::ffi::{CStr, c_char};
 use std::time::Duration;
 
@@ -76,6 +77,12 @@ pub unsafe fn after_command(statement: *mut pg_sys::TransactionStmt) {
     }
 }
 
+/// The node that a slot of this name is for.
+fn reader_of(name: &CStr) -> Option<NodeId> {
+    let (_, number) = name.to_str().ok()?.rsplit_once("_n")?;
+    NodeId::new(number.parse().ok()?)
+}
+
 /// Waits until every peer has confirmed this node's stream beyond `position`, which it does after it has done what the stream says. An interrupt
 /// ends this wait, and so does the loss of a peer: the commit is done either way.
 fn await_peers(position: pg_sys::XLogRecPtr) {
@@ -88,7 +95,7 @@ fn await_peers(position: pg_sys::XLogRecPtr) {
     }
 }
 
-/// Whether the slots of all peers are confirmed beyond `position`.
+/// Whether the slots of all members are confirmed beyond `position`. Who is no member reads it when it recovers.
 ///
 /// # Safety
 /// In a process that is attached to shared memory.
@@ -101,17 +108,17 @@ unsafe fn all_confirmed(position: pg_sys::XLogRecPtr) -> bool {
         (0..pg_sys::max_replication_slots as usize).all(|place| {
             let slot = slots.add(place);
             !std::ptr::read_volatile(&raw const (*slot).in_use)
-                || !is_peers(&raw const (*slot).data)
+                || !is_members(&raw const (*slot).data)
                 || std::ptr::read_volatile(&raw const (*slot).data.confirmed_flush) > position
         })
     }
 }
 
-/// Whether a peer reads from this slot; see `cluster::slot_name`.
+/// Whether a member of the current generation reads from this slot; see `cluster::slot_name`.
 ///
 /// # Safety
 /// The data of a slot in use.
-unsafe fn is_peers(slot: *const pg_sys::ReplicationSlotPersistentData) -> bool {
+unsafe fn is_members(slot: *const pg_sys::ReplicationSlotPersistentData) -> bool {
     // SAFETY: names are zero-terminated arrays.
     unsafe {
         let name = CStr::from_ptr((&raw const (*slot).name.data).cast());
@@ -119,5 +126,6 @@ unsafe fn is_peers(slot: *const pg_sys::ReplicationSlotPersistentData) -> bool {
         (*slot).database == pg_sys::MyDatabaseId
             && plugin == c"multimaster"
             && name.to_bytes().starts_with(b"mtm_")
+            && reader_of(name).is_some_and(|node| shared::shared().current().members.contains(node))
     }
 }

@@ -116,7 +116,9 @@ impl Membership {
             Stage::Outside => self.is_willing(),
             Stage::Closing => false,
         };
-        let possible = self.config.is_electable(proposal) && proposal.contains(self.config.node);
+        let possible = self.config.is_electable(proposal)
+            && proposal.contains(self.config.node)
+            && (self.has_been_online() || !self.config.needs_referee(proposal));
         (reason && possible).then_some(proposal)
     }
 

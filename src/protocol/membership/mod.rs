@@ -56,6 +56,8 @@ pub struct MembershipConfig {
     pub promise_ms_max: Millis,
     /// Whether a third voter can let one of two configured nodes go on alone; the same on both.
     pub referee: bool,
+    /// The node that this one is a copy of. Until it has been online, the copy can be completed by that node only: nobody else's WAL tells what it holds.
+    pub copied_from: Option<NodeId>,
     /// A rule broken on purpose, to prove that a checker finds it. `None` outside the checkers' own tests.
     pub fault: Option<MembershipFault>,
 }
@@ -71,6 +73,7 @@ impl MembershipConfig {
             campaign_ms: 500,
             promise_ms_max: 1_000,
             referee: false,
+            copied_from: None,
             fault: None,
         }
     }

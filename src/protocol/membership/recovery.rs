@@ -83,6 +83,8 @@ impl Membership {
     /// Nodes that can serve as a source.
     fn sources(&self) -> NodeSet {
         let current = self.record.current;
+        let fresh_copy = self.record.online_in == GenerationNum(0);
+        let only = self.config.copied_from.filter(|_| fresh_copy);
         let serves = |(peer, presence): &(NodeId, &Presence)| match self.stage {
             Stage::Recovering => {
                 presence.online_in == current.generation.num || current.donors.contains(*peer)
@@ -92,7 +94,12 @@ impl Membership {
             Stage::Closing => self.recovery.source == Some(*peer),
             _ => false,
         };
-        let serving: Vec<(NodeId, &Presence)> = self.detector.present().filter(serves).collect();
+        let serving: Vec<(NodeId, &Presence)> = self
+            .detector
+            .present()
+            .filter(|(peer, _)| only.is_none_or(|only| only == *peer))
+            .filter(serves)
+            .collect();
         let latest = serving.iter().map(|(_, presence)| presence.online_in).max();
         let any = self.stage != Stage::Outside;
         serving

@@ -96,6 +96,12 @@ impl Membership {
         self.is_online() && self.record.current.generation.members == alone
     }
 
+    /// Not before a copy of another node has come online with it: what the copied node committed alone, it may lack, and a referee that is new
+    /// knows of no grant.
+    pub(super) const fn has_been_online(&self) -> bool {
+        self.record.online_in.0 > 0
+    }
+
     pub(super) fn ask_referee(&self, running: &Running, out: &mut MembershipEffects) {
         if !running.granted {
             out.push(MembershipEffect::AskReferee(RefereeRequest {

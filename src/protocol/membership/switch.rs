@@ -147,8 +147,11 @@ impl Membership {
     fn go_online(&mut self, out: &mut MembershipEffects) {
         let generation = self.record.current.generation;
         self.stage = Stage::Online;
-        out.push(MembershipEffect::Open { generation });
-        out.event(MembershipEvent::Online { generation });
+        // Who has said good-bye has released its peers from their promises.
+        if !self.leaving {
+            out.push(MembershipEffect::Open { generation });
+            out.event(MembershipEvent::Online { generation });
+        }
     }
 
     /// This node has just voted for a higher generation.

@@ -256,6 +256,21 @@ fn old_precommits_of_a_majority_still_decide_after_a_promise() {
     assert_eq!(bench.core.decision(gid), Some(Decision::Commit));
 }
 
+/// It waited for a disk while the coordinator was started anew.
+#[test]
+fn a_precommit_of_an_earlier_life_is_no_fault() {
+    let gid = gid(1, 7);
+    let found = vec![Recovered {
+        gid,
+        record: None,
+        prepared: true,
+    }];
+    let (mut bench, _) = Bench::recovered(1, found);
+    let ballot = Ballot::COORDINATOR;
+    assert_eq!(bench.hear(2, Message::Accepted { gid, ballot }), []);
+    assert_eq!(bench.core.decision(gid), None);
+}
+
 #[test]
 fn without_a_quorum_the_client_hears_that_it_is_unknown() {
     let gid = gid(1, 7);

@@ -43,7 +43,11 @@ fn rules_broken_on_purpose_are_found() {
         (MembershipFault::EverybodyDonor, returning, "G1"),
         (
             MembershipFault::VoteForgotten,
-            ChangeScope { cuts: 1, ..losing },
+            ChangeScope {
+                transactions: 0,
+                cuts: 1,
+                ..losing
+            },
             "G7",
         ),
         (

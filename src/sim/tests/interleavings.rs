@@ -35,6 +35,7 @@ fn seeded_faults_are_found() {
         (Fault::SharedBallots, 0, 2),
         (Fault::UndurableAccept, 1, 0),
         (Fault::LonelyAbort, 0, 2),
+        (Fault::MostVotes, 0, 1),
     ] {
         let scope = Scope {
             nodes: 3,
@@ -43,6 +44,7 @@ fn seeded_faults_are_found() {
             disturbances,
             resolvers: 2,
             fast: 0,
+            votes_to_all: fault == Fault::MostVotes,
             fault: Some(fault),
             states_max: 1_000_000,
         };
@@ -61,6 +63,7 @@ fn deciding_on_the_votes_of_five_nodes_splits() {
         disturbances: 1,
         resolvers: 1,
         fast: 1,
+        votes_to_all: false,
         fault: Some(Fault::FastBeyondFour),
         states_max: 3_000_000,
     };

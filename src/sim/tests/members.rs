@@ -1,13 +1,14 @@
 //! Storms in which members change: who is lost is left out, who comes back recovers and is taken in.
 
 use protocol::membership::MembershipFault;
-use sim::run_changing_seed;
+use sim::{Report, SeedFailure, run_changing_seed, run_harsh_seed};
 
-fn storms_hold(nodes: u8, seeds: u64) {
+type Storm = fn(u64, u8, Option<MembershipFault>) -> Result<Report, SeedFailure>;
+
+fn storms_hold(storm: Storm, nodes: u8, seeds: u64) {
     let (mut generations, mut committed, mut recovered) = (0, 0, 0);
     for seed in 0..seeds {
-        let report =
-            run_changing_seed(seed, nodes, None).unwrap_or_else(|failure| panic!("{failure}"));
+        let report = storm(seed, nodes, None).unwrap_or_else(|failure| panic!("{failure}"));
         generations += report.generations;
         committed += report.committed;
         recovered += report.recovered;
@@ -21,22 +22,26 @@ fn storms_hold(nodes: u8, seeds: u64) {
 
 #[test]
 fn three_nodes_change_members() {
-    storms_hold(3, 60);
+    storms_hold(run_changing_seed, 3, 60);
+    storms_hold(run_harsh_seed, 3, 300);
 }
 
 #[test]
 fn four_nodes_change_members() {
-    storms_hold(4, 30);
+    storms_hold(run_changing_seed, 4, 30);
+    storms_hold(run_harsh_seed, 4, 100);
 }
 
 #[test]
 fn five_nodes_change_members() {
-    storms_hold(5, 20);
+    storms_hold(run_changing_seed, 5, 20);
+    storms_hold(run_harsh_seed, 5, 100);
 }
 
 #[test]
 fn seven_nodes_change_members() {
-    storms_hold(7, 6);
+    storms_hold(run_changing_seed, 7, 6);
+    storms_hold(run_harsh_seed, 7, 30);
 }
 
 /// Seeds that once broke an invariant, each for a reason of its own.
@@ -60,9 +65,19 @@ fn old_failures_stay_away() {
     }
 }
 
+/// The same, of storms with all that can go wrong.
+#[test]
+fn old_failures_of_harsh_storms_stay_away() {
+    for (nodes, seed) in [(3, 4002), (5, 985)] {
+        run_harsh_seed(seed, nodes, None).unwrap_or_else(|failure| panic!("{failure}"));
+    }
+}
+
 #[test]
 fn a_seed_repeats_its_run() {
-    assert_eq!(run_changing_seed(5, 3, None), run_changing_seed(5, 3, None));
+    for storm in [run_changing_seed as Storm, run_harsh_seed] {
+        assert_eq!(storm(5, 3, None), storm(5, 3, None));
+    }
 }
 
 #[test]

@@ -52,6 +52,11 @@ impl<'a> Deps<'a> {
         let count = from.u8()?;
         Deps::from_bytes(from.take(usize::from(count) * DEP_BYTES)?)
     }
+
+    fn encode(&self, out: &mut Vec<u8>) {
+        out.push(u8::try_from(self.0.len() / DEP_BYTES).expect("at most 16 nodes"));
+        out.put(self.0);
+    }
 }
 
 fn dep_of(bytes: &[u8]) -> Option<(NodeId, Csn)> {
@@ -60,6 +65,34 @@ fn dep_of(bytes: &[u8]) -> Option<(NodeId, Csn)> {
         NodeId::new(*node)?,
         Csn(u64::from_le_bytes(csn.try_into().ok()?)),
     ))
+}
+
+/// First frame of each message with changes of a transaction that still runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece<'a> {
+    /// The transaction's id at its origin; it has no name yet.
+    pub top: u32,
+    /// The subtransaction that made the changes of this message; `top` where there is none.
+    pub sub: u32,
+    /// This message and all later ones may be applied at the PREPARE only.
+    pub held: bool,
+    pub deps: Deps<'a>,
+}
+
+/// A transaction of which pieces were sent, or one of its subtransactions, was rolled back: so are the changes of the subtransaction and
+/// all that came after them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Undo {
+    pub top: u32,
+    /// `top`: everything.
+    pub sub: u32,
+}
+
+/// A transaction of which pieces were sent comes to its PREPARE; it follows alone in a message of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Resume<'a> {
+    pub top: u32,
+    pub begin: Begin<'a>,
 }
 
 /// What the origin logged of a row before it was updated or deleted.
@@ -172,6 +205,9 @@ pub enum StreamFrame<'a> {
     RollbackPrepared(Prepared<'a>),
     FinishUser(UserFinish<'a>),
     Marker(Marker),
+    Piece(Piece<'a>),
+    Undo(Undo),
+    Resume(Resume<'a>),
 }
 
 pub(super) mod tag {
@@ -188,6 +224,9 @@ pub(super) mod tag {
     pub const ROLLBACK_PREPARED: u8 = 11;
     pub const FINISH_USER: u8 = 12;
     pub const MARKER: u8 = 13;
+    pub const PIECE: u8 = 14;
+    pub const UNDO: u8 = 15;
+    pub const RESUME: u8 = 16;
 }
 
 pub(super) const OLD_ABSENT: u8 = 0;
@@ -207,12 +246,7 @@ impl<'a> StreamFrame<'a> {
 
     fn decode_body(tag: u8, from: &mut Reader<'a>) -> Result<Self, Malformed> {
         Ok(match tag {
-            tag::BEGIN => StreamFrame::Begin(Begin {
-                gid: from.gid()?,
-                name: from.text()?,
-                prepare_lsn: from.lsn()?,
-                deps: Deps::decode(from)?,
-            }),
+            tag::BEGIN => StreamFrame::Begin(Begin::decode(from)?),
             tag::RELATION => StreamFrame::Relation(Relation::decode(from)?),
             tag::INSERT => StreamFrame::Insert {
                 relation: RelationId(from.u32()?),
@@ -246,6 +280,20 @@ impl<'a> StreamFrame<'a> {
                 generation: GenerationNum(from.u32()?),
                 lsn: from.lsn()?,
             }),
+            tag::PIECE => StreamFrame::Piece(Piece {
+                top: from.u32()?,
+                sub: from.u32()?,
+                held: from.flag()?,
+                deps: Deps::decode(from)?,
+            }),
+            tag::UNDO => StreamFrame::Undo(Undo {
+                top: from.u32()?,
+                sub: from.u32()?,
+            }),
+            tag::RESUME => StreamFrame::Resume(Resume {
+                top: from.u32()?,
+                begin: Begin::decode(from)?,
+            }),
             _ => return Err(Malformed("unknown frame")),
         })
     }
@@ -265,18 +313,15 @@ impl<'a> StreamFrame<'a> {
             StreamFrame::RollbackPrepared(_) => tag::ROLLBACK_PREPARED,
             StreamFrame::FinishUser(_) => tag::FINISH_USER,
             StreamFrame::Marker(_) => tag::MARKER,
+            StreamFrame::Piece(_) => tag::PIECE,
+            StreamFrame::Undo(_) => tag::UNDO,
+            StreamFrame::Resume(_) => tag::RESUME,
         }
     }
 
     pub(super) fn encode_body(&self, out: &mut Vec<u8>) {
         match self {
-            StreamFrame::Begin(begin) => {
-                out.put_gid(&begin.gid);
-                out.put_text(begin.name);
-                out.put(&begin.prepare_lsn.0.to_le_bytes());
-                out.push(u8::try_from(begin.deps.0.len() / DEP_BYTES).expect("at most 16 nodes"));
-                out.put(begin.deps.0);
-            }
+            StreamFrame::Begin(begin) => begin.encode(out),
             StreamFrame::Relation(relation) => relation.encode(out),
             StreamFrame::Insert { relation, new } => {
                 out.put(&relation.0.to_le_bytes());
@@ -315,7 +360,39 @@ impl<'a> StreamFrame<'a> {
                 out.put(&marker.generation.0.to_le_bytes());
                 out.put(&marker.lsn.0.to_le_bytes());
             }
+            StreamFrame::Piece(piece) => {
+                out.put(&piece.top.to_le_bytes());
+                out.put(&piece.sub.to_le_bytes());
+                out.push(u8::from(piece.held));
+                piece.deps.encode(out);
+            }
+            StreamFrame::Undo(undo) => {
+                out.put(&undo.top.to_le_bytes());
+                out.put(&undo.sub.to_le_bytes());
+            }
+            StreamFrame::Resume(resume) => {
+                out.put(&resume.top.to_le_bytes());
+                resume.begin.encode(out);
+            }
         }
+    }
+}
+
+impl<'a> Begin<'a> {
+    fn decode(from: &mut Reader<'a>) -> Result<Self, Malformed> {
+        Ok(Begin {
+            gid: from.gid()?,
+            name: from.text()?,
+            prepare_lsn: from.lsn()?,
+            deps: Deps::decode(from)?,
+        })
+    }
+
+    fn encode(&self, out: &mut Vec<u8>) {
+        out.put_gid(&self.gid);
+        out.put_text(self.name);
+        out.put(&self.prepare_lsn.0.to_le_bytes());
+        self.deps.encode(out);
     }
 }
 

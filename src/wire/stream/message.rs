@@ -6,10 +6,11 @@ use super::relation::RelationId;
 use super::row::RowWriter;
 
 /// Version of the stream's layout; both sides must speak the same.
-pub const STREAM_VERSION: u8 = 1;
+pub const STREAM_VERSION: u8 = 2;
 
 const BEGINS: u8 = 1;
 const ENDS: u8 = 2;
+const PIECE: u8 = 4;
 const HEADER_BYTES: usize = 2;
 
 /// One received message, its header checked.
@@ -26,7 +27,7 @@ impl<'a> Message<'a> {
             return Err(Malformed("unknown version"));
         }
         let flags = from.u8()?;
-        if flags & !(BEGINS | ENDS) != 0 {
+        if flags & !(BEGINS | ENDS | PIECE) != 0 {
             return Err(Malformed("unknown flag in a message"));
         }
         Ok(Message {
@@ -35,7 +36,12 @@ impl<'a> Message<'a> {
         })
     }
 
-    /// The first frame is `Begin`.
+    /// The first frame is `Piece`.
+    pub fn is_piece(&self) -> bool {
+        self.flags & PIECE != 0
+    }
+
+    /// The first frame is `Begin` or `Resume`.
     pub fn begins(&self) -> bool {
         self.flags & BEGINS != 0
     }
@@ -123,7 +129,8 @@ impl MessageWriter {
 
     pub fn frame(&mut self, frame: &StreamFrame<'_>) {
         match frame {
-            StreamFrame::Begin(_) => self.bytes[1] |= BEGINS,
+            StreamFrame::Begin(_) | StreamFrame::Resume(_) => self.bytes[1] |= BEGINS,
+            StreamFrame::Piece(_) => self.bytes[1] |= PIECE,
             StreamFrame::Prepare(_) => self.bytes[1] |= ENDS,
             _ => {}
         }

@@ -46,6 +46,11 @@ impl<'a> Row<'a> {
         usize::from(self.columns)
     }
 
+    /// How many bytes its columns take.
+    pub fn byte_len(&self) -> usize {
+        self.bytes.len()
+    }
+
     pub fn is_empty(&self) -> bool {
         self.columns == 0
     }

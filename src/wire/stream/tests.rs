@@ -175,7 +175,7 @@ fn sample() -> MessageWriter {
 }
 
 #[test]
-fn golden_transaction_of_version_1() {
+fn golden_transaction_of_version_2() {
     let hex: String = sample()
         .bytes()
         .iter()
@@ -183,7 +183,7 @@ fn golden_transaction_of_version_1() {
         .collect();
     assert_eq!(
         hex,
-        include_str!("golden_v1.txt").replace(char::is_whitespace, "")
+        include_str!("golden_v2.txt").replace(char::is_whitespace, "")
     );
 }
 
@@ -204,6 +204,73 @@ fn every_kind_of_frame_is_read_back() {
     assert_eq!(columns[1].type_name, "mood".into());
     assert_eq!(columns[0].format, ValueFormat::Raw { base_type: 23 });
     assert!(columns[0].key && !columns[1].key);
+}
+
+/// What is sent of a transaction that still runs, and of its end.
+fn pieces() -> Vec<MessageWriter> {
+    let mut deps = Vec::new();
+    Deps::describe(&[(NodeId::new(3).unwrap(), Csn(11))], &mut deps);
+    let deps = Deps::from_bytes(&deps).unwrap();
+    let gid = Gid {
+        coordinator: NodeId::new(2).unwrap(),
+        xid: 9,
+        generation: GenerationNum(3),
+        members: NodeSet::from_bits(0b111),
+        started_at: 5,
+    };
+    let piece = StreamFrame::Piece(Piece {
+        top: 9,
+        sub: 10,
+        held: true,
+        deps,
+    });
+    let undo = StreamFrame::Undo(Undo { top: 9, sub: 10 });
+    let resume = StreamFrame::Resume(Resume {
+        top: 9,
+        begin: Begin {
+            gid,
+            name: "mtm-x".into(),
+            prepare_lsn: Lsn(16),
+            deps,
+        },
+    });
+    [piece, undo, resume]
+        .iter()
+        .map(|frame| {
+            let mut out = MessageWriter::new();
+            out.frame(frame);
+            out
+        })
+        .collect()
+}
+
+#[test]
+fn golden_pieces_of_version_2() {
+    let messages = pieces();
+    let hex: Vec<String> = messages
+        .iter()
+        .map(|message| {
+            message
+                .bytes()
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect()
+        })
+        .collect();
+    assert_eq!(hex.join("\n"), include_str!("golden_pieces_v2.txt").trim());
+    for message in &messages {
+        let read = Message::parse(message.bytes()).unwrap();
+        let mut again = MessageWriter::new();
+        read.frames().for_each(|frame| again.frame(&frame.unwrap()));
+        assert_eq!(again.bytes(), message.bytes());
+        assert!(!read.ends());
+    }
+    let kinds = messages.iter().map(|message| {
+        let read = Message::parse(message.bytes()).unwrap();
+        (read.is_piece(), read.begins())
+    });
+    let kinds: Vec<_> = kinds.collect();
+    assert_eq!(kinds, [(true, false), (false, false), (false, true)]);
 }
 
 #[test]

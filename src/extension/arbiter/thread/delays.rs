@@ -34,7 +34,7 @@ impl Arbiter {
             Message::Vote {
                 gid,
                 vote: Vote::Yes,
-            } => {
+            } if gid.coordinator == self.node => {
                 let took = match self.waiting.get(gid) {
                     Some(waiting) => waiting.stages.announced.elapsed(),
                     // It was faster than this node's own backend.

@@ -7,6 +7,7 @@ use super::super::user_votes::UserTally;
 use super::Arbiter;
 use super::main_link::{LogLevel, ToMain};
 use crate::failpoint::{Failpoint, hit_in_thread};
+use crate::pg::records::Body;
 use crate::pg::shared::{self, outcome, shared};
 use protocol::{Decision, Effect, Event, Gid, NodeId, Outcome, Source};
 use std::sync::atomic::Ordering;
@@ -15,7 +16,7 @@ impl Arbiter {
     /// Carries out effects; what belongs to a transaction whose record is being written waits for it.
     pub(super) fn carry_out(&mut self, effects: impl Iterator<Item = Effect>) {
         let mut effects = effects.peekable();
-        let mut pending_record: Option<(Gid, u32, crate::pg::records::Body)> = None;
+        let mut pending_record: Option<(Gid, u32, Body)> = None;
         while let Some(effect) = effects.next() {
             if let Some(gid) = gid_of(&effect)
                 && self.order.holds(gid)
@@ -30,12 +31,11 @@ impl Arbiter {
                     None => self.out_of_records(gid),
                 },
                 Effect::Write { gid, record } => match self.tuples.of(gid) {
-                    // A finish that follows carries the record, so that the process that finishes writes it first.
-                    Some(tuple) if matches!(effects.peek(), Some(Effect::Finish { gid: next, .. }) if *next == gid) =>
-                    {
+                    // What follows carries the record, so that the process that finishes writes it first.
+                    Some(tuple) if effects.peek().is_some_and(|next| takes_record(next, gid)) => {
                         pending_record = Some((gid, tuple, record.to_bytes()));
                     }
-                    // The backend that hears the outcome finishes at once, and its flush takes the record along.
+                    // The backend that hears of an abort rolls back at once, and its flush takes the record along.
                     Some(tuple) if matches!(effects.peek(), Some(Effect::Reply { gid: next, .. }) if *next == gid) =>
                     {
                         self.order.write_before(gid, tuple, record.to_bytes());
@@ -50,6 +50,10 @@ impl Arbiter {
                         decision,
                         record.map(|(_, tuple, body)| (tuple, body.to_vec())),
                     );
+                }
+                Effect::Reply { gid, outcome } => {
+                    let record = pending_record.take().filter(|(owner, ..)| *owner == gid);
+                    self.reply(gid, outcome, record.map(|(_, tuple, body)| (tuple, body)));
                 }
                 other => self.carry_out_simple(other),
             }
@@ -68,7 +72,6 @@ impl Arbiter {
                     self.order.clear(gid, tuple);
                 }
             }
-            Effect::Reply { gid, outcome } => self.reply(gid, outcome),
             Effect::PeersFinished { gid } => {
                 if let Some(waiting) = self.waiting.remove(&gid) {
                     let slot = &shared::backends()[waiting.backend as usize];
@@ -80,7 +83,10 @@ impl Arbiter {
             Effect::Visible { node, csn } => shared().raise_visible(node, csn),
             Effect::Settled { node, csn } => self.settled(node, csn),
             Effect::Event(event) => self.report(&event),
-            Effect::Persist { .. } | Effect::Write { .. } | Effect::Finish { .. } => {
+            Effect::Persist { .. }
+            | Effect::Write { .. }
+            | Effect::Finish { .. }
+            | Effect::Reply { .. } => {
                 unreachable!("carried out by carry_out")
             }
         }
@@ -106,7 +112,9 @@ impl Arbiter {
         hit_in_thread(Failpoint::AfterFinishOrder);
     }
 
-    fn reply(&mut self, gid: Gid, result: Outcome) {
+    /// Tells the backend; it writes the `record` (tuple and bytes) before it commits. One that has gone has left a word, and the core will have another
+    /// process write the record and finish.
+    fn reply(&mut self, gid: Gid, result: Outcome, record: Option<(u32, Body)>) {
         let Some(waiting) = self.waiting.get(&gid).copied() else {
             return;
         };
@@ -115,6 +123,8 @@ impl Arbiter {
             self.waiting.remove(&gid);
             return;
         }
+        slot.record
+            .set(record.map(|(tuple, body)| (self.places.of(tuple), body)));
         let code = match result {
             Outcome::Commit { .. } => {
                 self.note_commit(gid);
@@ -146,7 +156,7 @@ impl Arbiter {
             },
             UserTally::Refused(refusal) => Outcome::Abort(refusal),
         };
-        self.reply(gid, result);
+        self.reply(gid, result, None);
         self.waiting.remove(&gid);
     }
 
@@ -169,6 +179,18 @@ impl Arbiter {
                 slot.process.wake();
             }
         }
+    }
+}
+
+/// Whether the effect goes to a process that commits the transaction, or rolls it back by order, and writes the record first.
+fn takes_record(effect: &Effect, gid: Gid) -> bool {
+    match effect {
+        Effect::Finish { gid: next, .. } => *next == gid,
+        Effect::Reply {
+            gid: next,
+            outcome: Outcome::Commit { .. },
+        } => *next == gid,
+        _ => false,
     }
 }
 

@@ -1,5 +1,6 @@
 //! The lease of this node: promises in heartbeats, and the moment until which backends may serve reads.
 
+use super::extras::{self, Extra};
 use super::main_link::HeartbeatTimes;
 use crate::pg::clock;
 use crate::pg::shared::shared;
@@ -9,16 +10,14 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use wire::frame::Heartbeat;
 
-/// Tag of a heartbeat's extra: the sender's promises, as `Vec<Grant>`.
-const GRANTS_TAG: u16 = 2;
-/// Tag of a heartbeat's extra: the sender's heartbeat times, milliseconds.
-const TIMES_TAG: u16 = 3;
 /// A promise lasts a quarter of the silence after which a node counts as dead: whoever dies under load is missed for no longer.
 const LASTS_OF_SILENCE: u64 = 4;
 /// It lasts at least so many heartbeats, or it would end between two of them.
 const LASTS_HALF_HEARTBEATS: u64 = 5;
 /// The longest promise, milliseconds: after a start, a node takes all of its earlier life for running that long.
 pub const LASTS_MS_MAX: Millis = 2_000;
+/// Heartbeats are sent at least this often, milliseconds, whatever the setting says: the longest promise would end between two of them otherwise.
+pub const SEND_MS_MAX: u64 = LASTS_MS_MAX * 2 / LASTS_HALF_HEARTBEATS;
 /// Parts of the time between heartbeats within which a node is answered once only.
 const ANSWERS_PER_HEARTBEAT: u64 = 4;
 
@@ -29,6 +28,8 @@ pub struct LeaseKeeper {
     /// `clock::monotonic_ms` when the mesh's clock was zero, or a little before.
     began_ms: u64,
     answered: BTreeMap<NodeId, Millis>,
+    /// This node has said good-bye, which released its peers from their promises.
+    ended: bool,
 }
 
 impl LeaseKeeper {
@@ -45,12 +46,17 @@ impl LeaseKeeper {
             times,
             began_ms: now.saturating_sub(mesh.now_ms() + 1),
             answered: BTreeMap::new(),
+            ended: false,
         }
     }
 
     /// Whether this node serves without anybody's promise, or needs them from now on.
     pub fn set_alone(&mut self, alone: bool) {
-        let until = if alone { Millis::MAX } else { self.until() };
+        let until = match (self.ended, alone) {
+            (true, _) => 0,
+            (false, true) => Millis::MAX,
+            (false, false) => self.until(),
+        };
         shared().lease_until_ms.store(until, Ordering::Release);
     }
 
@@ -59,21 +65,32 @@ impl LeaseKeeper {
         self.began_ms.saturating_add(self.leases.until())
     }
 
+    /// Backends serve nothing from now on, whatever is promised.
+    pub fn end(&mut self) {
+        self.ended = true;
+        shared().lease_until_ms.store(0, Ordering::Release);
+    }
+
     /// The heartbeat times have changed.
     pub fn reconfigure(&mut self, times: HeartbeatTimes) {
         self.times = times;
-        self.leases.set_duration(duration(times));
     }
 
     /// Takes in a peer's heartbeat: promises to it what it asks for, and lets backends serve as long as the promises of a majority last.
     pub fn on_heartbeat(&mut self, from: NodeId, heartbeat: &Heartbeat, mesh: &MeshHandle) {
         let now = mesh.now_ms();
+        // Whoever asks less often has to be promised for longer.
+        let theirs = times_of(heartbeat).map_or(0, |times| between_heartbeats(times.send_ms));
+        let lasts = duration(self.times).max(theirs).min(LASTS_MS_MAX);
+        self.leases.set_duration(lasts);
         self.leases
             .heard(from, heartbeat.epoch, heartbeat.sent_ms, now);
         self.leases.on_grants(from, &grants_of(heartbeat));
-        shared()
-            .lease_until_ms
-            .fetch_max(self.until(), Ordering::AcqRel);
+        if !self.ended {
+            shared()
+                .lease_until_ms
+                .fetch_max(self.until(), Ordering::AcqRel);
+        }
     }
 
     /// Sends the promise soon, and not only with the next regular heartbeat: the way there and back is then all that a lease loses.
@@ -112,41 +129,34 @@ impl LeaseKeeper {
     }
 
     /// What heartbeats carry.
-    pub fn extras(&self) -> impl Iterator<Item = (u16, Vec<u8>)> {
+    pub fn extras(&self) -> impl Iterator<Item = Extra> {
         let grants: Vec<Grant> = self.leases.grants().collect();
-        let config = bincode::config::standard();
-        let grants = bincode::serde::encode_to_vec(&grants, config);
-        let times = bincode::serde::encode_to_vec((self.times.send_ms, self.times.recv_ms), config);
-        let found = [(GRANTS_TAG, grants), (TIMES_TAG, times)].into_iter();
-        found.filter_map(|(tag, bytes)| Some((tag, bytes.ok()?)))
+        let times = (self.times.send_ms, self.times.recv_ms);
+        [
+            extras::put(extras::GRANTS, &grants),
+            extras::put(extras::TIMES, &times),
+        ]
+        .into_iter()
+        .flatten()
     }
 }
 
 /// The heartbeat times of the sender.
 pub fn times_of(heartbeat: &Heartbeat) -> Option<HeartbeatTimes> {
-    let bytes = extra_of(heartbeat, TIMES_TAG)?;
-    let ((send_ms, recv_ms), _) =
-        bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok()?;
+    let (send_ms, recv_ms) = extras::get(heartbeat, extras::TIMES)?;
     Some(HeartbeatTimes { send_ms, recv_ms })
 }
 
-/// The bytes that a heartbeat carries under a tag.
-pub fn extra_of(heartbeat: &Heartbeat, tag: u16) -> Option<&[u8]> {
-    let mut extras = heartbeat.extras.iter();
-    extras
-        .find(|(found, _)| *found == tag)
-        .map(|(_, bytes)| bytes.as_slice())
-}
-
 fn duration(times: HeartbeatTimes) -> Millis {
-    let lasts = (times.recv_ms / LASTS_OF_SILENCE).max(times.send_ms * LASTS_HALF_HEARTBEATS / 2);
+    let lasts = (times.recv_ms / LASTS_OF_SILENCE).max(between_heartbeats(times.send_ms));
     lasts.min(LASTS_MS_MAX)
 }
 
+/// How long a promise has to last at least so that it is renewed in time.
+const fn between_heartbeats(send_ms: u64) -> Millis {
+    send_ms * LASTS_HALF_HEARTBEATS / 2
+}
+
 fn grants_of(heartbeat: &Heartbeat) -> Vec<Grant> {
-    extra_of(heartbeat, GRANTS_TAG)
-        .and_then(|bytes| {
-            bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok()
-        })
-        .map_or_else(Vec::new, |(grants, _)| grants)
+    extras::get(heartbeat, extras::GRANTS).unwrap_or_default()
 }

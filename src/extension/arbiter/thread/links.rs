@@ -2,6 +2,7 @@
 
 use super::super::event::MemberEvent;
 use super::super::user_votes::UserTally;
+use super::extras;
 use super::main_link::{HeartbeatTimes, LogLevel};
 use super::{Arbiter, lease};
 use crate::failpoint::{self, hit_in_thread};
@@ -10,26 +11,14 @@ use mesh::MeshEvent;
 use protocol::membership::MembershipInput;
 use protocol::{Decision, Input, Message, NodeId, NodeSet, Refusal};
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use wire::frame::Heartbeat;
-
-/// Tag of a heartbeat's extra: the nodes that the sender talks to and whose streams it receives, as a bit set.
-const RECEIVING_TAG: u16 = 1;
 
 /// Time for a good-bye to leave before the connections are closed.
 pub(super) const LEAVING_PAUSE: Duration = Duration::from_millis(60);
 
 fn view_of(heartbeat: &Heartbeat) -> NodeSet {
-    heartbeat
-        .extras
-        .iter()
-        .find(|(tag, _)| *tag == RECEIVING_TAG)
-        .and_then(|(_, bytes)| {
-            Some(NodeSet::from_bits(u16::from_le_bytes(
-                bytes.as_slice().try_into().ok()?,
-            )))
-        })
-        .unwrap_or_default()
+    NodeSet::from_bits(extras::get(heartbeat, extras::RECEIVING).unwrap_or_default())
 }
 
 impl Arbiter {
@@ -49,6 +38,7 @@ impl Arbiter {
                 self.linked.remove(peer);
                 shared().node(peer).losses.fetch_add(1, Ordering::AcqRel);
                 self.peer_views.remove(&peer);
+                self.stuck.lost(peer);
                 self.link_changed(peer, false, &reason.to_string());
                 self.main.log(
                     LogLevel::Warning,
@@ -71,7 +61,7 @@ impl Arbiter {
                     self.stop_hopeless_apply(&msg);
                     match self.user_votes.count(from, &msg) {
                         Some((gid, tally)) => self.answer_user(gid, tally),
-                        None => self.input(Input::Message { from, msg }),
+                        None => self.on_protocol_message(from, msg),
                     }
                 }
             }
@@ -84,6 +74,7 @@ impl Arbiter {
                 self.peer_views.insert(from, view_of(&heartbeat));
                 self.compare_times(from, &heartbeat);
                 self.leases.on_heartbeat(from, &heartbeat, &self.mesh);
+                self.stuck.hear(from, &heartbeat);
                 self.hear_members(from, &heartbeat);
                 self.refresh_status();
                 self.leases.answer(from, &self.mesh);
@@ -114,6 +105,25 @@ impl Arbiter {
         }
     }
 
+    fn on_protocol_message(&mut self, from: NodeId, msg: Message) {
+        let unannounced = match &msg {
+            Message::Vote { gid, .. } => {
+                gid.coordinator == self.node
+                    && self.core.promised(*gid).is_none()
+                    && self.core.decision(*gid).is_none()
+            }
+            _ => false,
+        };
+        let now = if unannounced {
+            self.early_votes.keep(from, msg, Instant::now())
+        } else {
+            Some(msg)
+        };
+        if let Some(msg) = now {
+            self.input(Input::Message { from, msg });
+        }
+    }
+
     fn link_changed(&mut self, peer: NodeId, up: bool, reason: &str) {
         let node = shared().node(peer);
         node.linked.store(up, Ordering::Release);
@@ -139,9 +149,13 @@ impl Arbiter {
     /// Heartbeat times that differ between nodes make one exclude the other earlier than it expects.
     fn compare_times(&mut self, from: NodeId, heartbeat: &Heartbeat) {
         let theirs = lease::times_of(heartbeat);
-        if theirs.is_none() || self.peer_times.insert(from, theirs) == Some(theirs) {
-            return;
+        if theirs.is_some() && self.peer_times.insert(from, theirs) != Some(theirs) {
+            self.tell_unequal(from, theirs);
         }
+    }
+
+    /// Says so if a peer's heartbeat times are not those of this node.
+    pub(super) fn tell_unequal(&self, from: NodeId, theirs: Option<HeartbeatTimes>) {
         let ours = self.leases.times();
         if let Some(theirs) = theirs.filter(|theirs| *theirs != ours) {
             let text = format!(
@@ -229,7 +243,7 @@ impl Arbiter {
 
     /// Tells the peers whose streams we receive.
     fn publish_view(&self, view: NodeSet) {
-        let heartbeat = Heartbeat {
+        let mut heartbeat = Heartbeat {
             generation: shared().generation(),
             online_generation: shared().online_in(),
             flushed: protocol::Lsn(shared().node(self.node).flushed.load(Ordering::Relaxed)),
@@ -244,14 +258,19 @@ impl Arbiter {
                     )
                 })
                 .collect(),
-            extras: [(RECEIVING_TAG, view.bits().to_le_bytes().to_vec())]
+            extras: extras::put(extras::RECEIVING, &view.bits())
                 .into_iter()
                 .chain(self.leases.extras())
-                .chain(self.members.extra())
+                .chain(self.members.needs_copy_extra())
+                .chain(self.members.lag_extra())
+                .chain(self.stuck.extra())
                 .collect(),
             ..Heartbeat::default()
         };
-        if let Err(error) = self.mesh.heartbeat_info(heartbeat) {
+        let said = heartbeat
+            .set_presence(&self.members.presence())
+            .and_then(|()| self.mesh.heartbeat_info(heartbeat));
+        if let Err(error) = said {
             self.main.log(
                 LogLevel::Warning,
                 format!("the heartbeat was not changed: {error}"),
@@ -271,7 +290,7 @@ fn unreachable_peer(peer: NodeId) -> Refusal {
 }
 
 /// Microseconds since 2000-01-01 by the system clock; for display only.
-fn postgres_now_us() -> i64 {
+pub(super) fn postgres_now_us() -> i64 {
     const POSTGRES_EPOCH_S: u64 = 946_684_800;
     let since = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH + Duration::from_secs(POSTGRES_EPOCH_S))

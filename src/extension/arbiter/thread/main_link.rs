@@ -1,9 +1,11 @@
 //! What the two threads of the arbiter say to each other.
 
 use super::super::durable::Batch;
+use super::super::net_config::NetSettings;
+use super::super::retention::Notice;
 use crate::pg::shared::shared;
 use protocol::membership::MEMBERSHIP_RECORD_BYTES;
-use protocol::{Decision, GenerationNum, Gid};
+use protocol::{Decision, GenerationNum, Gid, NodeId};
 
 /// What the main thread is asked to do.
 pub enum ToMain {
@@ -17,6 +19,8 @@ pub enum ToMain {
     WriteMarker(GenerationNum),
     /// Look whether a transaction of an older generation is prepared here, and answer with `FromMain::Drained`.
     LookForOlder(GenerationNum),
+    /// Note durably that a node needs a copy, and answer with `FromMain::CopyNeeded`.
+    NeedCopy { node: NodeId, reason: String },
     /// What was recovered need not be known by name any more.
     ForgetRecovered,
     /// Something for the server log.
@@ -57,10 +61,14 @@ pub enum FromMain {
         num: GenerationNum,
         drained: bool,
     },
+    /// A node was noted to need a copy, as the main thread was asked.
+    CopyNeeded,
+    /// What the main thread has found out about a node, for `mtm.events`.
+    Notice(Notice),
     /// The main thread works: this node may speak to its peers for another while.
     Alive,
     /// Settings were read again.
-    Reconfigure(HeartbeatTimes),
+    Reconfigure(NetSettings),
     Stop,
 }
 

@@ -4,7 +4,9 @@
 
 use super::super::event::LocalEvent;
 use super::super::referee;
-use super::links::LEAVING_PAUSE;
+use super::super::user_votes::{UserTally, generation_over};
+use super::extras::{self, Extra};
+use super::links::{LEAVING_PAUSE, postgres_now_us};
 use super::main_link::{LogLevel, ToMain};
 use super::{Arbiter, lease};
 use crate::pg::barrier;
@@ -14,19 +16,23 @@ use protocol::membership::{
     MembershipInput, MembershipRecord, Phase, Presence, Status,
 };
 use protocol::{GenerationNum, Message, Millis, NodeId, NodeSet};
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 
-/// Tag of a heartbeat's extra: the sender's `Presence`.
-const PRESENCE_TAG: u16 = 4;
-
 /// The membership with what it waits for.
 pub struct Members {
+    node: NodeId,
+    /// It has been asked to note that this node needs a copy.
+    copy_asked: bool,
     membership: Membership,
     effects: MembershipEffects,
     /// Effects behind a record that is not durable yet.
     held: VecDeque<MembershipEffect>,
-    persisting: bool,
+    /// The record that is being written.
+    persisting: Option<MembershipRecord>,
+    /// The last record that is known to be durable.
+    durable: MembershipRecord,
     /// The generation for which the barrier is closed.
     closing: Option<Generation>,
     /// The generation for which older transactions have to end, and whether the main thread has been asked.
@@ -34,6 +40,10 @@ pub struct Members {
     asked: bool,
     /// The generation in which this node may prepare.
     opened: Option<GenerationNum>,
+    /// Recovery has given up, until the server is started again.
+    failed: bool,
+    /// Since when the others wait for this node to become level, microseconds since 2000-01-01; 0 while they do not.
+    awaited_since_us: Cell<i64>,
 }
 
 impl Members {
@@ -43,33 +53,66 @@ impl Members {
         configured: NodeSet,
         referee: bool,
         record: Option<MembershipRecord>,
+        copied_from: Option<NodeId>,
         now: Millis,
     ) -> Members {
         let mut effects = MembershipEffects::new();
         let config = MembershipConfig {
             promise_ms_max: lease::LASTS_MS_MAX,
             referee,
+            copied_from,
             ..MembershipConfig::new(node, configured)
         };
         let membership = Membership::new(config, record, now, &mut effects);
         let held = effects.drain().collect();
         Members {
+            node,
+            copy_asked: false,
             membership,
             effects,
             held,
-            persisting: false,
+            persisting: None,
+            durable: record.unwrap_or(MembershipRecord::first(configured)),
             closing: None,
             draining: None,
             asked: false,
             opened: None,
+            failed: false,
+            awaited_since_us: Cell::new(0),
         }
     }
 
-    /// What heartbeats carry.
-    pub fn extra(&self) -> Option<(u16, Vec<u8>)> {
-        let presence = self.membership.presence();
-        let bytes = bincode::serde::encode_to_vec(presence, bincode::config::standard()).ok()?;
-        Some((PRESENCE_TAG, bytes))
+    /// What the membership says in heartbeats. Others choose a donor and elect by it, so it claims nothing that a crash of this node could take back.
+    pub fn presence(&self) -> Presence {
+        let latest = self.membership.presence();
+        Presence {
+            current: self.durable.current,
+            online_in: self.durable.online_in,
+            willing: latest.willing && self.persisting.is_none() && !self.needs_copy(),
+            ..latest
+        }
+    }
+
+    /// What heartbeats carry about nodes that cannot recover any more.
+    pub fn needs_copy_extra(&self) -> Option<Extra> {
+        let others = shared().needs_copy().without(self.node);
+        (!others.is_empty())
+            .then(|| extras::put(extras::NEEDS_COPY, &others.bits()))
+            .flatten()
+    }
+
+    /// What heartbeats carry about a recovery.
+    pub fn lag_extra(&self) -> Option<Extra> {
+        shared().recovery_order()?;
+        let progress = &shared().recovery_progress;
+        let end = progress.end.load(Ordering::Relaxed);
+        let lag = end.saturating_sub(progress.applied.load(Ordering::Relaxed));
+        extras::put(extras::LAG, &lag)
+    }
+
+    /// Whether this node cannot recover any more.
+    fn needs_copy(&self) -> bool {
+        !self.is_open() && shared().needs_copy().contains(self.node)
     }
 
     /// Members of the current generation.
@@ -77,9 +120,24 @@ impl Members {
         self.membership.current().generation.members
     }
 
+    /// Whether everything that makes this node a working one in its current generation has been carried out.
+    fn is_open(&self) -> bool {
+        self.opened == Some(self.membership.current().generation.num)
+    }
+
     /// What users read, as far as the membership knows. `complete` says whether changes flow between all members.
     pub fn status(&self, before: NodeStatus, complete: bool) -> NodeStatus {
+        if self.failed {
+            return NodeStatus::Failed;
+        }
+        if self.needs_copy() {
+            return NodeStatus::NeedsCopy;
+        }
         match self.membership.status() {
+            Status::Online | Status::Isolated if !self.is_open() => match before {
+                NodeStatus::Starting => before,
+                _ => NodeStatus::Switching,
+            },
             Status::Online if complete => NodeStatus::Online,
             Status::Online | Status::Isolated if before == NodeStatus::Starting => before,
             Status::Online | Status::Isolated => NodeStatus::Degraded,
@@ -97,14 +155,32 @@ impl Arbiter {
         let now = self.now();
         let mut effects = std::mem::take(&mut self.members.effects);
         self.members.membership.handle(now, input, &mut effects);
-        self.members.held.extend(effects.drain());
+        self.hold_members(effects.drain());
         self.members.effects = effects;
         self.carry_out_members();
     }
 
+    /// Takes up the membership after a start of this process. An earlier life may have ordered a recovery, and have been told how far it is.
+    pub(super) fn start_members(&mut self) {
+        recover_from(None);
+        let first = std::mem::take(&mut self.members.held);
+        self.hold_members(first.into_iter());
+        self.carry_out_members();
+    }
+
+    /// Queues effects. What may be promised does not wait for a record: the next tick tells which promises are over, and counts none that is given later.
+    fn hold_members(&mut self, effects: impl Iterator<Item = MembershipEffect>) {
+        for effect in effects {
+            match effect {
+                MembershipEffect::Withhold { from } => self.withhold(from),
+                effect => self.members.held.push_back(effect),
+            }
+        }
+    }
+
     /// Carries out effects up to the next record.
     pub(super) fn carry_out_members(&mut self) {
-        while !self.members.persisting
+        while self.members.persisting.is_none()
             && let Some(effect) = self.members.held.pop_front()
         {
             self.carry_out_member(effect);
@@ -115,12 +191,12 @@ impl Arbiter {
     /// Tells those who apply where this node stands; nothing of it before it is durable and carried out.
     fn show_standing(&mut self) {
         let mut standing = self.members.membership.standing();
-        if self.members.persisting {
+        if self.members.persisting.is_some() {
             let shown = shared().standing.get();
             standing.online_in = shown.online_in;
             standing.recovered_to = shown.recovered_to;
         }
-        if standing.phase == Phase::Online && self.members.opened != Some(standing.current.num) {
+        if standing.phase == Phase::Online && !self.members.is_open() {
             standing.phase = Phase::Waiting;
         }
         shared().standing.set(&standing);
@@ -129,15 +205,12 @@ impl Arbiter {
     fn carry_out_member(&mut self, effect: MembershipEffect) {
         match effect {
             MembershipEffect::Persist(record) => {
-                self.members.persisting = true;
+                self.members.persisting = Some(record);
                 self.main.send(ToMain::WriteMembership(record.to_bytes()));
             }
             MembershipEffect::Send { to, msg } => self.send(to, &Message::Membership(msg)),
-            MembershipEffect::Withhold { from } => {
-                let members = self.configured.difference(from);
-                self.leases.withhold_from_all_but(members);
-                self.publish();
-            }
+            // Carried out when it was queued.
+            MembershipEffect::Withhold { .. } => {}
             MembershipEffect::Close { generation } => self.close(generation),
             MembershipEffect::Drain { num } => {
                 self.members.draining = Some(num);
@@ -148,11 +221,17 @@ impl Arbiter {
             }
             MembershipEffect::Open { generation } => self.open(generation),
             MembershipEffect::AskReferee(request) => {
-                referee::leave(request);
-                shared().arbiter.wake();
-                shared().referee.wake();
+                // Who is not to come online by itself does not go on alone either.
+                if !self.members.failed && !self.members.needs_copy() {
+                    referee::leave(request);
+                    shared().arbiter.wake();
+                    shared().referee.wake();
+                }
             }
-            MembershipEffect::Recover { from } => recover_from(Some(from)),
+            MembershipEffect::Recover { from } => {
+                let gives_up = self.members.failed || self.members.needs_copy();
+                recover_from(Some(from).filter(|_| !gives_up));
+            }
             MembershipEffect::StopRecovery => recover_from(None),
             MembershipEffect::Beat => {
                 self.publish();
@@ -160,6 +239,13 @@ impl Arbiter {
             }
             MembershipEffect::Event(event) => self.report_member_event(&event),
         }
+    }
+
+    /// Promises nothing to these nodes from now on.
+    fn withhold(&mut self, from: NodeSet) {
+        self.leases
+            .withhold_from_all_but(self.configured.difference(from));
+        self.publish();
     }
 
     fn beat_all(&self) {
@@ -188,6 +274,10 @@ impl Arbiter {
         shared().set_generation(generation.num, generation.members);
         // Whoever comes now sees that its generation is over.
         barrier::open();
+        // Nodes that have switched need not vote on what is older.
+        for gid in self.user_votes.lose_older(generation.num) {
+            self.answer_user(gid, UserTally::Refused(generation_over()));
+        }
         self.input(protocol::Input::Generation { generation });
         self.member_input(MembershipInput::Closed {
             num: generation.num,
@@ -200,6 +290,9 @@ impl Arbiter {
         let alone = generation.members == NodeSet::default().with(self.node);
         self.leases.set_alone(alone);
         shared().set_generation(generation.num, generation.members);
+        barrier::admit_own(generation.num);
+        // It is closed still if an earlier life of this process died before it was empty.
+        barrier::open();
         self.show_standing();
         self.input(protocol::Input::Generation { generation });
         self.input(protocol::Input::Online);
@@ -209,7 +302,13 @@ impl Arbiter {
 
     /// What the heartbeat of a peer says about members.
     pub(super) fn hear_members(&mut self, from: NodeId, heartbeat: &wire::frame::Heartbeat) {
-        if let Some(presence) = decoded::<Presence>(heartbeat, PRESENCE_TAG) {
+        if let Some(bits) = extras::get(heartbeat, extras::NEEDS_COPY) {
+            self.hear_of_copies(from, NodeSet::from_bits(bits));
+        }
+        let recovers = extras::get::<u64>(heartbeat, extras::LAG).is_some();
+        let node = shared().node(from);
+        node.recovers.store(recovers, Ordering::Relaxed);
+        if let Some(presence) = heartbeat.presence() {
             if presence.leaving {
                 self.leases.released_by(from);
             }
@@ -217,9 +316,54 @@ impl Arbiter {
         }
     }
 
+    /// A member says which nodes it no longer keeps WAL for.
+    fn hear_of_copies(&mut self, from: NodeId, needing: NodeSet) {
+        let known = shared().needs_copy().contains(self.node) || self.members.copy_asked;
+        if known || self.members.is_open() || !needing.contains(self.node) {
+            return;
+        }
+        self.members.copy_asked = true;
+        let reason = format!(
+            "node {} no longer keeps the WAL that this node has missed",
+            from.get()
+        );
+        self.note(self.node, "needs copy", &reason, 0);
+        self.main.log(
+            LogLevel::Warning,
+            format!("this node needs a new copy: {reason}"),
+        );
+        let node = self.node;
+        self.main.send(ToMain::NeedCopy { node, reason });
+    }
+
+    /// What is committed elsewhere cannot be applied here. Nobody is to wait for this node; it says good-bye, as a server does that stops.
+    pub(super) fn on_recovery_failed(&mut self, reason: &str) {
+        if self.members.failed || self.members.is_open() {
+            return;
+        }
+        self.members.failed = true;
+        self.note(self.node, "failed", reason, 0);
+        recover_from(None);
+        self.member_input(MembershipInput::Leave);
+        self.refresh_status();
+        self.publish();
+        self.beat_all();
+    }
+
+    /// It is durable that this node needs a copy.
+    pub(super) fn on_copy_needed(&mut self) {
+        self.members.copy_asked = false;
+        recover_from(None);
+        self.refresh_status();
+        self.publish();
+    }
+
     /// What the main thread has made durable.
     pub(super) fn on_member_record(&mut self) {
-        self.members.persisting = false;
+        if let Some(record) = self.members.persisting.take() {
+            self.members.durable = record;
+            self.publish();
+        }
         self.carry_out_members();
     }
 
@@ -263,7 +407,7 @@ impl Arbiter {
     /// This server ends: stop serving, then say so.
     pub(super) async fn say_goodbye(&mut self) {
         shared().set_status(NodeStatus::Starting);
-        shared().lease_until_ms.store(0, Ordering::Release);
+        self.leases.end();
         self.member_input(MembershipInput::Leave);
         self.publish();
         self.beat_all();
@@ -273,6 +417,10 @@ impl Arbiter {
     fn report_member_event(&self, event: &MembershipEvent) {
         let (node, kind, text) = match event {
             MembershipEvent::Switched { from, to } => {
+                let member = to.generation.members.contains(self.node);
+                let awaited = member && !to.donors.contains(self.node);
+                let since = if awaited { postgres_now_us() } else { 0 };
+                self.members.awaited_since_us.set(since);
                 for lost in from.members.difference(to.generation.members).iter() {
                     let reason = if to.generation.members.is_quorum_of(self.configured) {
                         "a majority goes on without it"
@@ -303,23 +451,18 @@ impl Arbiter {
             }
             other => return self.main.log(LogLevel::Info, format!("{other:?}")),
         };
-        self.note(node, kind, &text, 0);
+        let since = match event {
+            // For the last stretch of a recovery the others wait.
+            MembershipEvent::Online { .. } => self.members.awaited_since_us.take(),
+            _ => 0,
+        };
+        self.note(node, kind, &text, since);
         self.main.log(LogLevel::Info, format!("{kind}: {text}"));
     }
 }
 
 fn recover_from(node: Option<NodeId>) {
-    let number = node.map_or(0, |node| u32::from(node.get()));
-    shared().recover_from.store(number, Ordering::Release);
+    shared().order_recovery(node);
     shared().recovery.wake();
     shared().arbiter.wake();
-}
-
-fn decoded<T: serde::de::DeserializeOwned>(
-    heartbeat: &wire::frame::Heartbeat,
-    tag: u16,
-) -> Option<T> {
-    let bytes = lease::extra_of(heartbeat, tag)?;
-    let (value, _) = bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok()?;
-    Some(value)
 }

@@ -1,5 +1,6 @@
 //! What one walsender knows and gathers while it decodes.
 
+use super::pieces::Pieces;
 use super::plan::{Plans, SentRelation};
 use super::values::{Deformed, Scratch};
 use crate::decode::{self, Environment};
@@ -31,25 +32,26 @@ pub struct Decoder {
     /// The transaction that is being sent at its commit.
     committing: Option<Gid>,
     plans: Plans,
-    out: MessageWriter,
+    pub(super) pieces: Pieces,
+    pub(super) out: MessageWriter,
     old: Deformed,
     new: Deformed,
     scratch: Scratch,
     /// Counts transactions, so that each is told of its relations anew.
     transaction: u64,
     /// The changes that come now belong to a transaction that is sent.
-    sending: bool,
+    pub(super) sending: bool,
     skipped: u32,
     deps: Vec<(NodeId, Csn)>,
-    dep_bytes: Vec<u8>,
-    names: Names,
+    pub(super) dep_bytes: Vec<u8>,
+    pub(super) names: Names,
 }
 
 /// Names of transactions whose PREPARE has been decoded, by xid, until they end. See [`Decoder::take_name`].
-type Names = HashMap<u32, CString>;
+pub(super) type Names = HashMap<u32, CString>;
 
 /// The transaction's name in PostgreSQL.
-fn name_of<'t>(transaction: &'t pg_sys::ReorderBufferTXN, names: &'t Names) -> Text<'t> {
+pub(super) fn name_of<'t>(transaction: &'t pg_sys::ReorderBufferTXN, names: &'t Names) -> Text<'t> {
     if transaction.gid.is_null() {
         let taken = names.get(&transaction.xid.into_inner());
         return Text(taken.map_or(&[], |name| name.to_bytes()));
@@ -82,6 +84,7 @@ impl Decoder {
             asked: None,
             committing: None,
             plans: Plans::default(),
+            pieces: Pieces::default(),
             out: MessageWriter::new(),
             old: Deformed::default(),
             new: Deformed::default(),
@@ -96,7 +99,7 @@ impl Decoder {
     }
 
     /// The transaction as the cluster knows it; a user's own prepared transaction gets a number here.
-    fn gid_of(&self, transaction: &pg_sys::ReorderBufferTXN) -> Gid {
+    pub(super) fn gid_of(&self, transaction: &pg_sys::ReorderBufferTXN) -> Gid {
         let name = std::str::from_utf8(name_of(transaction, &self.names).as_bytes());
         if let Some((_, gid)) = name.ok().and_then(Gid::parse) {
             return gid;
@@ -162,9 +165,7 @@ impl Decoder {
     }
 
     fn send_committed(&mut self, gid: Gid, transaction: &pg_sys::ReorderBufferTXN) {
-        self.out.reset(BUFFER_BYTES_MAX);
-        self.transaction += 1;
-        self.sending = true;
+        self.begin_transaction();
         self.committing = Some(gid);
         self.out.frame(&StreamFrame::Begin(Begin {
             gid,
@@ -196,13 +197,8 @@ impl Decoder {
 
     /// A prepared transaction begins.
     pub fn begin(&mut self, transaction: &pg_sys::ReorderBufferTXN) {
-        self.out.reset(BUFFER_BYTES_MAX);
-        self.transaction += 1;
-        self.sending = true;
-        self.deps.clear();
-        self.dep_bytes.clear();
-        (self.environment.visible)(&mut self.deps);
-        Deps::describe(&self.deps, &mut self.dep_bytes);
+        self.begin_transaction();
+        self.note_deps();
         let gid = self.gid_of(transaction);
         self.out.frame(&StreamFrame::Begin(Begin {
             gid,
@@ -210,6 +206,26 @@ impl Decoder {
             prepare_lsn: Lsn(transaction.final_lsn),
             deps: Deps::from_bytes(&self.dep_bytes).unwrap_or(Deps::NONE),
         }));
+    }
+
+    /// Changes follow that are sent; of their relations the receiver knows nothing yet.
+    pub(super) fn begin_transaction(&mut self) {
+        self.restart_message();
+        self.transaction += 1;
+        self.sending = true;
+    }
+
+    /// Forgets what has gathered.
+    pub(super) fn restart_message(&mut self) {
+        self.out.reset(BUFFER_BYTES_MAX);
+    }
+
+    /// Notes what the changes decoded now can have seen.
+    pub(super) fn note_deps(&mut self) {
+        self.deps.clear();
+        self.dep_bytes.clear();
+        (self.environment.visible)(&mut self.deps);
+        Deps::describe(&self.deps, &mut self.dep_bytes);
     }
 
     /// It ends.
@@ -244,7 +260,8 @@ impl Decoder {
 
     /// It was committed or rolled back.
     pub fn finish(&mut self, transaction: &pg_sys::ReorderBufferTXN, committed: bool) {
-        self.out.reset(BUFFER_BYTES_MAX);
+        self.restart_message();
+        self.forget_pieces(transaction);
         let end = Prepared {
             gid: self.gid_of(transaction),
             name: name_of(transaction, &self.names),

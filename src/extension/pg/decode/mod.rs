@@ -7,13 +7,16 @@
 //! matters for a transaction that is rolled back while it is being decoded: core stops it with an error raised inside a callback, catches the
 //! error itself, and goes on to the prepare callback.
 
+mod ahead;
 mod decoder;
+mod pieces;
 mod plan;
 mod values;
 
 use super::standby;
 use crate::decode;
 use crate::failpoint::{Failpoint, hit};
+use crate::guc;
 use decoder::Decoder;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
@@ -46,6 +49,14 @@ pub unsafe extern "C-unwind" fn _PG_output_plugin_init(
     callbacks.change_cb = Some(change);
     callbacks.truncate_cb = Some(truncate);
     callbacks.message_cb = Some(message);
+    callbacks.stream_start_cb = Some(stream_start);
+    callbacks.stream_stop_cb = Some(stream_stop);
+    callbacks.stream_abort_cb = Some(stream_abort);
+    callbacks.stream_prepare_cb = Some(stream_prepare);
+    callbacks.stream_commit_cb = Some(stream_commit);
+    callbacks.stream_change_cb = Some(stream_change);
+    callbacks.stream_message_cb = Some(stream_message);
+    callbacks.stream_truncate_cb = Some(stream_truncate);
 }
 
 #[pg_guard]
@@ -67,10 +78,13 @@ unsafe extern "C-unwind" fn startup(
         return;
     };
     let decoder = Box::new(Decoder::new(environment, &named));
+    // A node that recovers gets each transaction whole.
+    let streams = !decoder.recovers() && guc::stream_in_progress();
     // SAFETY: the context keeps the pointer for us until `shutdown`. A slot that was copied knows nothing of PREPARE: with the option given, core asks
     // `filter_prepare`, which is how the name of a transaction is learnt that is decoded at its commit.
     unsafe {
         (*context).twophase_opt_given = true;
+        (*context).streaming &= streams;
         (*context).output_plugin_private = Box::into_raw(decoder).cast();
     }
 }
@@ -118,8 +132,18 @@ unsafe extern "C-unwind" fn filter_by_origin(
     context: Context,
     origin: pg_sys::RepOriginId,
 ) -> bool {
-    // SAFETY: core calls with the context given to `startup`.
-    origin != 0 && !unsafe { decoder(context) }.recovers()
+    // SAFETY: core calls with the context given to `startup`, within its decoding of a record. While a slot is being made there is no decoder yet.
+    unsafe {
+        let Some(recovers) = (*context)
+            .output_plugin_private
+            .cast::<Decoder>()
+            .as_ref()
+            .map(Decoder::recovers)
+        else {
+            return origin != 0;
+        };
+        ahead::read_on(context) || (origin != 0 && !recovers)
+    }
 }
 
 /// Every prepared transaction is decoded at its PREPARE, the users' own included; for a node that recovers, the cluster's at their commit.
@@ -130,7 +154,11 @@ unsafe extern "C-unwind" fn filter_prepare(
     name: *const c_char,
 ) -> bool {
     // SAFETY: core calls with the context given to `startup`, and a zero-terminated name.
-    unsafe { decoder(context).is_for_commit(xid, CStr::from_ptr(name)) }
+    unsafe {
+        // A slot that is being made decodes nothing, but asks, when transactions are prepared meanwhile.
+        let decoder = (*context).output_plugin_private.cast::<Decoder>().as_mut();
+        decoder.is_some_and(|decoder| decoder.is_for_commit(xid, CStr::from_ptr(name)))
+    }
 }
 
 #[pg_guard]
@@ -265,6 +293,152 @@ unsafe extern "C-unwind" fn message(
         } else if decoder.lone_message(prefix, payload, Lsn(lsn)) {
             flush(context);
         }
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn stream_start(context: Context, transaction: Transaction) {
+    // SAFETY: core's context and transaction, valid for this call.
+    unsafe { decoder(context).begin_piece((*transaction).xid) }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn stream_stop(context: Context, _transaction: Transaction) {
+    // SAFETY: core's context, valid for this call.
+    unsafe {
+        if decoder(context).end_piece() {
+            flush(context);
+        }
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn stream_abort(
+    context: Context,
+    transaction: Transaction,
+    _lsn: pg_sys::XLogRecPtr,
+) {
+    // SAFETY: core's context and transaction, valid for this call.
+    unsafe {
+        if decoder(context).undo(&*transaction) {
+            flush(context);
+        }
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn stream_prepare(
+    context: Context,
+    transaction: Transaction,
+    _lsn: pg_sys::XLogRecPtr,
+) {
+    // SAFETY: core's context and transaction, valid for this call.
+    unsafe {
+        decoder(context).resume(&*transaction);
+        standby::await_flush(Lsn((*transaction).end_lsn));
+        hit(Failpoint::DecodePrepare);
+        flush(context);
+        decoder(context).prepare(&*transaction);
+        flush(context);
+        decoder(context).take_name(transaction);
+    }
+}
+
+/// What commits without PREPARE is local, whatever was sent of it.
+#[pg_guard]
+unsafe extern "C-unwind" fn stream_commit(
+    context: Context,
+    transaction: Transaction,
+    _lsn: pg_sys::XLogRecPtr,
+) {
+    // SAFETY: core's context and transaction, valid for this call.
+    unsafe {
+        if decoder(context).undo(&*transaction) {
+            flush(context);
+        }
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn stream_change(
+    context: Context,
+    _transaction: Transaction,
+    relation: pg_sys::Relation,
+    change: *mut pg_sys::ReorderBufferChange,
+) {
+    // SAFETY: core's context, an open relation and a change of one of its rows, valid for this call.
+    unsafe {
+        let decoder = turn_to(context, (*(*change).txn).xid, false);
+        if decoder.change(relation, &*change) {
+            if decoder.is_full() {
+                flush(context);
+            }
+        } else if decoder.skip() {
+            pg_sys::OutputPluginUpdateProgress(context, false);
+        }
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn stream_truncate(
+    context: Context,
+    _transaction: Transaction,
+    count: i32,
+    relations: *mut pg_sys::Relation,
+    change: *mut pg_sys::ReorderBufferChange,
+) {
+    // SAFETY: core's context, `count` open relations and a change of kind TRUNCATE, valid for this call.
+    unsafe {
+        let relations = std::slice::from_raw_parts(relations, usize::try_from(count).unwrap_or(0));
+        turn_to(context, (*(*change).txn).xid, true)
+            .truncate(relations, (*change).data.truncate.restart_seqs);
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn stream_message(
+    context: Context,
+    transaction: Transaction,
+    _lsn: pg_sys::XLogRecPtr,
+    transactional: bool,
+    prefix: *const c_char,
+    length: pg_sys::Size,
+    payload: *const c_char,
+) {
+    // SAFETY: core's context and transaction, a zero-terminated prefix and `length` bytes of payload, valid for this call.
+    unsafe {
+        let prefix = CStr::from_ptr(prefix);
+        if !transactional || !decode::is_ours(prefix) {
+            return;
+        }
+        let payload = match length {
+            0 => &[],
+            length => std::slice::from_raw_parts(payload.cast::<u8>(), length),
+        };
+        // Core does not say to which subtransaction a message belongs, but this is the one whose end it watches for while it decodes the message.
+        let watched = pg_sys::CheckXidAlive;
+        let sub = if watched == pg_sys::InvalidTransactionId {
+            (*transaction).xid
+        } else {
+            watched
+        };
+        turn_to(context, sub, true).transactional_message(prefix, payload, &*transaction);
+    }
+}
+
+/// The decoder, with a message open for a change of this subtransaction.
+///
+/// # Safety
+/// As [`flush`].
+unsafe fn turn_to<'c>(context: Context, sub: pg_sys::TransactionId, hold: bool) -> &'c mut Decoder {
+    // SAFETY: as the caller promises.
+    unsafe {
+        if decoder(context).must_leave(sub, hold) {
+            flush(context);
+        }
+        let decoder = decoder(context);
+        decoder.continue_piece(sub, hold);
+        decoder
     }
 }
 

@@ -5,7 +5,7 @@ use super::super::memory::OwnedContext;
 use super::super::names;
 use crate::decode::{self, Environment};
 use pgrx::pg_sys;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::CStr;
 use wire::stream::{Column, Relation, RelationKind, ReplicaIdentity, Text, ValueFormat};
 
@@ -53,7 +53,7 @@ pub struct SentRelation {
 /// The plans of all relations seen.
 #[derive(Default)]
 pub struct Plans {
-    plans: HashMap<u32, RelationPlan>,
+    plans: BTreeMap<u32, RelationPlan>,
 }
 
 impl Plans {

@@ -65,7 +65,7 @@ unsafe fn wait_for(writer: pg_sys::TransactionId, table: &mut OpenTable) {
         let mut place = (*table.found).tts_tid;
         pg_sys::ExecClearTuple(table.found);
         let purpose = pg_sys::XLTW_Oper::XLTW_Update;
-        crate::apply::worker::wait_for_row(|| {
+        crate::apply::worker::wait_for_row(writer.into_inner(), || {
             pg_sys::XactLockTableWait(writer, table.relation, &mut place, purpose);
         });
     }

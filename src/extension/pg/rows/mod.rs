@@ -7,6 +7,7 @@
 //!
 //! Errors of PostgreSQL unwind out of every function here. The transaction is then to be aborted; whatever was open ends with it.
 
+mod batch;
 mod find;
 mod identity;
 mod plan;
@@ -24,9 +25,9 @@ use pgrx::pg_sys;
 use plan::{Known, KnownRelations};
 use segment::{OpenTable, Segment, Statement};
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::rc::Rc;
-use wire::stream::{Malformed, Relation, RelationId, StreamFrame, Truncate};
+use wire::stream::{Malformed, Relation, RelationId, Row, StreamFrame, Truncate};
 
 pub use target::{current_target, tell_waits_to};
 
@@ -37,7 +38,7 @@ thread_local! {
 /// Applies the row changes of one transaction.
 pub struct RowApplier {
     /// The relations this transaction has told of.
-    told: HashMap<RelationId, Rc<Known>>,
+    told: BTreeMap<RelationId, Rc<Known>>,
     /// Open while row changes come one after another.
     segment: Option<Segment>,
 }
@@ -54,7 +55,7 @@ impl RowApplier {
             pg_sys::XactDeferrable = false;
         }
         RowApplier {
-            told: HashMap::new(),
+            told: BTreeMap::new(),
             segment: None,
         }
     }
@@ -66,14 +67,9 @@ impl RowApplier {
         match frame {
             StreamFrame::Relation(relation) => self.tell(relation),
             StreamFrame::Truncate(truncate) => self.truncate(truncate)?,
-            StreamFrame::Insert { relation, new } => {
-                // SAFETY: `change` gives a table of the statement, within its context.
-                self.change(*relation, |statement, table| unsafe {
-                    write::insert(statement, table, new)
-                })?;
-            }
+            StreamFrame::Insert { relation, new } => self.insert(*relation, new)?,
             StreamFrame::Update { relation, old, new } => {
-                // SAFETY: as above.
+                // SAFETY: `change` gives a table of the statement, within its context.
                 self.change(*relation, |statement, table| unsafe {
                     write::update(statement, table, old, new)
                 })?;
@@ -91,6 +87,9 @@ impl RowApplier {
 
     /// To be called before a DDL command: fires the triggers that wait for the end of a statement and closes all tables.
     pub fn before_ddl(&mut self) {
+        if let Some(segment) = &mut self.segment {
+            segment.flush();
+        }
         target::check_now();
         if let Some(segment) = self.segment.take() {
             segment.end();
@@ -131,6 +130,38 @@ impl RowApplier {
             .ok_or(Malformed("a change of a relation that was not told of"))
     }
 
+    /// Inserts a row, or has it wait for others that are inserted with it.
+    fn insert(&mut self, id: RelationId, new: &Row<'_>) -> Result<(), ApplyError> {
+        pgrx::check_for_interrupts!();
+        let known = Rc::clone(self.known(id)?);
+        let segment = self.segment();
+        segment.flush_others(id);
+        let (statement, table) = segment.table(id, &known)?;
+        target::enter(&table.plan);
+        // SAFETY: as in `change`.
+        let full = unsafe {
+            let _entered = memory::enter(statement.context());
+            if !table.batch.allowed {
+                write::insert(statement, table, new)?;
+                after_row(statement, table);
+                return Ok(());
+            }
+            batch::add(statement, table, new)?;
+            table.batch.is_full()
+        };
+        segment.set_waiting(id);
+        if full {
+            segment.flush();
+        }
+        Ok(())
+    }
+
+    fn segment(&mut self) -> &mut Segment {
+        // SAFETY: within the transaction that the caller has begun.
+        self.segment
+            .get_or_insert_with(|| unsafe { Segment::begin() })
+    }
+
     fn change(
         &mut self,
         id: RelationId,
@@ -138,10 +169,8 @@ impl RowApplier {
     ) -> Result<(), ApplyError> {
         pgrx::check_for_interrupts!();
         let known = Rc::clone(self.known(id)?);
-        // SAFETY: within the transaction that the caller has begun.
-        let segment = self
-            .segment
-            .get_or_insert_with(|| unsafe { Segment::begin() });
+        let segment = self.segment();
+        segment.flush();
         let (statement, table) = segment.table(id, &known)?;
         target::enter(&table.plan);
         {
@@ -149,11 +178,7 @@ impl RowApplier {
             let _entered = unsafe { memory::enter(statement.context()) };
             work(statement, table)?;
         }
-        if table.checked_later {
-            target::check_later();
-        }
-        // SAFETY: what a row left there is not used after it.
-        unsafe { pg_sys::MemoryContextReset(statement.row_context()) };
+        after_row(statement, table);
         Ok(())
     }
 
@@ -164,6 +189,15 @@ impl RowApplier {
         // SAFETY: within the transaction that the caller has begun; no table is open.
         unsafe { truncate::truncate(&tables, truncate.restart_identity) }
     }
+}
+
+/// A row was written; nothing that it left in the row context is used after it.
+fn after_row(statement: &Statement, table: &OpenTable) {
+    if table.checked_later {
+        target::check_later();
+    }
+    // SAFETY: as said.
+    unsafe { pg_sys::MemoryContextReset(statement.row_context()) };
 }
 
 /// To be called when a transaction was aborted because of an error.

@@ -3,14 +3,15 @@
 //! All changes of a segment are one statement to PostgreSQL: one executor state, one round of AFTER triggers at the end, so that it does not
 //! matter in which order the origin's statements touched parents and children. Tables are opened once.
 
+use super::batch::{self, Batch};
 use super::identity::Search;
 use super::plan::{Known, Opened, TablePlan};
-use super::triggers;
 use super::values::RowArrays;
+use super::{super::memory, triggers};
 use crate::apply::rows::ApplyError;
 use pgrx::pg_sys;
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::rc::Rc;
 use wire::stream::RelationId;
 
@@ -38,6 +39,8 @@ pub struct OpenTable {
     pub checked_later: bool,
     /// Has columns that are computed.
     pub generated: bool,
+    /// Rows that are to be inserted.
+    pub batch: Batch,
 }
 
 /// An index scan that is positioned again for each row.
@@ -62,7 +65,9 @@ pub struct Statement {
 /// A statement with its tables.
 pub struct Segment {
     statement: Statement,
-    tables: HashMap<RelationId, OpenTable>,
+    tables: BTreeMap<RelationId, OpenTable>,
+    /// The one table with rows that wait to be inserted.
+    waiting: Option<RelationId>,
 }
 
 impl Statement {
@@ -181,6 +186,7 @@ impl Statement {
                 triggers_before: triggers::run_before((*info).ri_TrigDesc),
                 generated: constraints.is_some_and(|constraints| constraints.has_generated_stored),
                 checked_later: triggers::run_after((*info).ri_TrigDesc),
+                batch: Batch::new(!triggers::run_before_insert((*info).ri_TrigDesc)),
                 dirty,
                 scan: None,
                 plan,
@@ -205,7 +211,32 @@ impl Segment {
         // SAFETY: as the caller promises.
         Segment {
             statement: unsafe { Statement::begin() },
-            tables: HashMap::new(),
+            tables: BTreeMap::new(),
+            waiting: None,
+        }
+    }
+
+    /// Rows of this relation wait to be inserted.
+    pub fn set_waiting(&mut self, id: RelationId) {
+        self.waiting = Some(id);
+    }
+
+    /// Inserts the rows that wait, unless they are of this relation.
+    pub fn flush_others(&mut self, than: RelationId) {
+        if self.waiting != Some(than) {
+            self.flush();
+        }
+    }
+
+    /// Inserts the rows that wait.
+    pub fn flush(&mut self) {
+        let Some(table) = self.waiting.take().and_then(|id| self.tables.get_mut(&id)) else {
+            return;
+        };
+        // SAFETY: the context lives as long as the segment, to which the table belongs.
+        unsafe {
+            let _entered = memory::enter(self.statement.context());
+            batch::flush(&mut self.statement, table);
         }
     }
 
@@ -234,7 +265,7 @@ impl Segment {
         Ok((&mut self.statement, table))
     }
 
-    /// Fires what waits for the end of the statement and closes everything.
+    /// Fires what waits for the end of the statement and closes everything. No row waits to be inserted.
     pub fn end(mut self) {
         // SAFETY: in the order in which the executor does it: triggers, indexes, slots, tables, memory.
         unsafe {

@@ -97,6 +97,20 @@ pub fn check_now() {
     });
 }
 
+/// A row put aside, to be named later.
+#[derive(Default)]
+pub struct Aside(Target);
+
+/// Puts the row in hand aside; what was there before is used again.
+pub fn put_aside(place: &mut Aside) {
+    TARGET.with_borrow_mut(|target| std::mem::swap(target, &mut place.0));
+}
+
+/// The row that was put aside there is in hand again.
+pub fn take_up(place: &mut Aside) {
+    put_aside(place);
+}
+
 /// Begins a row of this table; its key is still to come.
 pub fn enter(table: &Rc<TablePlan>) {
     TARGET.with_borrow_mut(|target| {

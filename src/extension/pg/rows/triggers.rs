@@ -132,6 +132,15 @@ pub unsafe fn run_before(triggers: *const pg_sys::TriggerDesc) -> bool {
     })
 }
 
+/// Whether a kept trigger runs before rows are inserted.
+///
+/// # Safety
+/// `triggers` is null or valid.
+pub unsafe fn run_before_insert(triggers: *const pg_sys::TriggerDesc) -> bool {
+    // SAFETY: as the caller promises.
+    unsafe { triggers.as_ref() }.is_some_and(|description| description.trig_insert_before_row)
+}
+
 /// Whether a kept trigger runs after rows were changed.
 ///
 /// # Safety

@@ -94,7 +94,7 @@ pub unsafe fn delete(
 ///
 /// # Safety
 /// As [`insert`]; the arrays are of the table.
-unsafe fn load(
+pub unsafe fn load(
     statement: &Statement,
     table: &OpenTable,
     row: &Row<'_>,
@@ -214,7 +214,7 @@ unsafe fn empty_slot(table: &OpenTable) -> RowArrays {
 ///
 /// # Safety
 /// As [`insert`]; the arrays are of the table.
-unsafe fn empty(table: &OpenTable, arrays: RowArrays) {
+pub unsafe fn empty(table: &OpenTable, arrays: RowArrays) {
     // SAFETY: the arrays have natts elements, whose values do not matter where they are null.
     unsafe {
         let natts = (*(*table.relation).rd_att).natts as usize;
@@ -257,7 +257,7 @@ unsafe fn update_found(statement: &mut Statement, table: &mut OpenTable) -> bool
         if before && !run_before_update(statement, table, &mut place) {
             return true;
         }
-        check_row(table, estate);
+        check_row(table, estate, new, pg_sys::CmdType::CMD_UPDATE);
         let mut failure = pg_sys::TM_FailureData::default();
         let mut lock = pg_sys::LockTupleMode::LockTupleNoKeyExclusive;
         let mut indexes = false;
@@ -336,21 +336,26 @@ unsafe fn run_before_update(
     }
 }
 
-/// Computes generated columns and checks the constraints that concern a single row.
+/// Computes the generated columns of a new row and checks the constraints that concern it alone.
 ///
 /// # Safety
-/// As [`update_found`].
-unsafe fn check_row(table: &OpenTable, estate: *mut pg_sys::EState) {
+/// As [`insert`]; the slot holds a row of the table.
+pub unsafe fn check_row(
+    table: &OpenTable,
+    estate: *mut pg_sys::EState,
+    row: *mut pg_sys::TupleTableSlot,
+    command: pg_sys::CmdType::Type,
+) {
     // SAFETY: as the caller promises.
     unsafe {
         if table.generated {
-            unbound::compute_generated(table.info, estate, table.new, pg_sys::CmdType::CMD_UPDATE);
+            unbound::compute_generated(table.info, estate, row, command);
         }
         if !(*(*table.relation).rd_att).constr.is_null() {
-            pg_sys::ExecConstraints(table.info, table.new, estate);
+            pg_sys::ExecConstraints(table.info, row, estate);
         }
         if (*(*table.relation).rd_rel).relispartition {
-            pg_sys::ExecPartitionCheck(table.info, table.new, estate, true);
+            pg_sys::ExecPartitionCheck(table.info, row, estate, true);
         }
     }
 }

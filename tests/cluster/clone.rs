@@ -1,0 +1,182 @@
+//! A node that has lost its disk is replaced by a copy of another one while the others work.
+
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+use anyhow::{Context, Result, ensure};
+use multimaster_tests::{OwnCase, Session, cases, with_cluster};
+use xtask::cluster::{Cluster, wait_for};
+use xtask::installation::Installation;
+use xtask::{command, extension, host};
+
+use crate::failover::{LOAD, Load, PATIENCE, await_online, check_rows, create};
+
+pub fn cases() -> Vec<OwnCase> {
+    cases![a_lost_disk_is_replaced_by_a_copy]
+}
+
+/// Node (from 0) that loses its disk, and the one that it is copied from.
+const LOST: usize = 2;
+const DONOR: usize = 0;
+
+fn a_lost_disk_is_replaced_by_a_copy(installation: &Installation) -> Result<()> {
+    let mtm = extension::build_command_line(installation)?;
+    with_cluster(installation, 3, |cluster| {
+        create(cluster)?;
+        let old = committed_by_lost(cluster)?;
+        let load = Load::start(cluster, &[0, 1]);
+        std::thread::sleep(LOAD);
+        refuse_a_living_node(cluster, &mtm)?;
+        cluster.nodes[LOST].kill()?;
+        let keep = Kept::new()?;
+        cluster.nodes[LOST].lose_data(&keep.0)?;
+        await_members(cluster, "{1,2}")?;
+        refuse_a_full_directory(cluster, &mtm)?;
+        interrupt(cluster)?;
+        succeed(&clone(cluster, &mtm, Some(&keep.0))?)?;
+        cluster.nodes[LOST].start()?;
+        let online = await_online(cluster, LOST);
+        std::thread::sleep(LOAD);
+        let commits = load.stop()?;
+        online?;
+        check_rows(cluster, &commits)?;
+        check_old_name(cluster, &old)?;
+        check_sequences(cluster)?;
+        go_on_without_the_donor(cluster)?;
+        check_rows(cluster, &commits)
+    })
+}
+
+/// Where the configuration of the lost node is kept; gone when dropped.
+struct Kept(PathBuf);
+
+impl Kept {
+    fn new() -> Result<Kept> {
+        let directory = host::work_dir()?.join(format!("configuration-{}", std::process::id()));
+        host::create_dir(&directory)?;
+        Ok(Kept(directory))
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Runs `mtm clone` as an operator would on the lost node's machine.
+fn clone(cluster: &Cluster, mtm: &Path, configuration: Option<&Path>) -> Result<Output> {
+    let mut program = host::server_command(mtm)?;
+    program
+        .args(["clone", "--node", &(LOST + 1).to_string(), "--from"])
+        .arg(cluster.nodes[DONOR].conninfo())
+        .arg("--pgdata")
+        .arg(cluster.nodes[LOST].data_dir())
+        .arg("--bindir")
+        .arg(mtm.parent().context("a program lies in a directory")?);
+    if let Some(directory) = configuration {
+        program.arg("--config").arg(directory);
+    }
+    command::run(&mut program)
+}
+
+fn succeed(output: &Output) -> Result<()> {
+    let said = command::joined(output);
+    println!("{}", said.replace('\r', "\n"));
+    ensure!(output.status.success(), "mtm clone failed\n{said}");
+    Ok(())
+}
+
+fn fail_with(output: &Output, words: &str) -> Result<()> {
+    let said = command::joined(output);
+    ensure!(!output.status.success(), "mtm clone succeeded\n{said}");
+    ensure!(said.contains(words), "it did not say {words:?}:\n{said}");
+    Ok(())
+}
+
+/// A node that runs is not replaced, whatever directory is named.
+fn refuse_a_living_node(cluster: &Cluster, mtm: &Path) -> Result<()> {
+    let elsewhere = format!("{}-elsewhere", cluster.nodes[LOST].data_dir().display());
+    let mut program = host::server_command(mtm)?;
+    program
+        .args(["clone", "--node", "3", "--pgdata", &elsewhere, "--from"])
+        .arg(cluster.nodes[DONOR].conninfo());
+    fail_with(&command::run(&mut program)?, "node 3 is connected")
+}
+
+/// Somebody's files are not touched.
+fn refuse_a_full_directory(cluster: &Cluster, mtm: &Path) -> Result<()> {
+    let file = cluster.nodes[LOST].data_dir().join("something");
+    std::fs::write(&file, "precious")?;
+    fail_with(&clone(cluster, mtm, None)?, "is not empty")?;
+    std::fs::remove_file(&file).context("the file is gone")
+}
+
+/// What a run leaves that was interrupted in the middle.
+fn interrupt(cluster: &Cluster) -> Result<()> {
+    let half = cluster.nodes[LOST].data_dir().join("multimaster-copy");
+    std::fs::create_dir(&half)?;
+    std::fs::write(half.join("PG_VERSION"), "15\n")?;
+    host::give_to_server(&half)
+}
+
+fn await_members(cluster: &Cluster, members: &str) -> Result<()> {
+    wait_for(&format!("members {members}"), PATIENCE, || {
+        let found =
+            Session::new(cluster.connect(DONOR)?).text("SELECT gen_members FROM mtm.status()");
+        Ok(found.is_ok_and(|found| found == members))
+    })
+}
+
+/// Name of a transaction that the lost node ran.
+fn committed_by_lost(cluster: &Cluster) -> Result<String> {
+    let mut session = Session::new(cluster.connect(LOST)?);
+    session.run("CREATE TABLE numbered (id serial PRIMARY KEY, node int)")?;
+    session.run("BEGIN; INSERT INTO numbered (node) VALUES (3)")?;
+    let gid = session.text("SELECT mtm.current_gid()")?;
+    session.run("COMMIT")?;
+    Ok(gid)
+}
+
+/// The copy has another history of transaction ids: it must not tell the fate of a stranger.
+fn check_old_name(cluster: &Cluster, gid: &str) -> Result<()> {
+    for node in 0..3 {
+        let status = Session::new(cluster.connect(node)?)
+            .text(&format!("SELECT mtm.transaction_status('{gid}')"))?;
+        ensure!(
+            status == "unknown" || status == "committed",
+            "node {} says that {gid} is {status}",
+            node + 1
+        );
+    }
+    Ok(())
+}
+
+/// The copy counts in its own share.
+fn check_sequences(cluster: &Cluster) -> Result<()> {
+    for node in 0..3 {
+        let mut session = Session::new(cluster.connect(node)?);
+        for _ in 0..3 {
+            session.run(&format!(
+                "INSERT INTO numbered (node) VALUES ({})",
+                node + 1
+            ))?;
+        }
+    }
+    let rows = Session::new(cluster.connect(0)?).text("SELECT count(*) FROM numbered")?;
+    ensure!(rows == "10", "{rows} rows instead of 10");
+    Ok(())
+}
+
+/// The copy counts in majorities, and in what comes after.
+fn go_on_without_the_donor(cluster: &mut Cluster) -> Result<()> {
+    cluster.nodes[DONOR].kill()?;
+    wait_for("a commit on the copy", PATIENCE, || {
+        let written = cluster
+            .connect(LOST)
+            .and_then(|client| Session::new(client).run("INSERT INTO numbered (node) VALUES (3)"));
+        Ok(written.is_ok())
+    })?;
+    cluster.nodes[DONOR].start()?;
+    await_online(cluster, DONOR)
+}

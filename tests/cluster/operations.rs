@@ -1,0 +1,312 @@
+//! The pages of `docs/operations.md`: each is brought about, its commands are run, and what they print must have the shape that the page shows.
+//!
+//! A block of a page holds lines `n1=> statement`, for psql on node 1, and `n3$ command`, for a shell on node 3, each followed by its output. Numbers may differ,
+//! and so may names of transactions and clusters; everything else may not.
+
+use std::fs;
+use std::process::Stdio;
+
+use anyhow::{Context, Result, bail, ensure};
+use multimaster_tests::{OwnCase, Session, cases, with_cluster};
+use xtask::cluster::{Cluster, wait_for};
+use xtask::installation::Installation;
+use xtask::{command, extension, host};
+
+use crate::failover::{PATIENCE, await_online};
+
+pub fn cases() -> Vec<OwnCase> {
+    cases![the_pages_of_operations_are_true]
+}
+
+/// How a page's state is brought about, before its blocks are run and after.
+struct Page {
+    title: &'static str,
+    before: fn(&mut Cluster) -> Result<()>,
+    after: fn(&mut Cluster) -> Result<()>,
+}
+
+const PAGES: [Page; 5] = [
+    Page {
+        title: "A node is lost",
+        before: lose_third,
+        after: start_third,
+    },
+    Page {
+        title: "A node without a majority",
+        before: lose_two,
+        after: start_two,
+    },
+    Page {
+        title: "A node needs a copy",
+        before: lose_disk,
+        after: start_third,
+    },
+    Page {
+        title: "A transaction in doubt",
+        before: nothing,
+        after: nothing,
+    },
+    Page {
+        title: "All nodes were down",
+        before: restart_all,
+        after: nothing,
+    },
+];
+
+fn the_pages_of_operations_are_true(installation: &Installation) -> Result<()> {
+    extension::build_command_line(installation)?;
+    let text = fs::read_to_string(host::checkout().join("docs/operations.md"))?;
+    with_cluster(installation, 3, |cluster| {
+        Session::new(cluster.connect(0)?)
+            .run("CREATE TABLE account (id int PRIMARY KEY, balance int); INSERT INTO account VALUES (1, 100)")?;
+        for page in &PAGES {
+            println!("  {}", page.title);
+            (page.before)(cluster)?;
+            let blocks = blocks_of(&text, page.title)?;
+            ensure!(!blocks.is_empty(), "page {:?} shows nothing", page.title);
+            for block in blocks {
+                run_block(cluster, &block).with_context(|| page.title.to_owned())?;
+            }
+            (page.after)(cluster)?;
+        }
+        xtask::checks::whole(cluster, PATIENCE)
+    })
+}
+
+/// A command of a page and what it prints.
+struct Step {
+    node: usize,
+    shell: bool,
+    text: String,
+    output: Vec<String>,
+}
+
+/// The blocks of a page that are commands.
+fn blocks_of(text: &str, title: &str) -> Result<Vec<Vec<Step>>> {
+    let heading = format!("\n## {title}\n");
+    let page = text
+        .split_once(heading.as_str())
+        .with_context(|| format!("there is no page {title:?}"))?
+        .1;
+    let page = page.split("\n## ").next().unwrap_or(page);
+    let blocks = page.split("\n```").skip(1).step_by(2);
+    let steps = blocks.map(steps_of).filter(|steps| !steps.is_empty());
+    Ok(steps.collect())
+}
+
+fn steps_of(block: &str) -> Vec<Step> {
+    let mut steps: Vec<Step> = Vec::new();
+    for line in block.lines().skip(1) {
+        match command_in(line) {
+            Some(step) => steps.push(step),
+            None => {
+                if let Some(last) = steps.last_mut() {
+                    last.output.push(line.to_owned());
+                }
+            }
+        }
+    }
+    steps
+}
+
+/// `n1=> ...` or `n1$ ...`.
+fn command_in(line: &str) -> Option<Step> {
+    let rest = line.strip_prefix('n')?;
+    let node = rest.chars().next()?.to_digit(10)? as usize - 1;
+    let rest = &rest[1..];
+    let (shell, text) = match (rest.strip_prefix("=> "), rest.strip_prefix("$ ")) {
+        (Some(text), _) => (false, text),
+        (None, Some(text)) => (true, text),
+        (None, None) => return None,
+    };
+    Some(Step {
+        node,
+        shell,
+        text: text.to_owned(),
+        output: Vec::new(),
+    })
+}
+
+/// Runs a block; statements that follow each other on one node share a session.
+fn run_block(cluster: &mut Cluster, block: &[Step]) -> Result<()> {
+    let mut gid = None;
+    for group in block.chunk_by(|one, next| !one.shell && !next.shell && one.node == next.node) {
+        let (printed, expected): (Vec<String>, Vec<String>) = if group[0].shell {
+            (shell(cluster, &group[0])?, group[0].output.clone())
+        } else {
+            let sql: Vec<String> = group.iter().map(|step| named(&step.text, &gid)).collect();
+            let output = group.iter().flat_map(|step| step.output.clone()).collect();
+            (psql(cluster, group[0].node, &sql.join("\n"))?, output)
+        };
+        gid = printed
+            .iter()
+            .find(|line| line.trim().starts_with("mtm-"))
+            .map(|line| line.trim().to_owned())
+            .or(gid);
+        let (shown, seen) = (shapes(&expected), shapes(&printed));
+        ensure!(
+            shown == seen,
+            "the page shows\n{}\nand the node prints\n{}",
+            expected.join("\n"),
+            printed.join("\n")
+        );
+    }
+    Ok(())
+}
+
+/// The statement with the name of the transaction that this run has had instead of the page's.
+fn named(statement: &str, gid: &Option<String>) -> String {
+    let Some(gid) = gid else {
+        return statement.to_owned();
+    };
+    match statement.split_once("'mtm-") {
+        Some((before, rest)) => match rest.split_once('\'') {
+            Some((_, after)) => format!("{before}'{gid}'{after}"),
+            None => statement.to_owned(),
+        },
+        None => statement.to_owned(),
+    }
+}
+
+/// What is left of lines when numbers and names of transactions are taken out.
+fn shapes(lines: &[String]) -> Vec<String> {
+    let lines = lines.iter().map(|line| line.trim());
+    lines.filter(|line| !line.is_empty()).map(shape).collect()
+}
+
+fn shape(line: &str) -> String {
+    if line.starts_with("mtm-") {
+        return "mtm-".to_owned();
+    }
+    let mut shape = String::new();
+    for sign in line.chars() {
+        let digit = sign.is_ascii_digit();
+        if !(digit && shape.ends_with('0')) {
+            shape.push(if digit { '0' } else { sign });
+        }
+    }
+    shape
+}
+
+fn psql(cluster: &Cluster, node: usize, sql: &str) -> Result<Vec<String>> {
+    let mut psql = cluster.nodes[node].client_program("psql");
+    psql.args(["-X", "-q", "-A", "-t", "-F", " | ", "-c"]);
+    // One -c for each statement: they share the session and not a transaction.
+    let mut statements = sql.lines();
+    psql.arg(statements.next().unwrap_or_default());
+    for statement in statements {
+        psql.arg("-c").arg(statement);
+    }
+    let output = command::run(psql.stdin(Stdio::null()))?;
+    let said = command::joined(&output);
+    Ok(said
+        .lines()
+        .filter(|line| !line.starts_with("HINT:"))
+        .map(str::to_owned)
+        .collect())
+}
+
+/// `mtm clone` with this machine's places instead of the page's.
+fn shell(cluster: &mut Cluster, step: &Step) -> Result<Vec<String>> {
+    ensure!(
+        step.text.starts_with("mtm clone "),
+        "the test does not know `{}`",
+        step.text
+    );
+    let node = &cluster.nodes[step.node];
+    let program = node.program("mtm");
+    let keep = kept();
+    let mut mtm = host::server_command(&program)?;
+    mtm.args(["clone", "--node", &(step.node + 1).to_string(), "--from"])
+        .arg(cluster.nodes[0].conninfo())
+        .arg("--pgdata")
+        .arg(node.data_dir())
+        .arg("--config")
+        .arg(&keep)
+        .arg("--bindir")
+        .arg(program.parent().context("a program lies in a directory")?);
+    let output = command::run(&mut mtm)?;
+    let _ = fs::remove_dir_all(&keep);
+    if !output.status.success() {
+        bail!("{}", command::joined(&output));
+    }
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    Ok(said.lines().map(str::to_owned).collect())
+}
+
+fn kept() -> std::path::PathBuf {
+    host::work_dir().map_or_else(
+        |_| std::env::temp_dir(),
+        |directory| directory.join(format!("configuration-of-pages-{}", std::process::id())),
+    )
+}
+
+fn nothing(_: &mut Cluster) -> Result<()> {
+    Ok(())
+}
+
+fn await_text(cluster: &Cluster, node: usize, sql: &str, expected: &str) -> Result<()> {
+    wait_for(
+        &format!("{expected} on node {}", node + 1),
+        PATIENCE,
+        || {
+            let found = cluster
+                .connect(node)
+                .and_then(|client| Session::new(client).text(sql));
+            Ok(found.is_ok_and(|found| found == expected))
+        },
+    )
+}
+
+fn await_members(cluster: &Cluster, members: &str) -> Result<()> {
+    let sql = "SELECT status || gen_members::text FROM mtm.status()";
+    await_text(cluster, 0, sql, &format!("online{members}"))
+}
+
+fn lose_third(cluster: &mut Cluster) -> Result<()> {
+    cluster.nodes[2].kill()?;
+    await_members(cluster, "{1,2}")
+}
+
+fn start_third(cluster: &mut Cluster) -> Result<()> {
+    if !cluster.nodes[2].is_running() {
+        cluster.nodes[2].start()?;
+    }
+    await_online(cluster, 2)?;
+    await_members(cluster, "{1,2,3}")
+}
+
+fn lose_two(cluster: &mut Cluster) -> Result<()> {
+    cluster.nodes[0].kill()?;
+    cluster.nodes[1].kill()?;
+    // It serves as long as the last promises of the others hold.
+    wait_for("node 3 to refuse", PATIENCE, || {
+        let mut session = Session::new(cluster.connect(2)?);
+        Ok(session.text("SELECT count(*) FROM account").is_err())
+    })
+}
+
+fn start_two(cluster: &mut Cluster) -> Result<()> {
+    restart(cluster, &[0, 1])
+}
+
+fn restart(cluster: &mut Cluster, nodes: &[usize]) -> Result<()> {
+    for &node in nodes {
+        cluster.nodes[node].start()?;
+    }
+    (0..3).try_for_each(|node| await_online(cluster, node))
+}
+
+fn lose_disk(cluster: &mut Cluster) -> Result<()> {
+    lose_third(cluster)?;
+    let keep = kept();
+    host::create_dir(&keep)?;
+    cluster.nodes[2].lose_data(&keep)
+}
+
+fn restart_all(cluster: &mut Cluster) -> Result<()> {
+    for node in &mut cluster.nodes {
+        node.kill()?;
+    }
+    restart(cluster, &[0, 1, 2])
+}

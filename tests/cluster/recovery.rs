@@ -1,0 +1,214 @@
+//! A node fetches what it has missed, whatever happens meanwhile.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use multimaster_tests::{OwnCase, Session, cases, with_cluster};
+use xtask::cluster::{Cluster, wait_for};
+use xtask::installation::Installation;
+use xtask::pgbench::Report;
+use xtask::server::settings;
+use xtask::suite::Size;
+use xtask::{checks, command};
+
+use crate::failover::{LOAD, Load, PATIENCE, await_online, check_rows, create};
+
+pub fn cases() -> Vec<OwnCase> {
+    cases![
+        recovery_outruns_the_load,
+        a_donor_dies_during_recovery,
+        idle_transactions_delay_no_recovery,
+        what_cannot_be_replayed_stops_the_node
+    ]
+}
+
+/// Node (from 0) that is away.
+const AWAY: usize = 2;
+/// How often it is looked how far it is.
+const LOOK: Duration = Duration::from_millis(20);
+
+fn absence() -> Duration {
+    Duration::from_secs(match Size::chosen() {
+        Size::Ci => 8,
+        Size::Full | Size::Long => 60,
+    })
+}
+
+/// Eight clients of simple updates on the first node.
+fn updates(cluster: &Cluster, lasts: Duration) -> Result<Report> {
+    let mut pgbench = cluster.nodes[0].client_program("pgbench");
+    let text = command::capture(
+        pgbench
+            .args(["--no-vacuum", "--max-tries=10000", "-N", "-c", "8", "-T"])
+            .arg(lasts.as_secs().to_string()),
+    )?;
+    Report::read(&text).with_context(|| format!("cannot read pgbench's report\n{text}"))
+}
+
+/// What the view said last while the node recovered, and how long that took.
+struct Seen {
+    transactions: i64,
+    bytes: i64,
+    took: Duration,
+}
+
+/// Watches the recovery until the node is online.
+fn watch(cluster: &Cluster) -> Result<Seen> {
+    let mut session = Session::new(cluster.connect(AWAY)?);
+    let deadline = Instant::now() + 10 * PATIENCE;
+    let (mut first, mut last) = (None, None);
+    while Instant::now() < deadline {
+        let rows = session.query(
+            "SELECT s.status, r.transactions, r.bytes_done, r.estimate::text FROM mtm.status() s LEFT JOIN mtm.recovery r ON true",
+            &[],
+        )?;
+        let Some(row) = rows.first() else { continue };
+        let done: Option<i64> = row.get(1);
+        if let Some(transactions) = done.filter(|done| *done > 0) {
+            first.get_or_insert_with(Instant::now);
+            last = Some((transactions, row.get::<_, i64>(2), Instant::now()));
+        }
+        if row.get::<_, String>(0) == "online" {
+            break;
+        }
+        std::thread::sleep(LOOK);
+    }
+    let (Some(first), Some((transactions, bytes, last))) = (first, last) else {
+        bail!("no recovery was seen")
+    };
+    Ok(Seen {
+        transactions,
+        bytes,
+        took: last - first,
+    })
+}
+
+/// Prints how fast a node replays what others have produced with eight clients, without load and thus without a share of the processors for it.
+fn recovery_outruns_the_load(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 3, |cluster| {
+        command::capture(
+            cluster.nodes[0]
+                .client_program("pgbench")
+                .args(["-i", "-q", "-s", "10"]),
+        )?;
+        cluster.nodes[AWAY].kill()?;
+        let produced = updates(cluster, absence())?;
+        cluster.nodes[AWAY].start()?;
+        let seen = watch(cluster)?;
+        await_online(cluster, AWAY)?;
+        let replayed = seen.transactions as f64 / seen.took.as_secs_f64().max(0.001);
+        println!(
+            "  {} transactions produced at {:.0} a second; {} replayed in {} ms at {replayed:.0} a second ({} kB of WAL): {:.1} times as fast",
+            produced.transactions,
+            produced.tps,
+            seen.transactions,
+            seen.took.as_millis(),
+            seen.bytes / 1024,
+            replayed / produced.tps.max(1.0)
+        );
+        let waited = Session::new(cluster.connect(AWAY)?).text(
+            "SELECT lasted FROM mtm.events WHERE event = 'online' AND lasted IS NOT NULL ORDER BY happened_at DESC LIMIT 1",
+        )?;
+        println!("  the others waited for {waited} of it");
+        checks::whole(cluster, PATIENCE)
+    })
+}
+
+/// The donor is killed in the middle; the third node is enough to go on.
+fn a_donor_dies_during_recovery(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 5, |cluster| {
+        create(cluster)?;
+        let load = Load::start(cluster, &[2, 3]);
+        cluster.nodes[4].kill()?;
+        std::thread::sleep(2 * LOAD);
+        cluster.nodes[4].start()?;
+        let mut donor = None;
+        wait_for("a recovery", PATIENCE, || {
+            let mut session = Session::new(cluster.connect(4)?);
+            let rows = session.query(
+                "SELECT donor FROM mtm.recovery WHERE donor IS NOT NULL",
+                &[],
+            )?;
+            donor = rows.first().map(|row| row.get::<_, i32>(0));
+            let online = session.text("SELECT status FROM mtm.status()")? == "online";
+            Ok(donor.is_some() || online)
+        })?;
+        // Too late to see it when nothing was left to do.
+        let donor = donor.unwrap_or(1).unsigned_abs() as usize - 1;
+        cluster.nodes[donor].kill()?;
+        await_online(cluster, 4)?;
+        cluster.nodes[donor].start()?;
+        await_online(cluster, donor)?;
+        let commits = load.stop()?;
+        check_rows(cluster, &commits)
+    })
+}
+
+/// Sessions that have written and wait, on the donor and elsewhere.
+fn idle_transactions_delay_no_recovery(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 3, |cluster| {
+        create(cluster)?;
+        let mut idle = Vec::new();
+        cluster.nodes[AWAY].kill()?;
+        wait_for("a commit without the node", PATIENCE, || {
+            let written = cluster
+                .connect(0)
+                .and_then(|client| Session::new(client).run("INSERT INTO line VALUES (9, 0)"));
+            Ok(written.is_ok())
+        })?;
+        for node in [0, 1] {
+            let mut session = Session::new(cluster.connect(node)?);
+            session.run("BEGIN; INSERT INTO line VALUES (9, 1)")?;
+            idle.push(session);
+        }
+        cluster.nodes[AWAY].start()?;
+        await_online(cluster, AWAY)?;
+        for mut session in idle {
+            // It was begun in another generation, and says so if that matters.
+            let _ = session.run("COMMIT");
+        }
+        checks::whole(cluster, PATIENCE)
+    })
+}
+
+/// A row that only this node has is in the way of one that the others have committed.
+fn what_cannot_be_replayed_stops_the_node(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 3, |cluster| {
+        Session::new(cluster.connect(0)?).run("CREATE TABLE once (id int PRIMARY KEY)")?;
+        cluster.nodes[AWAY].kill()?;
+        alone(cluster, "INSERT INTO once VALUES (7)")?;
+        wait_for("a commit without the node", PATIENCE, || {
+            let written = cluster
+                .connect(0)
+                .and_then(|client| Session::new(client).run("INSERT INTO once VALUES (7)"));
+            Ok(written.is_ok())
+        })?;
+        cluster.nodes[AWAY].start()?;
+        wait_for("the node to give up", PATIENCE, || {
+            let status =
+                Session::new(cluster.connect(AWAY)?).text("SELECT status FROM mtm.status()")?;
+            Ok(status == "failed")
+        })?;
+        let error = Session::new(cluster.connect(AWAY)?).text("SELECT error FROM mtm.recovery")?;
+        ensure!(error.contains("once_pkey"), "the status says {error}");
+        println!("  {error}");
+        Session::new(cluster.connect(0)?).run("INSERT INTO once VALUES (8)")?;
+        cluster.nodes[AWAY].stop()?;
+        alone(cluster, "DELETE FROM once WHERE id = 7")?;
+        cluster.nodes[AWAY].start()?;
+        await_online(cluster, AWAY)?;
+        checks::whole(cluster, PATIENCE)
+    })
+}
+
+/// Runs a statement on the node while it is no part of the cluster: its server does not load the extension.
+fn alone(cluster: &mut Cluster, sql: &str) -> Result<()> {
+    let node = &mut cluster.nodes[AWAY];
+    let conf = node.data_dir().join("postgresql.conf");
+    let before = std::fs::read(&conf)?;
+    node.configure(&settings(&[("shared_preload_libraries", "")]))?;
+    node.start()?;
+    Session::new(node.connect()?).run(sql)?;
+    node.stop()?;
+    std::fs::write(&conf, before).context("the configuration cannot be put back")
+}
