@@ -3,6 +3,7 @@
 //! One receiver per peer cuts the peer's stream into transactions and hands each to a free worker of a pool. A worker applies, PREPAREs under the
 //! origin's gid and votes. Workers finish out of order; `progress` keeps the mark up to which everything is safe here.
 
+mod ends;
 pub mod feed;
 pub mod finish;
 pub mod progress;

@@ -1,5 +1,6 @@
 //! The receiver: reads one peer's stream, hands transactions to apply workers, confirms what is safe.
 
+use super::ends::ends_of;
 use super::feed::{self, Feed};
 use super::progress::{Fences, Progress};
 use super::stream_message::{DATA_HEADER_BYTES, number, status_message};
@@ -11,7 +12,6 @@ use crate::failpoint::{Failpoint, hit};
 use crate::guc;
 use crate::pg::process::{self, SocketWait, Wait};
 use crate::pg::records::{self, DurableTable};
-use crate::pg::remote::Connection;
 use crate::pg::shared::{self, NodeShared, shared};
 use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
@@ -27,8 +27,6 @@ use wire::stream::{Begin, Message, StreamFrame};
 const REFUSED_PAUSE_MS: u64 = 5000;
 /// How often a receiver looks whether a transaction may be applied now.
 const HOLD_PAUSE: Duration = Duration::from_millis(10);
-/// How long the peer is given to tell the end of its WAL.
-const POSITION_PATIENCE: Duration = Duration::from_secs(5);
 /// How often the mark is stored and the peer is told, while it moves.
 const STATUS_INTERVAL: Duration = Duration::from_millis(200);
 /// The same while the peer asks for an answer.
@@ -620,78 +618,4 @@ fn generation_over() -> Refusal {
         "the set of working nodes changed while the transaction was on its way",
         "",
     )
-}
-
-/// Where the peer's WAL ends, and up to where its slot for this node has been confirmed.
-struct Ends {
-    wal: Lsn,
-    confirmed: Lsn,
-    /// The slot still stands where the peer has made it anew (see `arbiter::slots`).
-    made_anew: bool,
-}
-
-/// Why this node and a peer do not fit together.
-#[derive(Debug, thiserror::Error)]
-enum Mismatch {
-    #[error(
-        "this server has forgotten what it had confirmed: its mark is {mark}, the slot's {confirmed}. It seems to be an old copy of its node and must not take part"
-    )]
-    OldCopyHere { mark: Lsn, confirmed: Lsn },
-    #[error(
-        "the peer's WAL ends at {end}, before this server's mark {mark}. The peer seems to be an old copy of its node"
-    )]
-    OldCopyThere { mark: Lsn, end: Lsn },
-}
-
-impl Ends {
-    /// A server that was restored from a backup lacks what its node had promised or committed since; going on would be divergence.
-    fn check(&self, mark: Lsn) -> Result<(), Mismatch> {
-        // Before the first mark the slot stands where it was created; so does one that was made anew.
-        if mark > Lsn::ZERO && self.confirmed > mark && !self.made_anew {
-            return Err(Mismatch::OldCopyHere {
-                mark,
-                confirmed: self.confirmed,
-            });
-        }
-        if self.wal < mark {
-            return Err(Mismatch::OldCopyThere {
-                mark,
-                end: self.wal,
-            });
-        }
-        Ok(())
-    }
-}
-
-fn ends_of(conninfo: &str, slot: &str) -> Result<Ends, String> {
-    let connection = Connection::open(conninfo, "multimaster receiver", POSITION_PATIENCE)
-        .map_err(|error| error.0)?;
-    // A walsender of an earlier connection that broke without telling still has the slot.
-    let free = format!(
-        "SELECT pg_catalog.pg_terminate_backend(active_pid, {})::pg_catalog.text FROM pg_catalog.pg_replication_slots \
-          WHERE slot_name = '{slot}' AND active_pid IS NOT NULL",
-        POSITION_PATIENCE.as_millis()
-    );
-    connection.query(&free, 1).map_err(|error| error.0)?;
-    // Slot names are made of digits, letters and underscores.
-    let sql = format!(
-        "SELECT (pg_catalog.pg_current_wal_flush_lsn() - '0/0'::pg_catalog.pg_lsn)::pg_catalog.text, \
-                (s.confirmed_flush_lsn - '0/0'::pg_catalog.pg_lsn)::pg_catalog.text, \
-                (m.made_at IS NOT DISTINCT FROM s.confirmed_flush_lsn)::pg_catalog.text \
-           FROM pg_catalog.pg_replication_slots s LEFT JOIN mtm.slots_made m USING (slot_name) \
-          WHERE slot_name = '{slot}'"
-    );
-    let rows = connection.query(&sql, 3).map_err(|error| error.0)?;
-    let row = rows
-        .first()
-        .ok_or_else(|| format!("the peer has no slot \"{slot}\""))?;
-    let number = |column: usize| row.get(column)?.as_deref()?.parse().ok().map(Lsn);
-    match (number(0), number(1)) {
-        (Some(wal), Some(confirmed)) => Ok(Ends {
-            wal,
-            confirmed,
-            made_anew: row[2].as_deref() == Some("true"),
-        }),
-        _ => Err("the peer did not tell where its WAL ends".to_owned()),
-    }
 }

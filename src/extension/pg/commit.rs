@@ -11,6 +11,8 @@
 //! call of `raw`. What needs allocation is done in functions of its own that return plain data.
 
 use super::process::{self, Wait};
+use super::refusal::{lost_a_conflict, raise, raise_refusal, raise_refusal_at, raise_unknown};
+use super::session_work::{SessionWork, detach_from_session};
 use super::shared::{self, outcome, stage};
 use super::{
     age, barrier, fixed_text::FixedText, gate, in_flight, raw, records, senders, standby, twophase,
@@ -401,66 +403,6 @@ unsafe fn mark_decodable() {
     }
 }
 
-/// What a transaction did that concerns its session.
-#[derive(Clone, Copy, Default)]
-struct SessionWork {
-    /// It sent a NOTIFY.
-    notified: bool,
-    /// It created the schema of the session's temporary objects.
-    new_temp_schema: bool,
-}
-
-/// Step 3: does now what COMMIT would do about notifications and temporary objects.
-unsafe fn detach_from_session() -> SessionWork {
-    // SAFETY: see commit_globally.
-    unsafe {
-        let mut work = SessionWork::default();
-        raw::PreCommit_Notify();
-        work.notified = holds_notify_lock();
-        raw::AtCommit_Notify();
-        if pg_sys::MyXactFlags as u32 & pg_sys::XACT_FLAGS_ACCESSEDTEMPNAMESPACE != 0 {
-            work.new_temp_schema = created_temp_schema();
-            raw::PreCommit_on_commit_actions();
-            pg_sys::MyXactFlags &= !(pg_sys::XACT_FLAGS_ACCESSEDTEMPNAMESPACE as i32);
-        }
-        work
-    }
-}
-
-/// Whether the schema of this session's temporary objects was created by the running transaction.
-///
-/// That happens once in the life of a process slot of the server. PREPARE makes the session believe in the schema for good, so after a veto
-/// it would create objects in a schema that does not exist: such a session is ended.
-unsafe fn created_temp_schema() -> bool {
-    // SAFETY: a catalog look-up in a transaction; the tuple is released before anything can raise.
-    unsafe {
-        let (mut schema, mut toast) = (pg_sys::Oid::INVALID, pg_sys::Oid::INVALID);
-        raw::GetTempNamespaceState(&mut schema, &mut toast);
-        let key = pg_sys::Datum::from(schema.to_u32());
-        let tuple = raw::SearchSysCache1(pg_sys::SysCacheIdentifier::NAMESPACEOID as i32, key);
-        if tuple.is_null() {
-            return false;
-        }
-        let creator = (*(*tuple).t_data).t_choice.t_heap.t_xmin;
-        raw::ReleaseSysCache(tuple);
-        raw::TransactionIdIsCurrentTransactionId(creator)
-    }
-}
-
-/// PreCommit_Notify holds an exclusive lock on "database 0" iff there was something to send.
-unsafe fn holds_notify_lock() -> bool {
-    let tag = pg_sys::LOCKTAG {
-        locktag_field1: 0,
-        locktag_field2: pg_sys::DatabaseRelationId.to_u32(),
-        locktag_field3: 0,
-        locktag_field4: 0,
-        locktag_type: pg_sys::LockTagType::LOCKTAG_OBJECT as u8,
-        locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
-    };
-    // SAFETY: reads this backend's local lock table.
-    unsafe { pg_sys::LockHeldByMe(&tag, pg_sys::AccessExclusiveLock as i32) }
-}
-
 fn reset_outcome(gid: Gid) {
     let slot = shared::my_backend();
     slot.await_outcome(gid.xid);
@@ -567,107 +509,4 @@ unsafe fn refuse_changed_generation() {
             c"The transaction was rolled back; run it again.",
         )
     };
-}
-
-/// Raises the refusal in this backend's slot.
-///
-/// # Safety
-/// The caller's frames own nothing with a destructor.
-pub unsafe fn raise_refusal() {
-    // SAFETY: as the caller promises.
-    unsafe { raise_refusal_at(PgLogLevel::ERROR) }
-}
-
-unsafe fn raise_refusal_at(level: PgLogLevel) {
-    let mut message = FixedText::<1024>::new();
-    let mut detail = FixedText::<1024>::new();
-    let code = copy_refusal(&mut message, &mut detail);
-    // SAFETY: the texts live in this frame and are plain arrays.
-    unsafe {
-        raise_at(
-            level,
-            code,
-            message.as_c_str(),
-            detail.as_c_str(),
-            c"The transaction was rolled back on every node; run it again.",
-        )
-    };
-}
-
-fn copy_refusal(message: &mut FixedText<1024>, detail: &mut FixedText<1024>) -> i32 {
-    let Some(refusal) = shared::my_backend().refusal.get() else {
-        let _ = message.write_str("transaction was refused by another node");
-        return pgrx::PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32;
-    };
-    let _ = message.write_str(refusal.message());
-    let _ = detail.write_str(refusal.detail());
-    sqlstate_number(refusal.sqlstate())
-}
-
-/// Whether the refusal in this backend's slot says that the transaction may succeed when it is run again.
-fn lost_a_conflict() -> bool {
-    shared::my_backend()
-        .refusal
-        .get()
-        .is_none_or(|refusal| refusal.sqlstate() == *b"40001")
-}
-
-/// `MAKE_SQLSTATE` of utils/elog.h.
-pub fn sqlstate_number(sqlstate: [u8; 5]) -> i32 {
-    sqlstate
-        .iter()
-        .enumerate()
-        .fold(0, |number, (place, letter)| {
-            number | (i32::from(letter.wrapping_sub(b'0') & 0x3f) << (6 * place))
-        })
-}
-
-unsafe fn raise_unknown(name: *const c_char) {
-    let mut message = FixedText::<512>::new();
-    // SAFETY: a zero-terminated name of at most 199 bytes.
-    let shown = unsafe { CStr::from_ptr(name) };
-    let _ = write!(
-        message,
-        "outcome of transaction \"{}\" is not known yet",
-        shown.to_str().unwrap_or("?")
-    );
-    // SAFETY: as raise_refusal.
-    unsafe {
-        raise(
-            pgrx::PgSqlErrorCode::ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN as i32,
-            message.as_c_str(),
-            c"A majority of the nodes could not be reached to decide it. It will be committed or rolled back on every node.",
-            c"Ask mtm.transaction_status() before running it again.",
-        )
-    };
-}
-
-/// Raises an error with all its parts. Does not return.
-///
-/// # Safety
-/// The caller's frames own nothing with a destructor.
-pub unsafe fn raise(code: i32, message: &CStr, detail: &CStr, hint: &CStr) {
-    // SAFETY: as the caller promises.
-    unsafe { raise_at(PgLogLevel::ERROR, code, message, detail, hint) }
-}
-
-unsafe fn raise_at(level: PgLogLevel, code: i32, message: &CStr, detail: &CStr, hint: &CStr) {
-    // SAFETY: ereport() spelled out; the format strings take one string each.
-    unsafe {
-        if raw::errstart(level as i32, std::ptr::null()) {
-            raw::errcode(code);
-            raw::errmsg_internal(c"%s".as_ptr(), message.as_ptr());
-            if !detail.is_empty() {
-                raw::errdetail_internal(c"%s".as_ptr(), detail.as_ptr());
-            }
-            if !hint.is_empty() {
-                raw::errhint(c"%s".as_ptr(), hint.as_ptr());
-            }
-            raw::errfinish(
-                c"commit.rs".as_ptr(),
-                line!() as i32,
-                c"multimaster".as_ptr(),
-            );
-        }
-    }
 }

@@ -130,7 +130,7 @@ pub fn take(point: Failpoint) -> Option<Action> {
 pub fn raise_in_backend() {
     // SAFETY: the callers are the commit sequence's frames, which own nothing with a destructor.
     unsafe {
-        super::commit::raise(
+        super::refusal::raise(
             pgrx::PgSqlErrorCode::ERRCODE_INTERNAL_ERROR as i32,
             c"failpoint in the commit sequence",
             c"",

@@ -11,7 +11,7 @@
 
 use super::process::{self, Wait};
 use super::shared::{self, NodeStatus};
-use super::{clock, commit, fixed_text::FixedText, hooks, outcome, raw};
+use super::{clock, fixed_text::FixedText, hooks, outcome, raw, refusal};
 use crate::guc;
 use pgrx::pg_sys;
 use protocol::NodeSet;
@@ -297,7 +297,7 @@ fn lease_may_return() -> bool {
 unsafe fn refuse_old_snapshot() {
     // SAFETY: as the caller promises.
     unsafe {
-        commit::raise(
+        refusal::raise(
             pgrx::PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32,
             c"this node has come back to the cluster since the snapshot was taken",
             c"What it would have read may be older than what other nodes have committed.",
@@ -341,7 +341,7 @@ unsafe fn refuse() {
     describe(&mut message, &mut detail);
     // SAFETY: as the caller promises; the texts are plain arrays.
     unsafe {
-        commit::raise(
+        refusal::raise(
             pgrx::PgSqlErrorCode::ERRCODE_CANNOT_CONNECT_NOW as i32,
             message.as_c_str(),
             detail.as_c_str(),

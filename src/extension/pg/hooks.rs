@@ -6,7 +6,7 @@
 //! see an empty transaction and could raise an error for what is already committed.
 
 use super::shared;
-use super::{age, commit, ddl_bridge, gate, process, raw, strict, user_2pc, victim};
+use super::{age, commit, ddl_bridge, gate, process, raw, refusal, strict, user_2pc, victim};
 use pgrx::pg_sys;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
@@ -269,7 +269,7 @@ unsafe fn keep_cluster(node: *mut pg_sys::Node) {
             }
             _ => return,
         };
-        commit::raise(
+        refusal::raise(
             pgrx::PgSqlErrorCode::ERRCODE_OBJECT_IN_USE as i32,
             message,
             c"This node replicates through it.",

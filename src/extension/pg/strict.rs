@@ -14,7 +14,7 @@
 //! | serializable | BEGIN; a snapshot cannot be replaced there, since predicate locking has begun with it |
 
 use super::in_flight::{Pending, Prepared};
-use super::{commit, gate, raw, shared};
+use super::{gate, raw, refusal, shared};
 use crate::guc;
 use pgrx::pg_sys;
 use protocol::GenerationNum;
@@ -223,14 +223,14 @@ unsafe fn check_wait_at_begin() {
     // SAFETY: as the callers of the hooks' functions promise.
     unsafe {
         if waited != transaction() {
-            commit::raise(
+            refusal::raise(
                 pgrx::PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED as i32,
                 c"a serializable transaction with strict reads must start with BEGIN",
                 c"Its snapshot was taken before the wait for transactions that are being committed.",
                 c"Use BEGIN, or repeatable read, or set multimaster.strict_reads to off.",
             );
         } else if generation != shared::shared().online_in() {
-            commit::raise(
+            refusal::raise(
                 pgrx::PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32,
                 c"the set of working nodes has changed since the transaction began",
                 c"",
@@ -355,7 +355,7 @@ unsafe fn sleep(pending: Pending, begun: Instant) {
         let mut timeout = LOOK_AROUND;
         if !limit.is_zero() {
             if waited >= limit {
-                commit::raise(
+                refusal::raise(
                     pgrx::PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE as i32,
                     c"canceling statement due to lock timeout",
                     c"It waited for transactions that are prepared on this node to be finished, as multimaster.strict_reads demands.",

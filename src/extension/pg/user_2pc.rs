@@ -4,7 +4,7 @@
 //! the commit record of a transaction that was prepared by apply is not decoded.
 
 use super::process::{self, Wait};
-use super::{commit, raw, shared};
+use super::{commit, raw, refusal, shared};
 use crate::guc;
 use pgrx::pg_sys;
 use protocol::NodeId;
@@ -28,7 +28,7 @@ pub unsafe fn check_name(gid: *const c_char) {
     // SAFETY: the parser's zero-terminated string.
     unsafe {
         if CStr::from_ptr(gid).to_bytes().starts_with(RESERVED) {
-            commit::raise(
+            refusal::raise(
                 pgrx::PgSqlErrorCode::ERRCODE_RESERVED_NAME as i32,
                 c"transaction identifiers that start with \"mtm-\" are reserved for multimaster",
                 c"",

@@ -66,7 +66,7 @@ unsafe fn is_refused_prepare(data: &pg_sys::ErrorData) -> bool {
 pub unsafe fn check() {
     if shared::exists() && shared::my_backend().is_victim() {
         // SAFETY: as the caller promises.
-        unsafe { super::commit::raise_refusal() };
+        unsafe { super::refusal::raise_refusal() };
     }
 }
 

@@ -1,0 +1,83 @@
+//! Whether this node and a peer go on where they were, or one of them is an old copy.
+
+use crate::pg::remote::Connection;
+use protocol::Lsn;
+use std::time::Duration;
+
+/// How long the peer is given to tell the end of its WAL.
+const POSITION_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Where the peer's WAL ends, and up to where its slot for this node has been confirmed.
+pub struct Ends {
+    pub wal: Lsn,
+    pub confirmed: Lsn,
+    /// The slot still stands where the peer has made it anew (see `arbiter::slots`).
+    pub made_anew: bool,
+}
+
+/// Why this node and a peer do not fit together.
+#[derive(Debug, thiserror::Error)]
+pub enum Mismatch {
+    #[error(
+        "this server has forgotten what it had confirmed: its mark is {mark}, the slot's {confirmed}. It seems to be an old copy of its node and must not take part"
+    )]
+    OldCopyHere { mark: Lsn, confirmed: Lsn },
+    #[error(
+        "the peer's WAL ends at {end}, before this server's mark {mark}. The peer seems to be an old copy of its node"
+    )]
+    OldCopyThere { mark: Lsn, end: Lsn },
+}
+
+impl Ends {
+    /// A server that was restored from a backup lacks what its node had promised or committed since; going on would be divergence.
+    pub fn check(&self, mark: Lsn) -> Result<(), Mismatch> {
+        // Before the first mark the slot stands where it was created; so does one that was made anew.
+        if mark > Lsn::ZERO && self.confirmed > mark && !self.made_anew {
+            return Err(Mismatch::OldCopyHere {
+                mark,
+                confirmed: self.confirmed,
+            });
+        }
+        if self.wal < mark {
+            return Err(Mismatch::OldCopyThere {
+                mark,
+                end: self.wal,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Asks the peer, as of now. The error says why it did not answer.
+pub fn ends_of(conninfo: &str, slot: &str) -> Result<Ends, String> {
+    let connection = Connection::open(conninfo, "multimaster receiver", POSITION_PATIENCE)
+        .map_err(|error| error.0)?;
+    // A walsender of an earlier connection that broke without telling still has the slot.
+    let free = format!(
+        "SELECT pg_catalog.pg_terminate_backend(active_pid, {})::pg_catalog.text FROM pg_catalog.pg_replication_slots \
+          WHERE slot_name = '{slot}' AND active_pid IS NOT NULL",
+        POSITION_PATIENCE.as_millis()
+    );
+    connection.query(&free, 1).map_err(|error| error.0)?;
+    // Slot names are made of digits, letters and underscores.
+    let sql = format!(
+        "SELECT (pg_catalog.pg_current_wal_flush_lsn() - '0/0'::pg_catalog.pg_lsn)::pg_catalog.text, \
+                (s.confirmed_flush_lsn - '0/0'::pg_catalog.pg_lsn)::pg_catalog.text, \
+                (m.made_at IS NOT DISTINCT FROM s.confirmed_flush_lsn)::pg_catalog.text \
+           FROM pg_catalog.pg_replication_slots s LEFT JOIN mtm.slots_made m USING (slot_name) \
+          WHERE slot_name = '{slot}'"
+    );
+    let rows = connection.query(&sql, 3).map_err(|error| error.0)?;
+    let row = rows
+        .first()
+        .ok_or_else(|| format!("the peer has no slot \"{slot}\""))?;
+    let number = |column: usize| row.get(column)?.as_deref()?.parse().ok().map(Lsn);
+    match (number(0), number(1)) {
+        (Some(wal), Some(confirmed)) => Ok(Ends {
+            wal,
+            confirmed,
+            made_anew: row[2].as_deref() == Some("true"),
+        }),
+        _ => Err("the peer did not tell where its WAL ends".to_owned()),
+    }
+}
