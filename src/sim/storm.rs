@@ -148,6 +148,17 @@ pub fn run_refereed_seed(
     })
 }
 
+/// Two nodes and a referee, with all that can go wrong: see [`run_harsh_seed`].
+pub fn run_harsh_refereed_seed(seed: u64) -> Result<Report, SeedFailure> {
+    let mut world = refereed(seed, None, false);
+    world.plan_hazards(seed, STORM_MS);
+    run(&mut world).map_err(|violation| SeedFailure {
+        seed,
+        nodes: 2,
+        violation,
+    })
+}
+
 /// Like [`trace_seed`], with two nodes and a referee.
 pub fn trace_refereed_seed(seed: u64) -> (Vec<String>, Result<Report, SeedFailure>) {
     let mut world = refereed(seed, None, true);

@@ -4,10 +4,12 @@ use anyhow::{Context, Result, bail, ensure};
 use multimaster_tests::{OwnCase, cases};
 use xtask::checks;
 use xtask::cluster::{Cluster, member_settings, specs, wait_for};
+use xtask::extension;
 use xtask::installation::Installation;
 use xtask::network::Network;
 use xtask::server::settings;
 
+use crate::clone::{Kept, copy, succeed};
 use crate::cut_off::{Scene, cut_off_at_many};
 use crate::hosts::{Hosts, PATIENCE, network_is_missing};
 
@@ -17,6 +19,7 @@ pub fn cases() -> Vec<OwnCase> {
         of_two_nodes_without_a_link_one_goes_on,
         nobody_goes_on_alone_without_the_referee,
         who_missed_something_does_not_go_on_alone,
+        a_lost_disk_of_two_is_replaced_by_a_copy,
         what_a_lost_node_decided_is_kept_alone,
     ]
 }
@@ -208,6 +211,31 @@ fn who_missed_something_does_not_go_on_alone(installation: &Installation) -> Res
             "{kept} rows after {written}"
         );
         hosts.cluster.nodes[1].start()?;
+        await_both(hosts)
+    })
+}
+
+/// The copy needs the node that it was copied from until both have been online, also if the referee has forgotten who was alone.
+fn a_lost_disk_of_two_is_replaced_by_a_copy(installation: &Installation) -> Result<()> {
+    let mtm = extension::build_command_line(installation)?;
+    with_referee(installation, |hosts| {
+        let keep = Kept::new()?;
+        hosts.cluster.nodes[1].kill()?;
+        hosts.cluster.nodes[1].lose_data(&keep.0)?;
+        await_alone(hosts, 0)?;
+        succeed(&copy(&hosts.cluster, &mtm, 1, Some(&keep.0))?)?;
+        write(hosts, 0)?;
+        hosts.cluster.nodes[0].kill()?;
+        hosts
+            .session(REFEREE)?
+            .run("DELETE FROM mtm_referee.grants")?;
+        hosts.cluster.nodes[1].start()?;
+        stays_out(hosts, 1)?;
+        hosts.cluster.nodes[0].start()?;
+        await_both(hosts)?;
+        hosts.cluster.nodes[0].kill()?;
+        await_alone(hosts, 1)?;
+        hosts.cluster.nodes[0].start()?;
         await_both(hosts)
     })
 }

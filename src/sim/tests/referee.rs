@@ -2,7 +2,7 @@
 
 use protocol::Fault;
 use protocol::membership::MembershipFault;
-use sim::run_refereed_seed;
+use sim::{run_harsh_refereed_seed, run_refereed_seed};
 
 #[test]
 fn one_of_two_nodes_goes_on_alone() {
@@ -17,6 +17,22 @@ fn one_of_two_nodes_goes_on_alone() {
     println!("{committed} committed, {alone} of them alone, {recovered} recovered");
     assert!(
         alone > 0 && committed > alone && recovered > 0,
+        "storms in which nobody is alone prove nothing"
+    );
+}
+
+/// Splits, one-way links, nodes that stand still or leave, clocks of different speed, slow disks.
+#[test]
+fn one_of_two_nodes_goes_on_alone_in_harsh_storms() {
+    let (mut committed, mut alone) = (0, 0);
+    for seed in 0..300 {
+        let report = run_harsh_refereed_seed(seed).unwrap_or_else(|failure| panic!("{failure}"));
+        committed += report.committed;
+        alone += report.alone;
+    }
+    println!("{committed} committed, {alone} of them alone");
+    assert!(
+        alone > 0 && committed > alone,
         "storms in which nobody is alone prove nothing"
     );
 }
