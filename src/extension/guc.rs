@@ -16,6 +16,8 @@ static ARBITER_LISTEN_ADDRESSES: GucSetting<Option<CString>> =
     GucSetting::<Option<CString>>::new(Some(c"*"));
 static HEARTBEAT_SEND_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(200);
 static HEARTBEAT_RECV_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(2000);
+static REFEREE_CONNSTRING: GucSetting<Option<CString>> =
+    GucSetting::<Option<CString>>::new(Some(c""));
 static SLOW_NODE_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 static MAX_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(32);
 static WAIT_PEER_COMMITS: GucSetting<bool> = GucSetting::<bool>::new(true);
@@ -48,6 +50,7 @@ pub const MAX_WORKERS_RANGE: std::ops::RangeInclusive<i32> = 2..=512;
 pub fn register() {
     register_arbiter();
     register_heartbeats();
+    register_referee();
     register_commit();
     register_recovery();
     settings::reserve_prefix(c"multimaster");
@@ -114,6 +117,17 @@ fn register_heartbeats() {
         3_600_000,
         GucContext::Sighup,
         GucFlags::UNIT_MS,
+    );
+}
+
+fn register_referee() {
+    GucRegistry::define_string_guc(
+        c"multimaster.referee_connstring",
+        c"Connection string of the referee, which lets one of two nodes go on alone.",
+        c"A database with the extension multimaster_referee, on a third machine. The same on both nodes; ignored where more than two are configured.",
+        &REFEREE_CONNSTRING,
+        GucContext::Postmaster,
+        GucFlags::SUPERUSER_ONLY,
     );
 }
 
@@ -224,6 +238,13 @@ pub fn heartbeat_send_timeout() -> Duration {
 /// Silence after which a peer counts as dead.
 pub fn heartbeat_recv_timeout() -> Duration {
     millis(&HEARTBEAT_RECV_TIMEOUT)
+}
+
+/// Where the referee is, if there is one. On a main thread.
+pub fn referee_connstring() -> Option<String> {
+    let text = REFEREE_CONNSTRING.get()?;
+    let text = text.to_str().ok()?.trim();
+    (!text.is_empty()).then(|| text.to_owned())
 }
 
 /// Time without progress after which a node that answers is excluded; zero for never.

@@ -75,6 +75,20 @@ impl Config {
         self.configured.without(self.node)
     }
 
+    /// Whether a decision, or the promises that precede one, need no more nodes than these: a majority of the configured ones.
+    ///
+    /// Or this node alone, where two are configured and it is the only member of the current generation. Of what both had to vote on, nobody can have
+    /// decided without this node: its vote, its promise or its acceptance were needed. And nobody else decides alone before everything older has
+    /// ended on both. See `docs/membership.md`, *Two nodes and a referee*.
+    pub(crate) fn is_quorum(&self, nodes: NodeSet) -> bool {
+        nodes.is_quorum_of(self.configured) || self.is_alone() && nodes.contains(self.node)
+    }
+
+    /// Whether the referee has let this node go on alone.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.configured.len() == 2 && self.members == NodeSet::EMPTY.with(self.node)
+    }
+
     /// How many configured nodes go before this one when several want to resolve.
     pub(crate) fn rank(&self) -> u64 {
         self.configured
@@ -104,6 +118,8 @@ pub enum Fault {
     LonelyAbort,
     /// Decides on the votes alone whatever the number of nodes.
     FastBeyondFour,
+    /// A node that goes on alone commits only what was precommitted, as if the other one could not have decided on the votes.
+    AloneAborts,
     /// A member precommits when it has a majority of the votes.
     MostVotes,
 }

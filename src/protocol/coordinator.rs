@@ -232,7 +232,6 @@ impl Txn {
     /// A durable precommit under the coordinator's own ballot. It counts whatever was promised since: accepted by a majority
     /// is accepted by one of every later quorum.
     pub fn on_precommitted(&mut self, turn: &mut Turn, from: NodeId) {
-        let configured = turn.site.config.configured;
         let Some(own) = &mut self.own else {
             return turn.reject(from, "it precommits at a node that has not asked for it");
         };
@@ -241,7 +240,8 @@ impl Txn {
             return;
         }
         own.precommits.insert(from);
-        if own.proposed && own.precommits.is_quorum_of(configured) && self.is_undecided() {
+        let enough = own.proposed && turn.site.config.is_quorum(own.precommits);
+        if enough && self.is_undecided() {
             self.decide(turn, Decision::Commit, Source::Central, None);
         }
     }
@@ -267,6 +267,8 @@ impl Txn {
         let over = self.gid().generation < turn.site.config.generation;
         let Some(own) = &self.own else { return };
         let missing = !self.gid().participants().is_subset(own.yes);
+        // Alone, nobody else's precommit is to come either.
+        let missing = missing || turn.site.config.is_alone();
         if over && missing && own.backend == Backend::Waiting && self.is_undecided() {
             self.resolve(turn);
         }

@@ -208,11 +208,13 @@ impl Txn {
             return;
         };
         let promised_by = resolver.promised_by();
-        if resolver.proposal.is_some() || !promised_by.is_quorum_of(config.configured) {
+        if resolver.proposal.is_some() || !config.is_quorum(promised_by) {
             return;
         }
         let all_heard = turn.site.reachable().is_subset(promised_by);
+        let unproven = config.is_alone() && config.breaks(Fault::AloneAborts);
         let verdict = match resolver.verdict(gid.coordinator, gid.members) {
+            Choice::Forced(_) if unproven => Verdict::Preabort,
             Choice::Forced(verdict) => verdict,
             Choice::Free if all_heard || overdue => Verdict::Preabort,
             Choice::Free => return,
@@ -246,7 +248,6 @@ impl Txn {
         if ballot == Ballot::COORDINATOR {
             return self.on_precommitted(turn, from);
         }
-        let configured = turn.site.config.configured;
         let Some(resolver) = &mut self.resolution.running else {
             return;
         };
@@ -257,7 +258,7 @@ impl Txn {
             return;
         }
         proposal.accepted_by.insert(from);
-        if proposal.accepted_by.is_quorum_of(configured) {
+        if turn.site.config.is_quorum(proposal.accepted_by) {
             let decision: Decision = proposal.verdict.decision();
             self.decide(turn, decision, Source::Resolver, None);
         }

@@ -251,7 +251,9 @@ impl Changing {
             MembershipEffect::Open { generation } => self.open(name, generation),
             MembershipEffect::Recover { from } => self.members_mut(name).source = Some(from),
             MembershipEffect::StopRecovery => self.members_mut(name).source = None,
-            MembershipEffect::Beat | MembershipEffect::Event(_) => {}
+            MembershipEffect::Beat
+            | MembershipEffect::Event(_)
+            | MembershipEffect::AskReferee(_) => {}
         }
     }
 
@@ -286,13 +288,13 @@ impl Changing {
     }
 
     fn open(&mut self, name: NodeId, generation: Generation) {
-        let configured = self.configured();
+        let elected = generation.members.is_quorum_of(self.configured());
         self.members_mut(name).open = Some(generation);
         let node = &self.cluster.nodes[&name];
         let holds = |gid: Gid| node.prepared.contains(&gid) || node.finished.contains_key(&gid);
         self.cluster
             .checker
-            .on_open(name, generation, configured, holds);
+            .on_open(name, generation, elected, holds);
         self.cluster.input(name, Input::Generation { generation });
         self.cluster.input(name, Input::Online);
     }

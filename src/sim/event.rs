@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use crate::hazards::Hazard;
-use protocol::membership::{MembershipInput, Presence};
+use protocol::NodeSet;
+use protocol::membership::{MembershipInput, Presence, RefereeRequest};
 use protocol::{Decision, Gid, Lsn, Message, Millis, NodeId};
 use protocol::{GenerationNum, Grant};
 
@@ -154,6 +155,18 @@ pub(crate) enum Event {
         from: NodeId,
         to: NodeId,
         beat: Beat,
+    },
+    /// A node's question arrives at the referee.
+    AskReferee {
+        node: NodeId,
+        life: u32,
+        request: RefereeRequest,
+    },
+    LoseReferee {
+        nodes: NodeSet,
+    },
+    FindReferee {
+        nodes: NodeSet,
     },
     /// The next transaction of the donor.
     Recover {

@@ -64,6 +64,7 @@ impl Climate {
 impl World {
     /// Plans the faults and the clients of the stormy part.
     pub fn plan_storm(&mut self, storm_ms: Millis) {
+        self.plan_referee(storm_ms);
         for node in self.configured.iter() {
             self.restart(node);
             for _ in 0..self.climate.clients {
@@ -249,6 +250,7 @@ impl World {
     /// Ends all faults: everybody up, everything connected.
     pub fn heal(&mut self) {
         self.climate = self.climate.calm();
+        self.heal_referee();
         self.hazards.calm();
         for node in self.configured.iter() {
             self.restart(node);

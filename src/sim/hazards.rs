@@ -146,7 +146,9 @@ impl World {
             }
             Hazard::Pause { node, lasts } => {
                 let until = until(lasts);
-                self.hazards.paused.insert(node, until);
+                // A shorter pause within a longer one would let later events overtake those that wait for the end of the longer.
+                let pause = self.hazards.paused.entry(node).or_default();
+                *pause = until.max(*pause);
                 self.plan_silence(node);
             }
             Hazard::Leave { node } => self.leave(node),
@@ -234,7 +236,11 @@ impl World {
             | Event::Beat { node, .. }
             | Event::Recover { node, .. }
             | Event::Judge { node, .. } => paused(node),
-            Event::Crash { .. }
+            // The referee is on a machine of its own.
+            Event::AskReferee { .. }
+            | Event::LoseReferee { .. }
+            | Event::FindReferee { .. }
+            | Event::Crash { .. }
             | Event::Restart { .. }
             | Event::Cut { .. }
             | Event::Strike(_)

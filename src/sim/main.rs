@@ -25,6 +25,8 @@ fn main() -> ExitCode {
         (Some("trace-members"), Some([nodes, seed])) => {
             shown(sim::trace_harsh_seed(*seed, *nodes as u8))
         }
+        (Some("referee"), Some([first, last])) => refereed(*first, *last),
+        (Some("trace-referee"), Some([seed])) => shown(sim::trace_refereed_seed(*seed)),
         (Some("trace"), Some([nodes, seed])) => trace(*nodes as u8, *seed),
         (Some("quick"), Some([])) => quick(),
         (Some("model"), Some([])) => model(MODEL_STEPS),
@@ -77,6 +79,28 @@ fn members(nodes: u8, first: u64, last: u64) -> bool {
     }
     println!(
         "{} seeds with {nodes} nodes: {committed} committed in {generations} generations, {recovered} recovered; all invariants hold",
+        last - first
+    );
+    true
+}
+
+fn refereed(first: u64, last: u64) -> bool {
+    let (mut committed, mut alone, mut recovered) = (0, 0, 0);
+    for seed in first..last {
+        match sim::run_refereed_seed(seed, None, None) {
+            Ok(report) => {
+                committed += report.committed;
+                alone += report.alone;
+                recovered += report.recovered;
+            }
+            Err(failure) => {
+                println!("{failure}\nrepeat it with: sim trace-referee {seed}");
+                return false;
+            }
+        }
+    }
+    println!(
+        "{} seeds with two nodes and a referee: {committed} committed, {alone} of them alone, {recovered} recovered; all invariants hold",
         last - first
     );
     true

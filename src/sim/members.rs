@@ -6,10 +6,11 @@ use protocol::membership::{
     Admission, Generation, Membership, MembershipConfig, MembershipEffect, MembershipEffects,
     MembershipInput, MembershipRecord,
 };
-use protocol::{GenerationNum, Gid, Input, Leases, Message, Millis, NodeId, Vote};
+use protocol::{GenerationNum, Gid, Input, Leases, Message, Millis, NodeId, NodeSet, Vote};
 
 use crate::apply::refusal;
 use crate::event::{Beat, Event};
+use crate::referee::RefereeHost;
 use crate::server::{Applying, StreamItem};
 use crate::world::{World, pair};
 
@@ -54,6 +55,7 @@ impl World {
         let config = MembershipConfig {
             fault: self.members_fault,
             promise_ms_max: LEASE_MS * 2,
+            referee: self.referee.is_some(),
             ..MembershipConfig::new(node, configured)
         };
         let mut out = MembershipEffects::new();
@@ -178,6 +180,7 @@ impl World {
                 self.later(1, slowest, Event::WriteMarker { node, life, num });
             }
             MembershipEffect::Open { generation } => self.open(node, generation),
+            MembershipEffect::AskReferee(request) => self.ask_referee(node, request),
             MembershipEffect::Recover { from } => self.recover(node, from),
             MembershipEffect::StopRecovery => {
                 if let Some(members) = self.members_mut(node) {
@@ -244,14 +247,14 @@ impl World {
     }
 
     fn open(&mut self, node: NodeId, generation: Generation) {
-        let configured = self.configured;
+        let elected = self.may_be_elected(node, generation);
         self.set_aside_old(node);
         let Some((server, checker)) = self.disk(node) else {
             return;
         };
         let disk = &server.disk;
         let holds = |gid: Gid| disk.prepared.contains(&gid) || disk.finished.contains_key(&gid);
-        checker.on_open(node, generation, configured, holds);
+        checker.on_open(node, generation, elected, holds);
         self.generations.insert(generation.num);
         let Some(members) = self.members_mut(node) else {
             return;
@@ -266,6 +269,14 @@ impl World {
             self.on_prepare(node, gid, applying.lsn, applying.deps);
         }
         self.check_serving();
+    }
+
+    /// G8: by a majority, or by the referee.
+    fn may_be_elected(&self, node: NodeId, generation: Generation) -> bool {
+        let alone = generation.members == NodeSet::EMPTY.with(node);
+        let granted = |host: &RefereeHost| host.granted.contains(&(generation.num, node));
+        generation.members.is_quorum_of(self.configured)
+            || alone && self.referee.as_ref().is_some_and(granted)
     }
 
     /// Does with a PREPARE what the membership says.
@@ -428,8 +439,9 @@ impl World {
     fn check_serving(&mut self) {
         let serves = |node: &NodeId| {
             let now = self.clock(*node);
+            let alone = self.is_alone(*node);
             let holds = |members: &Members| {
-                members.open.is_some() && !members.left && members.leases.until() > now
+                members.open.is_some() && !members.left && (alone || members.leases.until() > now)
             };
             !self.is_paused(*node) && self.members_of(*node).is_some_and(holds)
         };

@@ -9,13 +9,13 @@
 //! | G5 | every generation has a donor, and donors are members |
 //! | G6 | two generations of one number are equal |
 //! | G7 | who voted n never comes online in m < n |
-//! | G8 | whoever is online, its generation is a majority |
+//! | G8 | whoever is online, its generation is a majority, or granted by the referee |
 //! | LEASE | whoever serves holds, prepared or finished, every commit that was answered |
 
 use std::collections::BTreeMap;
 
 use protocol::membership::{Elected, Generation, MembershipRecord};
-use protocol::{GenerationNum, Gid, NodeId, NodeSet};
+use protocol::{GenerationNum, Gid, NodeId};
 
 use crate::checker::Checker;
 
@@ -69,16 +69,17 @@ impl Checker {
         });
     }
 
-    /// A node comes online and holds, prepared or finished, what `holds` says.
+    /// A node comes online and holds, prepared or finished, what `holds` says. `elected` says that its generation may have somebody online.
     pub fn on_open(
         &mut self,
         node: NodeId,
         generation: Generation,
-        configured: NodeSet,
+        elected: bool,
         holds: impl Fn(Gid) -> bool,
     ) {
-        let quorum = generation.members.is_quorum_of(configured);
-        self.demand(quorum, "G8", || format!("{node} is online in {generation}"));
+        self.demand(elected, "G8", || {
+            format!("{node} is online in {generation}")
+        });
         let missing: Vec<Gid> = self
             .prepared_gids()
             .filter(|gid| gid.generation < generation.num && !holds(*gid))

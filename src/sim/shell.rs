@@ -43,6 +43,13 @@ impl World {
                 to,
                 beat,
             } => self.on_heartbeat(link, from, to, &beat),
+            Event::AskReferee {
+                node,
+                life,
+                request,
+            } => self.on_asked(node, life, request),
+            Event::LoseReferee { nodes } => self.lose_referee(nodes),
+            Event::FindReferee { nodes } => self.find_referee(nodes),
             Event::Members { node, life, .. }
             | Event::MembersStored { node, life }
             | Event::WriteMarker { node, life, .. }

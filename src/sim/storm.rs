@@ -8,6 +8,7 @@ use protocol::{Decision, Fault, Millis, Source};
 
 use crate::checker::Violation;
 use crate::event::Event;
+use crate::referee::RefereeHost;
 use crate::world::World;
 use protocol::membership::MembershipFault;
 
@@ -30,6 +31,8 @@ pub struct Report {
     pub generations: u64,
     /// Transactions that came through a donor.
     pub recovered: u64,
+    /// Commits of a node that was alone.
+    pub alone: u64,
 }
 
 /// A seed whose run broke an invariant. The same seed and number of nodes repeat the run.
@@ -130,6 +133,43 @@ pub fn trace_changing_seed(seed: u64, nodes: u8) -> (Vec<String>, Result<Report,
     (world.log.unwrap_or_default(), result)
 }
 
+/// Two nodes and a referee: as [`run_changing_seed`], and with a rule of the commit protocol broken.
+pub fn run_refereed_seed(
+    seed: u64,
+    fault: Option<MembershipFault>,
+    of_commit: Option<Fault>,
+) -> Result<Report, SeedFailure> {
+    let mut world = refereed(seed, fault, false);
+    world.fault = of_commit;
+    run(&mut world).map_err(|violation| SeedFailure {
+        seed,
+        nodes: 2,
+        violation,
+    })
+}
+
+/// Two nodes and a referee, with all that can go wrong: see [`run_harsh_seed`].
+pub fn run_harsh_refereed_seed(seed: u64) -> Result<Report, SeedFailure> {
+    let mut world = refereed(seed, None, false);
+    world.plan_hazards(seed, STORM_MS);
+    run(&mut world).map_err(|violation| SeedFailure {
+        seed,
+        nodes: 2,
+        violation,
+    })
+}
+
+/// Like [`trace_seed`], with two nodes and a referee.
+pub fn trace_refereed_seed(seed: u64) -> (Vec<String>, Result<Report, SeedFailure>) {
+    let mut world = refereed(seed, None, true);
+    let result = run(&mut world).map_err(|violation| SeedFailure {
+        seed,
+        nodes: 2,
+        violation,
+    });
+    (world.log.unwrap_or_default(), result)
+}
+
 /// Like [`run_changing_seed`], with more that can go wrong: links that work one way, splits, nodes that stand still, leave, or do not vote,
 /// clocks of different speed, slow disks, recovered transactions that a crash takes back.
 pub fn run_harsh_seed(
@@ -159,6 +199,12 @@ fn harsh(
         violation,
     });
     (world.log.unwrap_or_default(), result)
+}
+
+fn refereed(seed: u64, fault: Option<MembershipFault>, log: bool) -> World {
+    let mut world = changing(seed, 2, fault, log);
+    world.referee = Some(RefereeHost::default());
+    world
 }
 
 fn changing(seed: u64, nodes: u8, fault: Option<MembershipFault>, log: bool) -> World {
@@ -263,5 +309,11 @@ fn report(world: &World) -> Report {
         committed_by: world.committed_by.clone(),
         generations: world.generations.len() as u64,
         recovered: world.recovered,
+        alone: world
+            .checker
+            .told
+            .iter()
+            .filter(|(gid, outcome)| gid.members.len() == 1 && **outcome == Some(Decision::Commit))
+            .count() as u64,
     }
 }

@@ -13,6 +13,7 @@ use crate::checker::{Checker, Evidence};
 use crate::event::{Agenda, Event};
 use crate::faults::Climate;
 use crate::hazards::Hazards;
+use crate::referee::RefereeHost;
 use crate::rng::Rng;
 use crate::server::{Gate, Memory, Server};
 
@@ -61,6 +62,8 @@ pub(crate) struct World {
     /// Generations in which somebody came online.
     pub generations: BTreeSet<GenerationNum>,
     pub recovered: u64,
+    /// Where two nodes have one.
+    pub referee: Option<RefereeHost>,
     pub xids: u64,
     pub committed_by: BTreeMap<Source, u64>,
     digest: DefaultHasher,
@@ -91,6 +94,7 @@ impl World {
             hazards: Hazards::default(),
             generations: BTreeSet::new(),
             recovered: 0,
+            referee: None,
             xids: 0,
             committed_by: BTreeMap::new(),
             digest: DefaultHasher::new(),

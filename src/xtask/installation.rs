@@ -121,17 +121,16 @@ impl Installation {
         Ok(installation)
     }
 
-    /// Puts the built library, the control file and the SQL scripts in place.
+    /// Puts the built library, the control files and the SQL scripts in place.
     ///
     /// # Errors
     /// When a file cannot be copied.
     pub fn install_extension(&self, library: &Path) -> Result<()> {
         replace(library, &self.library.join("multimaster.so"))?;
         let extensions = self.share.join("extension");
-        replace(
-            &host::checkout().join("multimaster.control"),
-            &extensions.join("multimaster.control"),
-        )?;
+        for control in ["multimaster.control", "multimaster_referee.control"] {
+            replace(&host::checkout().join(control), &extensions.join(control))?;
+        }
         let scripts = host::checkout().join("sql");
         if !scripts.is_dir() {
             return Ok(());

@@ -48,10 +48,10 @@ fn a_lost_disk_is_replaced_by_a_copy(installation: &Installation) -> Result<()> 
 }
 
 /// Where the configuration of the lost node is kept; gone when dropped.
-struct Kept(PathBuf);
+pub struct Kept(pub PathBuf);
 
 impl Kept {
-    fn new() -> Result<Kept> {
+    pub fn new() -> Result<Kept> {
         let directory = host::work_dir()?.join(format!("configuration-{}", std::process::id()));
         host::create_dir(&directory)?;
         Ok(Kept(directory))
@@ -66,12 +66,22 @@ impl Drop for Kept {
 
 /// Runs `mtm clone` as an operator would on the lost node's machine.
 fn clone(cluster: &Cluster, mtm: &Path, configuration: Option<&Path>) -> Result<Output> {
+    copy(cluster, mtm, LOST, configuration)
+}
+
+/// Makes the node (from 0) a copy of the first one.
+pub fn copy(
+    cluster: &Cluster,
+    mtm: &Path,
+    lost: usize,
+    configuration: Option<&Path>,
+) -> Result<Output> {
     let mut program = host::server_command(mtm)?;
     program
-        .args(["clone", "--node", &(LOST + 1).to_string(), "--from"])
+        .args(["clone", "--node", &(lost + 1).to_string(), "--from"])
         .arg(cluster.nodes[DONOR].conninfo())
         .arg("--pgdata")
-        .arg(cluster.nodes[LOST].data_dir())
+        .arg(cluster.nodes[lost].data_dir())
         .arg("--bindir")
         .arg(mtm.parent().context("a program lies in a directory")?);
     if let Some(directory) = configuration {
@@ -80,7 +90,7 @@ fn clone(cluster: &Cluster, mtm: &Path, configuration: Option<&Path>) -> Result<
     command::run(&mut program)
 }
 
-fn succeed(output: &Output) -> Result<()> {
+pub fn succeed(output: &Output) -> Result<()> {
     let said = command::joined(output);
     println!("{}", said.replace('\r', "\n"));
     ensure!(output.status.success(), "mtm clone failed\n{said}");

@@ -16,20 +16,40 @@ pub fn cases() -> Vec<OwnCase> {
     cases![a_client_of_a_coordinator_that_is_cut_off_hears_the_truth]
 }
 
-/// The node (from 0) that is cut off.
-const COORDINATOR: usize = 2;
+/// Who is cut off from whom.
+pub struct Scene {
+    /// The node (from 0) that is cut off: the last one of the cluster.
+    pub coordinator: usize,
+    /// The members that are left, as a node shows them.
+    pub survivors: &'static str,
+}
+
+const THREE_NODES: Scene = Scene {
+    coordinator: 2,
+    survivors: "{1,2}",
+};
 /// A client that hears nothing for so long has been forgotten. The core gives up looking for a quorum after 3 s.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
+/// Rows of the clients; smaller ones are others'.
+const FIRST_ROW: usize = 1_000_000;
 /// How many moments a short run visits.
 const IN_CI: usize = 5;
 
-/// Where the coordinator stops when it is cut off, the node with that failpoint, and what its client may hear.
+/// Where the commit stops when the coordinator is cut off, on which side that failpoint is, and what the client may hear.
 struct Moment {
     name: &'static str,
-    node: usize,
+    side: Side,
     hears: &'static [Heard],
 }
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Coordinator,
+    /// The first node, which stays.
+    Participant,
+}
+use Side::{Coordinator, Participant};
 
 /// What a client hears of its COMMIT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,46 +64,46 @@ enum Heard {
 const FAST: &[Moment] = &[
     at(
         "backend-before-prepare",
-        COORDINATOR,
+        Coordinator,
         &[Heard::Nothing, Heard::Unknown],
     ),
     at(
         "backend-after-prepare",
-        COORDINATOR,
+        Coordinator,
         &[Heard::Unknown, Heard::Committed],
     ),
     at(
         "backend-after-announcing",
-        COORDINATOR,
+        Coordinator,
         &[Heard::Unknown, Heard::Committed],
     ),
-    at("decode-prepare", COORDINATOR, &[Heard::Unknown]),
-    at("apply-before-prepare", 0, &[Heard::Unknown]),
-    at("before-vote", 0, &[Heard::Unknown]),
+    at("decode-prepare", Coordinator, &[Heard::Unknown]),
+    at("apply-before-prepare", Participant, &[Heard::Unknown]),
+    at("before-vote", Participant, &[Heard::Unknown]),
     // All votes are in: its COMMIT PREPARED is the decision, whoever listens.
-    at("backend-before-commit", COORDINATOR, &[Heard::Committed]),
-    at("backend-after-commit", COORDINATOR, &[Heard::Committed]),
-    at("before-decided", COORDINATOR, &[Heard::Committed]),
+    at("backend-before-commit", Coordinator, &[Heard::Committed]),
+    at("backend-after-commit", Coordinator, &[Heard::Committed]),
+    at("before-decided", Coordinator, &[Heard::Committed]),
 ];
 
 const E3PC: &[Moment] = &[
     at(
         "backend-after-announcing",
-        COORDINATOR,
+        Coordinator,
         &[Heard::Unknown, Heard::Committed],
     ),
-    at("before-vote", 0, &[Heard::Unknown]),
-    at("before-precommit", COORDINATOR, &[Heard::Unknown]),
+    at("before-vote", Participant, &[Heard::Unknown]),
+    at("before-precommit", Coordinator, &[Heard::Unknown]),
     at(
         "before-precommitted",
-        0,
+        Participant,
         &[Heard::Unknown, Heard::Committed],
     ),
-    at("before-decided", COORDINATOR, &[Heard::Committed]),
+    at("before-decided", Coordinator, &[Heard::Committed]),
 ];
 
-const fn at(name: &'static str, node: usize, hears: &'static [Heard]) -> Moment {
-    Moment { name, node, hears }
+const fn at(name: &'static str, side: Side, hears: &'static [Heard]) -> Moment {
+    Moment { name, side, hears }
 }
 
 fn a_client_of_a_coordinator_that_is_cut_off_hears_the_truth(
@@ -93,51 +113,67 @@ fn a_client_of_a_coordinator_that_is_cut_off_hears_the_truth(
         hosts
             .session(0)?
             .run("CREATE TABLE line (n int PRIMARY KEY)")?;
-        let fast = FAST.iter().map(|moment| ("fast", moment));
-        let all = fast.chain(E3PC.iter().map(|moment| ("e3pc", moment)));
-        let moments = chosen(all.collect(), &mut dice(), IN_CI);
-        for (number, (mode, moment)) in moments.into_iter().enumerate() {
-            cut_off_at(hosts, mode, moment, number)
-                .with_context(|| format!("{mode}, at {}", moment.name))?;
-        }
+        cut_off_at_many(hosts, &THREE_NODES)?;
         xtask::checks::whole(&hosts.cluster, PATIENCE)
     })
 }
 
-fn cut_off_at(hosts: &mut Hosts, mode: &str, moment: &Moment, number: usize) -> Result<()> {
-    let mut client = hosts.session(COORDINATOR)?;
+/// Cuts the coordinator off at all moments, or at some. There is a table `line`.
+///
+/// # Errors
+/// When a client was not told what has happened.
+pub fn cut_off_at_many(hosts: &mut Hosts, scene: &Scene) -> Result<()> {
+    let fast = FAST.iter().map(|moment| ("fast", moment));
+    let all = fast.chain(E3PC.iter().map(|moment| ("e3pc", moment)));
+    let moments = chosen(all.collect(), &mut dice(), IN_CI);
+    for (number, (mode, moment)) in moments.into_iter().enumerate() {
+        cut_off_at(hosts, scene, mode, moment, FIRST_ROW + number)
+            .with_context(|| format!("{mode}, at {}", moment.name))?;
+    }
+    Ok(())
+}
+
+fn cut_off_at(
+    hosts: &mut Hosts,
+    scene: &Scene,
+    mode: &str,
+    moment: &Moment,
+    number: usize,
+) -> Result<()> {
+    let node = match moment.side {
+        Coordinator => scene.coordinator,
+        Participant => 0,
+    };
+    let mut client = hosts.session(scene.coordinator)?;
     client.run(&format!(
         "SET multimaster.commit_mode = {mode}; BEGIN; INSERT INTO line VALUES ({number})"
     ))?;
     let gid = client.text("SELECT mtm.current_gid()")?;
-    let before = holds(&hosts.cluster.nodes[moment.node], moment);
-    arm(
-        &hosts.cluster.nodes[moment.node],
-        &format!("{}=hold", moment.name),
-    )?;
+    let before = holds(&hosts.cluster.nodes[node], moment);
+    arm(&hosts.cluster.nodes[node], &format!("{}=hold", moment.name))?;
     let answer = commit_aside(client);
-    await_hold(hosts, moment, before)?;
-    hosts.network.isolate(COORDINATOR)?;
+    await_hold(&hosts.cluster.nodes[node], moment, before)?;
+    hosts.network.isolate(scene.coordinator)?;
     let cut = Instant::now();
-    if moment.node != COORDINATOR {
+    if moment.side == Participant {
         // One of the two that go on: it may be its network thread that is held.
-        arm(&hosts.cluster.nodes[moment.node], "")?;
+        arm(&hosts.cluster.nodes[node], "")?;
     }
     // The others have gone on before the coordinator moves again.
     wait_for("a generation without the node", PATIENCE, || {
         let members = hosts
             .session(0)?
             .text("SELECT gen_members FROM mtm.status()")?;
-        Ok(members == "{1,2}")
+        Ok(members == scene.survivors)
     })?;
-    arm(&hosts.cluster.nodes[moment.node], "")?;
+    arm(&hosts.cluster.nodes[node], "")?;
     let heard = answer
         .recv_timeout(ANSWER_LIMIT)
         .context("the client hears nothing")??;
     let after = cut.elapsed();
     hosts.network.heal()?;
-    hosts.await_status(COORDINATOR, "online")?;
-    let there = truth(hosts, &gid, number)?;
+    hosts.await_status(scene.coordinator, "online")?;
+    let there = truth(hosts, scene, &gid, number)?;
     println!(
         "  {mode}, {}: the client hears {heard:?} {} ms after the cut; {}",
         moment.name,
@@ -170,8 +206,7 @@ fn commit_aside(mut client: Session) -> Receiver<Result<Heard>> {
     receiver
 }
 
-fn await_hold(hosts: &Hosts, moment: &Moment, before: usize) -> Result<()> {
-    let server = &hosts.cluster.nodes[moment.node];
+fn await_hold(server: &Server, moment: &Moment, before: usize) -> Result<()> {
     wait_for("the failpoint to be passed", PATIENCE, || {
         Ok(holds(server, moment) > before)
     })
@@ -184,9 +219,9 @@ fn holds(server: &Server, moment: &Moment) -> usize {
 }
 
 /// Whether the row is there: on all nodes or on none, and as every node says of the transaction.
-fn truth(hosts: &Hosts, gid: &str, number: usize) -> Result<bool> {
+fn truth(hosts: &Hosts, scene: &Scene, gid: &str, number: usize) -> Result<bool> {
     let mut found = Vec::new();
-    for node in 0..3 {
+    for node in 0..=scene.coordinator {
         let mut session = hosts.session(node)?;
         let ask = format!("SELECT mtm.transaction_status('{gid}')");
         wait_for("an outcome", PATIENCE, || {

@@ -49,18 +49,29 @@ pub fn with_hosts_and_disks(
     make(installation, nodes, Some(disk_bytes), work)
 }
 
+/// Whether this run goes without hosts, as the environment says.
+///
+/// # Errors
+/// Where hosts cannot be made and the environment does not say so.
+pub fn network_is_missing() -> Result<bool> {
+    let Some(reason) = Network::unavailable() else {
+        return Ok(false);
+    };
+    if std::env::var_os(WITHOUT).is_none() {
+        bail!("this needs network namespaces: {reason} ({WITHOUT}=1 goes without)");
+    }
+    println!("  NOT RUN: {reason}");
+    Ok(true)
+}
+
 fn make(
     installation: &Installation,
     nodes: usize,
     disk_bytes: Option<u64>,
     work: impl FnOnce(&mut Hosts) -> Result<()>,
 ) -> Result<()> {
-    if let Some(reason) = Network::unavailable() {
-        if std::env::var_os(WITHOUT).is_some() {
-            println!("  NOT RUN: {reason}");
-            return Ok(());
-        }
-        bail!("this needs network namespaces: {reason} ({WITHOUT}=1 goes without)");
+    if network_is_missing()? {
+        return Ok(());
     }
     let network = Network::create(nodes)?;
     let mut specs = specs(nodes);

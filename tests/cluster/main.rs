@@ -24,6 +24,7 @@ mod nemesis;
 mod open_sessions;
 mod operations;
 mod recovery;
+mod referee;
 mod refusals;
 mod split;
 mod standby;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         clients::cases(),
         open_sessions::cases(),
         split::cases(),
+        referee::cases(),
         stuck::cases(),
         nemesis::cases(),
         crash::cases(),

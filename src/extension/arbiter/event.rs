@@ -2,6 +2,7 @@
 
 use crate::pg::process::{self, Wait};
 use crate::pg::shared::{EVENT_BYTES, FINISH_BYTES, shared};
+use protocol::membership::RefereeAnswer;
 use protocol::{Decision, GenerationNum, Gid, Lsn, NodeId, NodeSet, Vote};
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::Ordering;
@@ -44,6 +45,8 @@ pub enum LocalEvent {
     RecoveryFailed { reason: String },
     /// The recovery stream of `from` has ended.
     RecoveryLost { from: NodeId },
+    /// What the referee has said.
+    Refereed { answer: RefereeAnswer },
     /// The stored mark of a peer's stream has reached this position.
     MarkStored { node: NodeId, lsn: Lsn },
 }

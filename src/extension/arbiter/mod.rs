@@ -9,6 +9,7 @@ mod early_votes;
 pub mod event;
 mod finishing;
 mod net_config;
+pub mod referee;
 mod retention;
 pub mod slots;
 mod start;

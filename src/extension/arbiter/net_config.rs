@@ -25,6 +25,8 @@ pub struct NetSettings {
     /// `multimaster.slow_node_timeout`, milliseconds; zero suspects nobody.
     pub slow_ms: u64,
     pub epoch: u32,
+    /// Whether there is a referee.
+    pub referee: bool,
 }
 
 impl NetSettings {
@@ -36,6 +38,7 @@ impl NetSettings {
             recv_ms: millis(guc::heartbeat_recv_timeout()),
             slow_ms: millis(guc::slow_node_timeout()),
             epoch,
+            referee: guc::referee_connstring().is_some(),
         }
     }
 

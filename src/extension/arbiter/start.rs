@@ -5,7 +5,7 @@ use super::durable::{RECORDS_MAX, Tuples};
 use super::event::{self, LocalEvent};
 use super::net_config::{NetSettings, millis, start_mesh};
 use super::thread::{Arbiter, FromMain, MainLink};
-use super::{retention, slots};
+use super::{referee, retention, slots};
 use crate::cluster::Identity;
 use crate::cluster::copy::{self, Copied};
 use crate::cluster::identity::ClusterState;
@@ -447,6 +447,14 @@ impl Children {
             .is_some_and(|node| shared.needs_copy().contains(node));
         if needs_copy {
             return;
+        }
+        if referee::is_wanted() {
+            self.keep(
+                "multimaster referee",
+                "multimaster_referee_main",
+                0,
+                shared.referee.is_set(),
+            );
         }
         if let Some(order) = shared.recovery_order() {
             self.keep(

@@ -106,8 +106,14 @@ impl Arbiter {
     ) -> Arbiter {
         let timing = settings.times();
         let silence = Duration::from_millis(timing.recv_ms);
-        let members =
-            members::Members::new(node, configured, decider.membership, decider.copied_from, 0);
+        let members = members::Members::new(
+            node,
+            configured,
+            settings.referee,
+            decider.membership,
+            decider.copied_from,
+            0,
+        );
         let leases = lease::LeaseKeeper::new(node, decider.epoch, configured, timing, &mesh);
         Arbiter {
             node,
@@ -297,7 +303,8 @@ impl Arbiter {
             }
             LocalEvent::MarkerReached { .. }
             | LocalEvent::RecoveryLevel { .. }
-            | LocalEvent::RecoveryLost { .. } => self.on_recovery(&event),
+            | LocalEvent::RecoveryLost { .. }
+            | LocalEvent::Refereed { .. } => self.on_recovery(&event),
             LocalEvent::RecoveryFailed { reason } => self.on_recovery_failed(&reason),
             LocalEvent::Ask { number, question } => self.answer(number, &question),
             LocalEvent::MarkStored { node, lsn } => {

@@ -101,7 +101,8 @@ pub fn event(event: &LocalEvent) -> Option<(Gid, String)> {
         | LocalEvent::MarkerReached { .. }
         | LocalEvent::RecoveryLevel { .. }
         | LocalEvent::RecoveryLost { .. }
-        | LocalEvent::RecoveryFailed { .. } => return None,
+        | LocalEvent::RecoveryFailed { .. }
+        | LocalEvent::Refereed { .. } => return None,
     };
     Some((*gid, text))
 }

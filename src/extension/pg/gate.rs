@@ -14,6 +14,7 @@ use super::shared::{self, NodeStatus};
 use super::{clock, fixed_text::FixedText, hooks, outcome, raw, refusal};
 use crate::guc;
 use pgrx::pg_sys;
+use protocol::NodeSet;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char};
 use std::fmt::Write;
@@ -225,12 +226,12 @@ unsafe fn await_service(reads_only: bool) {
     while !serves() {
         let settling = match shared::shared().status() {
             NodeStatus::Online | NodeStatus::Degraded => lease_may_return(),
-            NodeStatus::Switching => begun.elapsed() < guc::heartbeat_recv_timeout(),
+            NodeStatus::Switching => true,
             _ => false,
         };
         // SAFETY: as check_query.
         unsafe {
-            if !settling {
+            if !settling || begun.elapsed() >= guc::heartbeat_recv_timeout() {
                 refuse();
             }
             process::wait_latch(LOOK_AROUND, Wait::Work);
@@ -241,6 +242,9 @@ unsafe fn await_service(reads_only: bool) {
         // SAFETY: as check_query.
         unsafe { refuse_old_snapshot() };
     }
+    // A session that began a moment too early would hear of a read-only transaction now.
+    // SAFETY: as check_query; called from the same hooks.
+    unsafe { refresh_session() };
 }
 
 /// Raises when the snapshot lacks something that this node has recovered: it was taken before the node could serve, however long ago that was.
@@ -272,8 +276,15 @@ pub unsafe fn check_snapshot(plan: &pg_sys::PlannedStmt, snapshot: pg_sys::Snaps
     }
 }
 
-/// Whether the lease has ended so short a time ago that the others may only be slow. A node that has been cut off for longer refuses at once.
+/// Whether enough nodes are there to renew the lease, or it has ended so short a time ago that they may only be slow. A node that has been cut off
+/// for longer refuses at once.
 fn lease_may_return() -> bool {
+    let there = shared::shared()
+        .node_id()
+        .map_or(NodeSet::EMPTY, |node| shared::connected_nodes().with(node));
+    if there.is_quorum_of(shared::shared().configured_nodes()) {
+        return true;
+    }
     let ended = shared::shared().lease_until_ms.load(Ordering::Acquire);
     let patience = u64::try_from(guc::heartbeat_recv_timeout().as_millis()).unwrap_or(u64::MAX);
     clock::monotonic_ms() < ended.saturating_add(patience)

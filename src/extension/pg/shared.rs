@@ -130,6 +130,9 @@ pub struct Shared {
     pub worker_awaited: AtomicBool,
     pub finisher: ProcCell,
     pub recovery: ProcCell,
+    pub referee: ProcCell,
+    /// Number and `online_in` of the question for the referee; 0 for none.
+    pub referee_question: AtomicU64,
     /// Nodes that cannot recover any more, as bits: see `arbiter::retention`. Written by the arbiter's main thread.
     needs_copy: AtomicU32,
     /// The order to recover: see [`RecoveryOrder`]; 0 for none.

@@ -64,6 +64,12 @@ pub extern "C-unwind" fn multimaster_worker_main(argument: pg_sys::Datum) {
 
 #[pg_guard]
 #[unsafe(no_mangle)]
+pub extern "C-unwind" fn multimaster_referee_main(_argument: pg_sys::Datum) {
+    arbiter::referee::main();
+}
+
+#[pg_guard]
+#[unsafe(no_mangle)]
 pub extern "C-unwind" fn multimaster_recovery_main(argument: pg_sys::Datum) {
     if let Some(donor) = NodeId::new(argument.value() as u8) {
         apply::recovery::main(donor);

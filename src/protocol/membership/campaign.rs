@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use super::effect::{MembershipEffects, MembershipEvent};
 use super::generation::{Elected, Generation};
 use super::message::MembershipMessage;
+use super::referee::RefereeAnswer;
 use super::switch::Stage;
 use super::{Membership, MembershipFault};
 use crate::types::{GenerationNum, Millis, NodeId, NodeSet};
@@ -20,16 +21,20 @@ use crate::types::{GenerationNum, Millis, NodeId, NodeSet};
 pub(crate) struct Campaign {
     /// When to start, as long as there is a reason.
     at: Option<Millis>,
-    running: Option<Running>,
+    pub running: Option<Running>,
     /// The highest number heard of.
     heard: GenerationNum,
+    /// The highest number of which the referee has said that it is not for this node.
+    refused: GenerationNum,
     attempts: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Running {
-    generation: Generation,
+pub(crate) struct Running {
+    pub generation: Generation,
     votes: BTreeMap<NodeId, GenerationNum>,
+    /// By the referee.
+    pub granted: bool,
     resend_at: Millis,
     until: Millis,
 }
@@ -40,12 +45,23 @@ impl Campaign {
         self.attempts = 0;
     }
 
+    /// The number is of no use when the referee has granted it, or a higher one, to somebody else.
+    pub fn granted_elsewhere(&mut self, answer: RefereeAnswer) {
+        if !answer.granted {
+            self.refused = self.refused.max(answer.latest);
+            self.heard = self.heard.max(answer.latest);
+        }
+    }
+
     pub fn stop(&mut self) {
         self.at = None;
         self.running = None;
         self.attempts = 0;
     }
 }
+
+/// The referee may be far away: a campaign that needs it lasts so many times longer.
+const REFEREE_PATIENCE: u64 = 10;
 
 /// Beyond this many attempts the pause between them no longer grows.
 const PAUSE_STEPS_MAX: u64 = 8;
@@ -100,8 +116,9 @@ impl Membership {
             Stage::Outside => self.is_willing(),
             Stage::Closing => false,
         };
-        let possible =
-            proposal.is_quorum_of(self.config.configured) && proposal.contains(self.config.node);
+        let possible = self.config.is_electable(proposal)
+            && proposal.contains(self.config.node)
+            && (self.has_been_online() || !self.config.needs_referee(proposal));
         (reason && possible).then_some(proposal)
     }
 
@@ -120,13 +137,20 @@ impl Membership {
 
     fn start(&mut self, now: Millis, members: NodeSet, out: &mut MembershipEffects) {
         let last = self.record.last_vote;
-        let again = last.members == members && last.num > self.record.num();
+        let again = last.members == members
+            && last.num > self.record.num()
+            && last.num > self.campaign.refused;
         let num = if again {
             last.num
         } else {
             GenerationNum(last.num.max(self.campaign.heard).0.saturating_add(1))
         };
         let generation = Generation { num, members };
+        let lasts = if self.config.needs_referee(members) {
+            self.config.campaign_ms * REFEREE_PATIENCE
+        } else {
+            self.config.campaign_ms
+        };
         self.record.last_vote = generation;
         self.persist(out);
         self.leave_unless_online();
@@ -136,8 +160,9 @@ impl Membership {
         self.campaign.running = Some(Running {
             generation,
             votes: BTreeMap::new(),
+            granted: false,
             resend_at: now,
-            until: now + self.config.campaign_ms,
+            until: now + lasts,
         });
         self.request(now, out);
         self.on_granted(self.config.node, generation, self.record.online_in, out);
@@ -150,6 +175,10 @@ impl Membership {
             return;
         };
         running.resend_at = now + self.config.resend_ms;
+        if self.config.needs_referee(running.generation.members) {
+            let running = running.clone();
+            return self.ask_referee(&running, out);
+        }
         let generation = running.generation;
         let current = self.record.current;
         let voted: NodeSet = running.votes.keys().copied().collect();
@@ -169,8 +198,6 @@ impl Membership {
         online_in: GenerationNum,
         out: &mut MembershipEffects,
     ) {
-        let configured = self.config.configured;
-        let majority_only = self.config.breaks(MembershipFault::MajorityOnly);
         let Some(running) = &mut self.campaign.running else {
             return;
         };
@@ -178,9 +205,25 @@ impl Membership {
             return;
         }
         running.votes.insert(from, online_in);
+        self.conclude(out);
+    }
+
+    /// Ends the campaign when every vote that it needs is there.
+    pub(super) fn conclude(&mut self, out: &mut MembershipEffects) {
+        let config = self.config;
+        let Some(running) = &self.campaign.running else {
+            return;
+        };
+        let generation = running.generation;
         let voted: NodeSet = running.votes.keys().copied().collect();
+        let majority_only = config.breaks(MembershipFault::MajorityOnly);
         let all = generation.members.is_subset(voted) || majority_only;
-        if !all || !voted.is_quorum_of(configured) {
+        let enough = if config.needs_referee(generation.members) {
+            running.granted
+        } else {
+            voted.is_quorum_of(config.configured)
+        };
+        if !all || !enough {
             return;
         }
         match donors(&running.votes, generation.members) {
@@ -219,7 +262,7 @@ impl Membership {
     }
 
     /// The pause grows with the node's place and its attempts, so that somebody is eventually alone.
-    fn pause(&mut self, now: Millis) {
+    pub(super) fn pause(&mut self, now: Millis) {
         let place = self.config.rank(self.config.configured) + 1;
         let steps = place * self.campaign.attempts.min(PAUSE_STEPS_MAX);
         self.campaign.at = Some(now + steps * self.config.campaign_step_ms);

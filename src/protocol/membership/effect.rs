@@ -3,6 +3,7 @@
 use super::generation::{Elected, Generation};
 use super::message::{MembershipMessage, Presence};
 use super::record::MembershipRecord;
+use super::referee::{RefereeAnswer, RefereeRequest};
 use crate::types::{GenerationNum, NodeId, NodeSet};
 
 /// Something that happened, told to the membership by its shell.
@@ -33,6 +34,8 @@ pub enum MembershipInput {
     Level { from: NodeId, level: bool },
     /// The recovery stream of `from` has ended; another donor may serve.
     RecoveryLost { from: NodeId },
+    /// What the referee has said to [`MembershipEffect::AskReferee`]. May come late, twice, or never.
+    Referee(RefereeAnswer),
     /// This node has stopped serving and is about to end.
     Leave,
     /// Time has passed. `unbound` are the nodes to which no promise of this node is still running.
@@ -59,6 +62,8 @@ pub enum MembershipEffect {
     /// This node is online: prepare, apply and vote under this generation, and serve while the lease lasts. Ask the peers for their horizons
     /// ([`crate::Input::Online`]).
     Open { generation: Generation },
+    /// Ask the referee. Dropped when it cannot be reached: it is said again.
+    AskReferee(RefereeRequest),
     /// Recover from this node; replaces an earlier one.
     Recover { from: NodeId },
     /// Stop recovering.

@@ -32,11 +32,9 @@ pub struct Elected {
 }
 
 impl Elected {
-    /// Whether a correct node can have elected it.
-    pub const fn is_valid(&self, configured: NodeSet) -> bool {
+    /// Whether a correct node can have elected it, as far as it can be told without knowing what can be elected here.
+    pub const fn is_valid(&self) -> bool {
         self.generation.num.0 > 0
-            && self.generation.members.is_subset(configured)
-            && self.generation.members.is_quorum_of(configured)
             && self.donors.is_subset(self.generation.members)
             && !self.donors.is_empty()
     }

@@ -10,7 +10,7 @@
 //! [`Membership`] is a function like [`crate::Core`]: inputs and time in, effects out. What its shell owes it stands at the inputs and effects.
 //!
 //! Where to read on: `detector` and `clique` (who is there), `campaign` and `voter` (election), `switch` (what follows from it), `recovery` (whom to
-//! recover from), `record` (what is durable), `message`.
+//! recover from), `referee` (two nodes), `record` (what is durable), `message`.
 
 mod campaign;
 mod clique;
@@ -20,6 +20,7 @@ mod generation;
 mod message;
 mod record;
 mod recovery;
+mod referee;
 mod standing;
 mod switch;
 mod voter;
@@ -37,6 +38,7 @@ pub use effect::{
 pub use generation::{Elected, Generation};
 pub use message::{MembershipMessage, Presence};
 pub use record::{MEMBERSHIP_RECORD_BYTES, MembershipRecord};
+pub use referee::{Referee, RefereeAnswer, RefereeRequest};
 pub use standing::{Phase, Standing};
 
 /// What the membership is told once, at its start.
@@ -52,6 +54,8 @@ pub struct MembershipConfig {
     pub campaign_ms: Millis,
     /// How long promises of this node's earlier life may still run after its start: the longest that can be set.
     pub promise_ms_max: Millis,
+    /// Whether a third voter can let one of two configured nodes go on alone; the same on both.
+    pub referee: bool,
     /// The node that this one is a copy of. Until it has been online, the copy can be completed by that node only: nobody else's WAL tells what it holds.
     pub copied_from: Option<NodeId>,
     /// A rule broken on purpose, to prove that a checker finds it. `None` outside the checkers' own tests.
@@ -68,6 +72,7 @@ impl MembershipConfig {
             resend_ms: 50,
             campaign_ms: 500,
             promise_ms_max: 1_000,
+            referee: false,
             copied_from: None,
             fault: None,
         }
@@ -94,6 +99,8 @@ pub enum MembershipFault {
     MajorityOnly,
     /// A voter does not wait for the end of its promises.
     PromiseIgnored,
+    /// The referee grants any higher number, whoever has gone on alone before.
+    AnyGrant,
 }
 
 /// The membership of one node: inputs in, effects out.
@@ -181,6 +188,7 @@ impl Membership {
             MembershipInput::MarkerReached { from, num } => self.on_marker_reached(from, num, out),
             MembershipInput::Level { from, level } => self.recovery.set_level(from, level),
             MembershipInput::RecoveryLost { from } => self.recovery.lost(from),
+            MembershipInput::Referee(answer) => self.on_referee(now, answer, out),
             MembershipInput::Leave => self.leaving = true,
             MembershipInput::Tick { unbound } => {
                 self.unbound = unbound.intersection(self.withheld);

@@ -50,6 +50,21 @@ impl LeaseKeeper {
         }
     }
 
+    /// Whether this node serves without anybody's promise, or needs them from now on.
+    pub fn set_alone(&mut self, alone: bool) {
+        let until = match (self.ended, alone) {
+            (true, _) => 0,
+            (false, true) => Millis::MAX,
+            (false, false) => self.until(),
+        };
+        shared().lease_until_ms.store(until, Ordering::Release);
+    }
+
+    /// End of the lease by the promises of others, as `clock::monotonic_ms`.
+    fn until(&self) -> Millis {
+        self.began_ms.saturating_add(self.leases.until())
+    }
+
     /// Backends serve nothing from now on, whatever is promised.
     pub fn end(&mut self) {
         self.ended = true;
@@ -71,9 +86,10 @@ impl LeaseKeeper {
         self.leases
             .heard(from, heartbeat.epoch, heartbeat.sent_ms, now);
         self.leases.on_grants(from, &grants_of(heartbeat));
-        let until = self.began_ms.saturating_add(self.leases.until());
         if !self.ended {
-            shared().lease_until_ms.fetch_max(until, Ordering::AcqRel);
+            shared()
+                .lease_until_ms
+                .fetch_max(self.until(), Ordering::AcqRel);
         }
     }
 

@@ -3,6 +3,7 @@
 //! What it says of this node rides on heartbeats. See `docs/membership.md`.
 
 use super::super::event::LocalEvent;
+use super::super::referee;
 use super::super::user_votes::{UserTally, generation_over};
 use super::extras::{self, Extra};
 use super::links::{LEAVING_PAUSE, postgres_now_us};
@@ -50,6 +51,7 @@ impl Members {
     pub fn new(
         node: NodeId,
         configured: NodeSet,
+        referee: bool,
         record: Option<MembershipRecord>,
         copied_from: Option<NodeId>,
         now: Millis,
@@ -57,6 +59,7 @@ impl Members {
         let mut effects = MembershipEffects::new();
         let config = MembershipConfig {
             promise_ms_max: lease::LASTS_MS_MAX,
+            referee,
             copied_from,
             ..MembershipConfig::new(node, configured)
         };
@@ -217,6 +220,14 @@ impl Arbiter {
                 self.main.send(ToMain::WriteMarker(elected.generation.num));
             }
             MembershipEffect::Open { generation } => self.open(generation),
+            MembershipEffect::AskReferee(request) => {
+                // Who is not to come online by itself does not go on alone either.
+                if !self.members.failed && !self.members.needs_copy() {
+                    referee::leave(request);
+                    shared().arbiter.wake();
+                    shared().referee.wake();
+                }
+            }
             MembershipEffect::Recover { from } => {
                 let gives_up = self.members.failed || self.members.needs_copy();
                 recover_from(Some(from).filter(|_| !gives_up));
@@ -245,6 +256,7 @@ impl Arbiter {
 
     /// Nobody prepares under an older generation from now on.
     fn close(&mut self, generation: Generation) {
+        self.leases.set_alone(false);
         barrier::close();
         self.members.closing = Some(generation);
         self.members.opened = None;
@@ -274,6 +286,9 @@ impl Arbiter {
 
     fn open(&mut self, generation: Generation) {
         self.members.opened = Some(generation.num);
+        // Nobody can go on without the only member.
+        let alone = generation.members == NodeSet::default().with(self.node);
+        self.leases.set_alone(alone);
         shared().set_generation(generation.num, generation.members);
         barrier::admit_own(generation.num);
         // It is closed still if an earlier life of this process died before it was empty.
@@ -366,12 +381,13 @@ impl Arbiter {
         }
     }
 
-    /// What the recovery says.
+    /// What the recovery or the referee says.
     pub(super) fn on_recovery(&mut self, event: &LocalEvent) {
         let input = match *event {
             LocalEvent::MarkerReached { from, num } => MembershipInput::MarkerReached { from, num },
             LocalEvent::RecoveryLevel { from, level } => MembershipInput::Level { from, level },
             LocalEvent::RecoveryLost { from } => MembershipInput::RecoveryLost { from },
+            LocalEvent::Refereed { answer } => MembershipInput::Referee(answer),
             _ => return,
         };
         self.member_input(input);
@@ -406,7 +422,12 @@ impl Arbiter {
                 let since = if awaited { postgres_now_us() } else { 0 };
                 self.members.awaited_since_us.set(since);
                 for lost in from.members.difference(to.generation.members).iter() {
-                    self.note(lost, "excluded", "a majority goes on without it", 0);
+                    let reason = if to.generation.members.is_quorum_of(self.configured) {
+                        "a majority goes on without it"
+                    } else {
+                        "the referee lets the other node go on alone"
+                    };
+                    self.note(lost, "excluded", reason, 0);
                 }
                 for back in to.generation.members.difference(from.members).iter() {
                     self.note(back, "admitted", "it is level with the others", 0);
