@@ -16,7 +16,8 @@ pub fn cases() -> Vec<OwnCase> {
     cases![
         survivors_of_a_killed_node_go_on,
         a_node_returns_while_the_load_goes_on,
-        two_nodes_of_three_die_and_return
+        two_nodes_of_three_die_and_return,
+        a_restarted_node_asks_nothing_of_a_lost_one
     ]
 }
 
@@ -200,6 +201,34 @@ fn two_nodes_of_three_die_and_return(installation: &Installation) -> Result<()> 
             await_online(cluster, node)?;
         }
         std::thread::sleep(LOAD);
+        let commits = load.stop()?;
+        check_rows(cluster, &commits)
+    })
+}
+
+/// Two nodes are lost, one returns: what it missed comes from the one that stayed, which has seen commits of the lost one, and both go on.
+fn a_restarted_node_asks_nothing_of_a_lost_one(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 3, |cluster| {
+        create(cluster)?;
+        let load = Load::start(cluster, &[0, LOST]);
+        std::thread::sleep(LOAD);
+        cluster.nodes[LOST_TOO].kill()?;
+        std::thread::sleep(LOAD);
+        cluster.nodes[LOST].kill()?;
+        cluster.nodes[LOST_TOO].start()?;
+        await_online(cluster, LOST_TOO)?;
+        await_online(cluster, 0)?;
+        for node in [0, LOST_TOO] {
+            let name = format!("commits of node {} without the lost one", node + 1);
+            let sql = format!("INSERT INTO line VALUES ({}, 0)", 100 + node);
+            wait_for(&name, PATIENCE, || {
+                let mut session = cluster.connect(node)?;
+                session.batch_execute("SET statement_timeout = '5s'")?;
+                Ok(session.batch_execute(&sql).is_ok())
+            })?;
+        }
+        cluster.nodes[LOST].start()?;
+        await_online(cluster, LOST)?;
         let commits = load.stop()?;
         check_rows(cluster, &commits)
     })
