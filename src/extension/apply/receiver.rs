@@ -34,6 +34,9 @@ const REFUSED_PAUSE_MS: u64 = 5000;
 /// be read when this node has a transaction of its own.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
+/// How long a server that stops is kept from it by what must not be confirmed yet.
+const PATIENCE_AT_STOP: Duration = Duration::from_secs(1);
+
 /// What is done with the transaction that is just being received.
 enum Current {
     None,
@@ -76,6 +79,8 @@ struct Receiver {
     confirm_now: bool,
     /// The peer tells of each step, because it was asked, and can stop now.
     told_too_much: bool,
+    /// Since when the peer, whose arbiter has gone, asks for what must not be confirmed yet.
+    held_since: Option<Instant>,
 }
 
 /// Body of the background worker `multimaster receiver <peer>`.
@@ -191,6 +196,7 @@ impl Receiver {
             reply_wanted: true,
             confirm_now: false,
             told_too_much: false,
+            held_since: None,
         }
     }
 
@@ -208,6 +214,16 @@ impl Receiver {
             if self.is_outlived() {
                 pgrx::log!(
                     "multimaster receiver of node {}: connects anew, as the arbiters did",
+                    self.peer.get()
+                );
+                return;
+            }
+            if self
+                .held_since
+                .is_some_and(|since| since.elapsed() >= PATIENCE_AT_STOP)
+            {
+                pgrx::log!(
+                    "multimaster receiver of node {}: lets go of it, since it stops; what is not confirmed comes again",
                     self.peer.get()
                 );
                 return;
@@ -254,7 +270,9 @@ impl Receiver {
                 if matches!(self.current, Current::None) {
                     self.progress.pass(end);
                 }
-                self.reply_wanted |= message[17] != 0;
+                let asks = message[17] != 0;
+                self.note_stop(end, asks);
+                self.reply_wanted |= asks;
                 self.told_too_much = true;
             }
             _ => pgrx::error!(
@@ -262,6 +280,14 @@ impl Receiver {
                 self.peer.get()
             ),
         }
+    }
+
+    /// A server that stops asks again and again until everything it sent is confirmed. While this node is not online it confirms nothing that it has to
+    /// get through a donor, and that may take hours.
+    fn note_stop(&mut self, end: Lsn, asks: bool) {
+        let stops = asks && !self.node.linked.load(Ordering::Acquire);
+        self.held_since = (stops && self.progress.is_idle() && self.advance() < end)
+            .then(|| self.held_since.unwrap_or_else(Instant::now));
     }
 
     /// The peer's WAL reaches this far.
