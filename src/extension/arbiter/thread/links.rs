@@ -74,7 +74,7 @@ impl Arbiter {
                 self.peer_views.insert(from, view_of(&heartbeat));
                 self.compare_times(from, &heartbeat);
                 self.leases.on_heartbeat(from, &heartbeat, &self.mesh);
-                self.stuck.hear(from, &heartbeat);
+                self.hear_stuck(from, &heartbeat);
                 self.hear_members(from, &heartbeat);
                 self.refresh_status();
                 self.leases.answer(from, &self.mesh);

@@ -248,7 +248,7 @@ impl Arbiter {
         self.publish();
     }
 
-    fn beat_all(&self) {
+    pub(super) fn beat_all(&self) {
         for peer in self.configured.without(self.node).iter() {
             self.mesh.beat(peer);
         }

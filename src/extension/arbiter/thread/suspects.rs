@@ -11,10 +11,14 @@ use std::collections::BTreeMap;
 const DOUBLINGS_MAX: u32 = 5;
 /// Who was not stuck for so many timeouts begins anew.
 const FORGIVEN_AFTER: u64 = 60;
+/// No more than this is taken for a peer's silence between two looks: longer, and this node itself was stopped.
+const LOOK_PAUSE_MAX: Millis = 300;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Suspect {
     idle: Option<Idle>,
+    /// For how long it has said nothing since.
+    unheard_ms: Millis,
     stuck: bool,
     /// How often it was stuck lately.
     times: u32,
@@ -26,6 +30,7 @@ struct Suspect {
 #[derive(Default)]
 pub struct Suspects {
     peers: BTreeMap<NodeId, Suspect>,
+    judged_at: Millis,
 }
 
 /// A change of opinion.
@@ -40,7 +45,9 @@ pub struct Verdict {
 impl Suspects {
     /// A heartbeat of the peer.
     pub fn heard(&mut self, peer: NodeId, idle: Option<Idle>) {
-        self.peers.entry(peer).or_default().idle = idle;
+        let suspect = self.peers.entry(peer).or_default();
+        suspect.idle = idle;
+        suspect.unheard_ms = 0;
     }
 
     /// The peer's arbiter cannot be heard any more: what it said no longer holds, and the link's end says enough.
@@ -63,7 +70,10 @@ impl Suspects {
     /// What changes now. `timeout` is zero when nobody is to be suspected; never more than `most` are stuck at a time, since without a majority nothing is gained.
     pub fn judge(&mut self, now: Millis, timeout: Millis, most: usize) -> Vec<Verdict> {
         let mut verdicts = Vec::new();
+        let pause = now.saturating_sub(self.judged_at).min(LOOK_PAUSE_MAX);
+        self.judged_at = now;
         for (peer, suspect) in &mut self.peers {
+            suspect.unheard_ms += pause;
             if suspect.stuck && suspect.may_return(now, timeout) {
                 suspect.stuck = false;
                 suspect.changed_at = now;
@@ -75,7 +85,7 @@ impl Suspects {
             .peers
             .iter()
             .filter(|(_, suspect)| timeout > 0 && !suspect.stuck)
-            .filter_map(|(peer, suspect)| Some((suspect.idle?.for_ms, *peer)))
+            .filter_map(|(peer, suspect)| Some((suspect.idle_now()?.for_ms, *peer)))
             .filter(|(for_ms, _)| *for_ms >= timeout)
             .collect();
         worst.sort_unstable_by(|one, other| other.cmp(one));
@@ -99,18 +109,26 @@ impl Suspect {
         self.changed_at = now;
     }
 
+    /// What it said, and that it has not said otherwise since: a main thread that hangs soon makes the whole node silent.
+    fn idle_now(&self) -> Option<Idle> {
+        self.idle.map(|idle| Idle {
+            for_ms: idle.for_ms + self.unheard_ms,
+            ..idle
+        })
+    }
+
     /// Whether it gets on again, and has been away for long enough.
     fn may_return(&self, now: Millis, timeout: Millis) -> bool {
         let away = timeout << self.times.saturating_sub(1).min(DOUBLINGS_MAX);
-        let moves = self.idle.is_none_or(|idle| idle.for_ms < timeout / 2);
+        let moves = self.idle_now().is_none_or(|idle| idle.for_ms < timeout / 2);
         timeout == 0 || (moves && now.saturating_sub(self.changed_at) >= away)
     }
 
-    const fn verdict(&self, peer: NodeId) -> Verdict {
+    fn verdict(&self, peer: NodeId) -> Verdict {
         Verdict {
             peer,
             stuck: self.stuck,
-            idle: self.idle,
+            idle: self.idle_now(),
         }
     }
 }
@@ -158,6 +176,26 @@ mod tests {
         assert_eq!(suspects.judge(60_000, 1_000, 1), []);
         suspects.lost(node(2));
         assert_eq!(suspects.stuck(), NodeSet::EMPTY);
+    }
+
+    #[test]
+    fn who_falls_silent_while_it_does_not_move_still_does_not() {
+        let mut suspects = Suspects::default();
+        suspects.heard(node(2), idle(600));
+        suspects.heard(node(3), None);
+        suspects.judge(0, 1_000, 1);
+        assert_eq!(suspects.judge(300, 1_000, 1), []);
+        let verdicts = suspects.judge(400, 1_000, 1);
+        assert_eq!(verdicts.len(), 1);
+        assert_eq!(suspects.stuck(), NodeSet::EMPTY.with(node(2)));
+    }
+
+    #[test]
+    fn who_was_stopped_itself_blames_nobody() {
+        let mut suspects = Suspects::default();
+        suspects.heard(node(2), idle(600));
+        suspects.judge(0, 1_000, 1);
+        assert_eq!(suspects.judge(60_000, 1_000, 1), []);
     }
 
     #[test]
