@@ -11,6 +11,7 @@ mod crash;
 mod cut_off;
 mod failover;
 mod growth;
+mod hanging_disk;
 mod hosts;
 mod intruder;
 mod kill;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         split::cases(),
         referee::cases(),
         stuck::cases(),
+        hanging_disk::cases(),
         nemesis::cases(),
         crash::cases(),
         kill::cases(),

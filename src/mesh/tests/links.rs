@@ -224,6 +224,24 @@ async fn node_that_may_not_speak_looks_dead() {
 }
 
 #[tokio::test]
+async fn node_that_may_not_speak_makes_no_link() {
+    let mut one = Running::start(config(1, &[]));
+    let mut three = Running::start(config(3, &[one.addr(), one.addr()]));
+    three.handle.speak_for(Some(Duration::ZERO));
+    one.handle.speak_for(Some(Duration::ZERO));
+    for _ in 0..3 {
+        let met = dial_by_hand(one.addr(), &identity(2), node(1)).await;
+        assert!(met.is_err());
+    }
+    one.handle.speak_for(None);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(one.handle.connected(), NodeSet::EMPTY);
+    three.handle.speak_for(None);
+    one.wait_up(&[3]).await;
+    three.wait_up(&[1]).await;
+}
+
+#[tokio::test]
 async fn reconfigured_links_stay_up() {
     let [mut one, mut two, mut three] = three().await;
     for running in [&one, &two, &three] {

@@ -4,7 +4,7 @@ use super::Arbiter;
 use super::extras::{self, Extra};
 use super::health::{Idle, Matter, Sight, Watches};
 use super::main_link::LogLevel;
-use super::suspects::{Suspects, Verdict};
+use super::suspects::{Own, Suspects, Verdict};
 use crate::pg::clock;
 use crate::pg::shared::{self, outcome, shared, worker};
 use protocol::membership::{MembershipInput, Phase};
@@ -104,14 +104,19 @@ impl Arbiter {
     fn judge_peers(&mut self) {
         let most = self.configured.len() - self.configured.majority();
         let (now, timeout) = (self.now(), self.stuck.timeout);
-        for verdict in self.stuck.suspects.judge(now, timeout, most) {
+        let own = Own {
+            node: self.node,
+            idle: self.stuck.idle,
+            members: self.members.current(),
+        };
+        for verdict in self.stuck.suspects.judge(own, now, timeout, most) {
             self.on_verdict(verdict);
         }
     }
 
     fn on_verdict(&mut self, verdict: Verdict) {
         let Verdict { peer, stuck, idle } = verdict;
-        let (event, text) = match idle.filter(|_| stuck) {
+        let (event, text) = match idle {
             Some(idle) => ("stuck", text_of(idle)),
             None => ("gets on", "its database makes progress again".to_owned()),
         };
