@@ -10,6 +10,7 @@ mod clone;
 mod crash;
 mod cut_off;
 mod failover;
+mod generations;
 mod growth;
 mod hanging_disk;
 mod hosts;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         referee::cases(),
         stuck::cases(),
         hanging_disk::cases(),
+        generations::cases(),
         nemesis::cases(),
         crash::cases(),
         kill::cases(),

@@ -105,7 +105,7 @@ impl Arbiter {
         settings: &NetSettings,
     ) -> Arbiter {
         let timing = settings.times();
-        let silence = Duration::from_millis(timing.recv_ms);
+        let silence = links::silence(timing);
         let members = members::Members::new(
             node,
             configured,
@@ -335,16 +335,7 @@ impl Arbiter {
             FromMain::Outcome { gid, outcome } => {
                 self.input(Input::CoordinatorOutcome { gid, outcome })
             }
-            FromMain::Reconfigure(settings) => {
-                let timing = settings.times();
-                self.stuck.set_timeout(settings.slow_ms);
-                self.silence = Duration::from_millis(timing.recv_ms);
-                self.leases.reconfigure(timing);
-                self.reconfigure(timing);
-                for (peer, theirs) in self.peer_times.clone() {
-                    self.tell_unequal(peer, theirs);
-                }
-            }
+            FromMain::Reconfigure(settings) => self.reconfigure(&settings),
             FromMain::CopyNeeded => self.on_copy_needed(),
             FromMain::Notice(notice) => {
                 self.note(notice.node, notice.event, &notice.text, 0);
