@@ -18,6 +18,8 @@ pub const NEEDS_COPY: u16 = 5;
 pub const IDLE: u16 = 6;
 /// Bytes of WAL that the sender has still to recover: `u64`. Left out while it does not recover.
 pub const LAG: u16 = 7;
+/// The referee that the sender has met last: `RefereeId`. Left out while it has met none.
+pub const REFEREE: u16 = 8;
 
 /// A value under its tag.
 pub fn put(tag: u16, value: &impl Serialize) -> Option<Extra> {

@@ -80,6 +80,7 @@ impl Arbiter {
                 self.compare_times(from, &heartbeat);
                 self.leases.on_heartbeat(from, &heartbeat, &self.mesh);
                 self.hear_stuck(from, &heartbeat);
+                self.hear_referee(&heartbeat);
                 self.hear_members(from, &heartbeat);
                 self.refresh_status();
                 self.leases.answer(from, &self.mesh);
@@ -279,6 +280,7 @@ impl Arbiter {
                 .chain(self.members.needs_copy_extra())
                 .chain(self.members.lag_extra())
                 .chain(self.stuck.extra())
+                .chain(self.referee.extra())
                 .collect(),
             ..Heartbeat::default()
         };
