@@ -78,6 +78,8 @@ points! {
     RecordsBeforeAnswer "records-before-answer" "both",
     RecordsAfterAnswer "records-after-answer" "both",
     MembersBeforeWrite "members-before-write" "change",
+    // Between the end of the old generation and work in the new one.
+    MarkerBeforeWrite "marker-before-write" "change",
     // What the arbiter says. A point after a message lets it leave first.
     BeforeVote "before-vote" "participant",
     AfterVote "after-vote" "participant",

@@ -10,7 +10,9 @@ mod clone;
 mod crash;
 mod cut_off;
 mod failover;
+mod generations;
 mod growth;
+mod hanging_disk;
 mod hosts;
 mod intruder;
 mod kill;
@@ -49,6 +51,8 @@ fn main() -> ExitCode {
         split::cases(),
         referee::cases(),
         stuck::cases(),
+        hanging_disk::cases(),
+        generations::cases(),
         nemesis::cases(),
         crash::cases(),
         kill::cases(),
