@@ -48,6 +48,8 @@ points! {
     // The backend that learns the name of its transaction before COMMIT: its xid must be on disk by then.
     NameBeforeFlush "name-before-flush" "coordinator",
     NameAfterFlush "name-after-flush" "coordinator",
+    // A statement that reads or writes has its snapshot, and has not looked whether the node serves.
+    StatementBeforeCheck "statement-before-check" "rare",
     // The backend that commits.
     BackendBeforePrepare "backend-before-prepare" "coordinator",
     BackendAfterPrepare "backend-after-prepare" "coordinator",

@@ -27,6 +27,7 @@ mod recovery;
 mod referee;
 mod refusals;
 mod split;
+mod stale_reads;
 mod standby;
 mod stuck;
 
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         cut_off::cases(),
         clients::cases(),
         open_sessions::cases(),
+        stale_reads::cases(),
         split::cases(),
         referee::cases(),
         stuck::cases(),
