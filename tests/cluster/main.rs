@@ -30,6 +30,7 @@ mod split;
 mod stale_reads;
 mod standby;
 mod stuck;
+mod users_prepared;
 
 fn main() -> ExitCode {
     let cases = [
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         split::cases(),
         referee::cases(),
         stuck::cases(),
+        users_prepared::cases(),
         nemesis::cases(),
         crash::cases(),
         kill::cases(),

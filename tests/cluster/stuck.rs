@@ -34,7 +34,7 @@ fn set_everywhere(cluster: &Cluster, name: &str, value: &str) -> Result<()> {
 }
 
 /// The members as the first node knows them.
-fn await_members(cluster: &Cluster, expected: &str) -> Result<()> {
+pub fn await_members(cluster: &Cluster, expected: &str) -> Result<()> {
     let mut session = Session::new(cluster.connect(0)?);
     wait_for(&format!("the members {expected}"), PATIENCE, || {
         Ok(session.text("SELECT gen_members FROM mtm.status()")? == expected)

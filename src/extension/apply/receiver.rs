@@ -2,16 +2,16 @@
 
 use super::ends::ends_of;
 use super::feed::{self, Feed};
-use super::progress::{Fences, Progress};
+use super::progress::{Fences, Progress, Sections, body_of_mark, mark_in};
 use super::stream_message::{DATA_HEADER_BYTES, number, status_message};
 use super::streamed::Streams;
+use crate::arbiter::MARK_ROWS;
 use crate::arbiter::event::{LocalEvent, submit};
-use crate::arbiter::{MARK_ROWS, body_of, number_in, read_membership};
 use crate::cluster::{Identity, slot_name};
 use crate::failpoint::{Failpoint, hit};
 use crate::guc;
 use crate::pg::process::{self, SocketWait, Wait};
-use crate::pg::records::{self, DurableTable};
+use crate::pg::records::{self, Body, DurableTable};
 use crate::pg::shared::{self, NodeShared, shared};
 use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
@@ -88,8 +88,8 @@ struct Receiver {
     /// Names of users' prepared transactions found at the start, or when this node had last recovered; nobody knows them by gid.
     of_users: BTreeSet<String>,
     recovered_to: GenerationNum,
-    /// The generation that the peer's WAL is in here, as its markers say.
-    generation: GenerationNum,
+    /// The generations that the peer's WAL is in, as its markers say.
+    sections: Sections,
     stored_at: Instant,
     told_at: Instant,
     /// When the walsenders of this server were last looked after.
@@ -179,11 +179,9 @@ impl Receiver {
             .map(|(_, gid)| gid)
             .filter(|gid| gid.coordinator == peer)
             .collect();
-        let online_in = process::in_transaction(read_membership)
-            .map_or(GenerationNum(1), |record| record.online_in);
-        let (marks, stored, ended) = process::in_transaction(|| {
+        let (marks, stored, generation, ended) = process::in_transaction(|| {
             let marks = DurableTable::open(c"marks", MARK_ROWS);
-            let stored = Lsn(number_in(&marks.read_all()[peer.get() as usize]));
+            let (stored, generation) = mark_in(&marks.read_all()[peer.get() as usize]);
             let ended = DurableTable::open(c"records", 0)
                 .read_all()
                 .iter()
@@ -192,7 +190,7 @@ impl Receiver {
                 .filter(|record| record.decision.is_some() || !record.voted_yes)
                 .map(|record| record.gid)
                 .collect();
-            (marks, stored, ended)
+            (marks, stored, generation, ended)
         });
         node.mark.store(stored.0, Ordering::Release);
         Receiver {
@@ -208,7 +206,7 @@ impl Receiver {
             ended,
             of_users: names_of_users(),
             recovered_to: shared().standing.get().recovered_to,
-            generation: online_in,
+            sections: Sections::new(generation),
             stored_at: Instant::now(),
             told_at: Instant::now(),
             looked_at: Instant::now(),
@@ -388,10 +386,11 @@ impl Receiver {
         }
     }
 
-    /// A user's own PREPARE TRANSACTION. The number in its gid is that of whoever decoded it; which generation it is of, the markers before it tell.
+    /// A user's own PREPARE TRANSACTION. The number in its gid is that of whoever decoded it; which generation it is of, the markers before it
+    /// tell, also those before the mark at which this process has started.
     fn admit_users(&mut self, gid: Gid, name: &[u8]) -> Option<Answer> {
         let gid = Gid {
-            generation: self.generation,
+            generation: self.sections.latest(),
             ..gid
         };
         let answer = admit(gid);
@@ -462,7 +461,7 @@ impl Receiver {
                     self.confirm_now = true;
                 }
                 Ok(StreamFrame::Marker(marker)) => {
-                    self.generation = self.generation.max(marker.generation);
+                    self.sections.mark(marker.lsn, marker.generation);
                     self.fences.put(marker.lsn, marker.generation);
                 }
                 Ok(StreamFrame::Undo(undo)) => self.streams.undo(undo),
@@ -500,7 +499,7 @@ impl Receiver {
         }
         hit(Failpoint::UserBeforeMark);
         if mark > self.stored {
-            let row = (u32::from(self.peer.get()), body_of(mark.0));
+            let row = self.row_of(mark);
             process::in_transaction(|| self.marks.write(&mut [row]));
         }
         hit(Failpoint::UserBeforeFinish);
@@ -568,8 +567,14 @@ impl Receiver {
         }
     }
 
+    /// The durable row of a mark.
+    fn row_of(&mut self, mark: Lsn) -> (u32, Body) {
+        let generation = self.sections.at(mark);
+        (u32::from(self.peer.get()), body_of_mark(mark, generation))
+    }
+
     fn store(&mut self, mark: Lsn) {
-        let row = (u32::from(self.peer.get()), body_of(mark.0));
+        let row = self.row_of(mark);
         hit(Failpoint::MarkBeforeStore);
         let end = process::in_transaction(|| self.marks.write(&mut [row]));
         hit(Failpoint::MarkBeforeFlush);
