@@ -4,6 +4,7 @@
 
 use std::process::ExitCode;
 
+mod absence;
 mod bulk;
 mod clients;
 mod clone;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         cut_off::cases(),
         clients::cases(),
         open_sessions::cases(),
+        absence::cases(),
         stale_reads::cases(),
         split::cases(),
         referee::cases(),
