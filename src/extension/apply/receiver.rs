@@ -7,11 +7,11 @@ use self::admission::{Answer, generation_over, names_of_users};
 use self::mark::STATUS_INTERVAL;
 use super::ends::ends_of;
 use super::feed::{self, Feed};
-use super::progress::{Fences, Progress};
+use super::progress::{Fences, Progress, Sections, mark_in};
 use super::stream_message::{DATA_HEADER_BYTES, number};
 use super::streamed::Streams;
+use crate::arbiter::MARK_ROWS;
 use crate::arbiter::event::{LocalEvent, submit};
-use crate::arbiter::{MARK_ROWS, body_of, number_in, read_membership};
 use crate::cluster::{Identity, slot_name};
 use crate::failpoint::{Failpoint, hit};
 use crate::guc;
@@ -65,8 +65,8 @@ struct Receiver {
     /// Names of users' prepared transactions found at the start, or when this node had last recovered; nobody knows them by gid.
     of_users: BTreeSet<String>,
     recovered_to: GenerationNum,
-    /// The generation that the peer's WAL is in here, as its markers say.
-    generation: GenerationNum,
+    /// The generations that the peer's WAL is in, as its markers say.
+    sections: Sections,
     stored_at: Instant,
     told_at: Instant,
     /// When the walsenders of this server were last looked after.
@@ -158,11 +158,9 @@ impl Receiver {
             .map(|(_, gid)| gid)
             .filter(|gid| gid.coordinator == peer)
             .collect();
-        let online_in = process::in_transaction(read_membership)
-            .map_or(GenerationNum(1), |record| record.online_in);
-        let (marks, stored, ended) = process::in_transaction(|| {
+        let (marks, stored, generation, ended) = process::in_transaction(|| {
             let marks = DurableTable::open(c"marks", MARK_ROWS);
-            let stored = Lsn(number_in(&marks.read_all()[peer.get() as usize]));
+            let (stored, generation) = mark_in(&marks.read_all()[peer.get() as usize]);
             let ended = DurableTable::open(c"records", 0)
                 .read_all()
                 .iter()
@@ -171,7 +169,7 @@ impl Receiver {
                 .filter(|record| record.decision.is_some() || !record.voted_yes)
                 .map(|record| record.gid)
                 .collect();
-            (marks, stored, ended)
+            (marks, stored, generation, ended)
         });
         node.mark.store(stored.0, Ordering::Release);
         Receiver {
@@ -187,7 +185,7 @@ impl Receiver {
             ended,
             of_users: names_of_users(),
             recovered_to: shared().standing.get().recovered_to,
-            generation: online_in,
+            sections: Sections::new(generation),
             stored_at: Instant::now(),
             told_at: Instant::now(),
             looked_at: Instant::now(),
@@ -427,7 +425,7 @@ impl Receiver {
                     self.confirm_now = true;
                 }
                 Ok(StreamFrame::Marker(marker)) => {
-                    self.generation = self.generation.max(marker.generation);
+                    self.sections.mark(marker.lsn, marker.generation);
                     self.fences.put(marker.lsn, marker.generation);
                 }
                 Ok(StreamFrame::Undo(undo)) => self.streams.undo(undo),
@@ -465,7 +463,7 @@ impl Receiver {
         }
         hit(Failpoint::UserBeforeMark);
         if mark > self.stored {
-            let row = (u32::from(self.peer.get()), body_of(mark.0));
+            let row = self.row_of(mark);
             process::in_transaction(|| self.marks.write(&mut [row]));
         }
         hit(Failpoint::UserBeforeFinish);

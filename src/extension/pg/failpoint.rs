@@ -104,11 +104,6 @@ fn arm(value: &str) {
     armed.point.store(point as u32 + 1, Ordering::SeqCst);
 }
 
-/// Whether something is still to happen at the point.
-pub fn is_armed(point: Failpoint) -> bool {
-    shared::shared().failpoint.point.load(Ordering::SeqCst) == point as u32 + 1
-}
-
 /// What has to happen now that the point is passed. Callable from any thread.
 pub fn take(point: Failpoint) -> Option<Action> {
     let armed = &shared::shared().failpoint;

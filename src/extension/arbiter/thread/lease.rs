@@ -52,12 +52,14 @@ impl LeaseKeeper {
 
     /// Whether this node serves without anybody's promise, or needs them from now on.
     pub fn set_alone(&mut self, alone: bool) {
-        let until = match (self.ended, alone) {
-            (true, _) => 0,
-            (false, true) => Millis::MAX,
-            (false, false) => self.until(),
-        };
-        shared().lease_until_ms.store(until, Ordering::Release);
+        match (self.ended, alone) {
+            (true, _) => shared().lease_until_ms.store(0, Ordering::Release),
+            (false, true) => shared().renew_lease(Millis::MAX),
+            // What lies behind it may be less than what has been shown.
+            (false, false) => shared()
+                .lease_until_ms
+                .store(self.until(), Ordering::Release),
+        }
     }
 
     /// End of the lease by the promises of others, as `clock::monotonic_ms`.
@@ -87,9 +89,7 @@ impl LeaseKeeper {
             .heard(from, heartbeat.epoch, heartbeat.sent_ms, now);
         self.leases.on_grants(from, &grants_of(heartbeat));
         if !self.ended {
-            shared()
-                .lease_until_ms
-                .fetch_max(self.until(), Ordering::AcqRel);
+            shared().renew_lease(self.until());
         }
     }
 

@@ -287,6 +287,8 @@ impl Arbiter {
 
     fn open(&mut self, generation: Generation) {
         self.members.opened = Some(generation.num);
+        let returned = self.members.durable.recovered_to == generation.num;
+        shared().service.begin(returned);
         // Nobody can go on without the only member.
         let alone = generation.members == NodeSet::default().with(self.node);
         self.leases.set_alone(alone);
