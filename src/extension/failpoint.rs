@@ -177,7 +177,7 @@ mod hits {
 #[cfg(feature = "failpoints")]
 mod hits {
     use super::Failpoint;
-    use crate::pg::failpoint::{is_armed, log_line, lose_power, raise_in_backend, take};
+    use crate::pg::failpoint::{is_armed, is_orphan, log_line, lose_power, raise_in_backend, take};
     use std::time::Duration;
 
     /// Time for a message to leave before the server dies.
@@ -263,7 +263,7 @@ mod hits {
         match action {
             Some(Action::Hold) => {
                 log_line(point, "held");
-                while is_armed(point) {
+                while is_armed(point) && !is_orphan() {
                     std::thread::sleep(LOOK);
                 }
             }
