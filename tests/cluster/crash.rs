@@ -68,6 +68,13 @@ pub fn chosen<T>(mut points: Vec<T>, dice: &mut Dice, few: usize) -> Vec<T> {
 
 /// The seed of this run, printed so that it can be repeated.
 pub fn dice() -> Dice {
+    let (seed, dice) = dice_named();
+    println!("  {seed}");
+    dice
+}
+
+/// The same, with the words to repeat it.
+pub fn dice_named() -> (String, Dice) {
     let chosen = std::env::var(SEED_VARIABLE)
         .ok()
         .and_then(|text| text.parse().ok());
@@ -75,8 +82,7 @@ pub fn dice() -> Dice {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         now.map_or(1, |since| u64::from(since.subsec_nanos()))
     });
-    println!("  {SEED_VARIABLE}={seed}");
-    Dice::new(seed)
+    (format!("{SEED_VARIABLE}={seed}"), Dice::new(seed))
 }
 
 /// A cluster that notices lost nodes soon.

@@ -162,6 +162,11 @@ pub fn kill_process(cluster: &Cluster, node: usize, kind: &str) -> Result<()> {
     signal_kill(&victims[0])
 }
 
+/// Some process of a kind on a node.
+pub fn process(cluster: &Cluster, node: usize, kind: &str) -> Result<i32> {
+    Ok(processes(cluster, node, kind)?[0].parse()?)
+}
+
 fn signal_kill(pid: &str) -> Result<()> {
     command::capture(Command::new("kill").args(["-KILL", pid])).map(drop)
 }
