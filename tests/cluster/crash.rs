@@ -85,14 +85,23 @@ pub fn dice_named() -> (String, Dice) {
     (format!("{SEED_VARIABLE}={seed}"), Dice::new(seed))
 }
 
-/// A cluster that notices lost nodes soon.
+/// A cluster of three that notices lost nodes soon.
 pub fn with_quick_cluster(
     installation: &Installation,
     work: impl FnOnce(&mut Cluster) -> Result<()>,
 ) -> Result<()> {
-    let mut specs = xtask::cluster::specs(3);
+    with_quick_nodes(installation, 3, work)
+}
+
+/// The same with so many nodes.
+pub fn with_quick_nodes(
+    installation: &Installation,
+    nodes: usize,
+    work: impl FnOnce(&mut Cluster) -> Result<()>,
+) -> Result<()> {
+    let mut specs = xtask::cluster::specs(nodes);
     for spec in &mut specs {
-        spec.settings.extend(xtask::cluster::member_settings(3));
+        spec.settings.extend(xtask::cluster::member_settings(nodes));
         spec.settings.extend(settings(&[
             ("multimaster.heartbeat_send_timeout", "100"),
             ("multimaster.heartbeat_recv_timeout", "1000"),
