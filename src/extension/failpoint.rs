@@ -181,7 +181,7 @@ mod hits {
 #[cfg(feature = "failpoints")]
 mod hits {
     use super::Failpoint;
-    use crate::pg::failpoint::{log_line, lose_power, raise_in_backend, take};
+    use crate::pg::failpoint::{is_orphan, log_line, lose_power, raise_in_backend, take};
     use std::time::Duration;
 
     /// Time for a message to leave before the server dies.
@@ -268,6 +268,7 @@ mod hits {
         let mut held = false;
         loop {
             match take(point) {
+                Some(Action::Hold) if is_orphan() => return None,
                 Some(Action::Hold) if held => std::thread::sleep(LOOK),
                 Some(Action::Hold) => {
                     log_line(point, "held");

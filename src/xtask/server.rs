@@ -4,9 +4,10 @@ mod create;
 mod faults;
 mod processes;
 
+pub use self::faults::Disk;
 pub use self::processes::{descendants_of, end_abandoned, kill_all};
 
-use self::processes::{running, works_in};
+use self::processes::{describe, running, working_in};
 use crate::installation::Installation;
 use crate::{command, host, network};
 use anyhow::{Context, Result, bail};
@@ -32,7 +33,7 @@ pub struct Spec {
     pub address: IpAddr,
     /// The network namespace that it runs in, when it is not this program's own.
     pub namespace: Option<String>,
-    /// Size of the disk that it has for itself, when it does not share one. Needs root.
+    /// Size of each of the two disks that it has for itself, for data and for WAL, when it does not share one. Needs root.
     pub disk_bytes: Option<u64>,
     /// Lines of postgresql.conf; later ones win.
     pub settings: Vec<(String, String)>,
@@ -47,7 +48,7 @@ pub struct Server {
     pub arbiter_port: u16,
     namespace: Option<String>,
     data: PathBuf,
-    /// The data directory is a file system of its own.
+    /// The data directory and that of the WAL are file systems of their own.
     own_disk: bool,
     log: PathBuf,
     installation: Installation,
@@ -128,9 +129,13 @@ impl Server {
         let data = fs::canonicalize(&self.data)
             .with_context(|| format!("cannot find {}", self.data.display()))?;
         let deadline = Instant::now() + START_STOP;
-        while works_in(&data) {
+        while !working_in(&data).is_empty() {
             if Instant::now() > deadline {
-                bail!("processes of an earlier life of {} stay", self.name);
+                bail!(
+                    "processes of an earlier life of {} stay:\n{}",
+                    self.name,
+                    describe(&working_in(&data))
+                );
             }
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -211,7 +216,12 @@ impl Server {
         let deadline = Instant::now() + limit;
         while self.exited()?.is_none() && self.process.is_some() {
             if Instant::now() > deadline {
-                bail!("{} does not stop\n{}", self.name, self.log_tail(30));
+                bail!(
+                    "{} does not stop; these are left:\n{}\n{}",
+                    self.name,
+                    describe(&descendants_of(self.postmaster().unwrap_or_default())),
+                    self.log_tail(30)
+                );
             }
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -304,6 +314,11 @@ impl Server {
         &self.log
     }
 
+    /// Where WAL is, for a server with disks of its own.
+    fn wal_disk(&self) -> PathBuf {
+        self.data.with_file_name(format!("{}-wal", self.name))
+    }
+
     /// The data directory.
     pub fn data_dir(&self) -> &Path {
         &self.data
@@ -320,7 +335,9 @@ impl Drop for Server {
             let _ = self.kill();
         }
         if self.own_disk {
-            let _ = command::run(Command::new("umount").arg("--lazy").arg(&self.data));
+            for disk in [self.data.clone(), self.wal_disk()] {
+                let _ = command::run(Command::new("umount").arg("--lazy").arg(disk));
+            }
         }
         let _ = fs::remove_dir_all(&self.data);
     }

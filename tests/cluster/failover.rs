@@ -15,6 +15,7 @@ use xtask::suite::Size;
 pub fn cases() -> Vec<OwnCase> {
     cases![
         survivors_of_a_killed_node_go_on,
+        three_of_five_go_on_when_two_are_killed,
         a_node_returns_while_the_load_goes_on,
         two_nodes_of_three_die_and_return,
         a_restarted_node_asks_nothing_of_a_lost_one,
@@ -155,6 +156,74 @@ fn survivors_of_a_killed_node_go_on(installation: &Installation) -> Result<()> {
         await_online(cluster, LOST)?;
         check_rows(cluster, &commits)
     })
+}
+
+/// Nodes (from 0) of five that stay, each with a client of its number.
+const SURVIVORS: [usize; 3] = [0, 1, 2];
+
+/// What was lost, when, and when everybody else had long gone on.
+type Loss = (&'static str, Instant, Instant);
+
+fn three_of_five_go_on_when_two_are_killed(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 5, |cluster| {
+        create(cluster)?;
+        let load = Load::start(cluster, &SURVIVORS);
+        std::thread::sleep(LOAD);
+        let losses = lose_two_twice(cluster);
+        let commits = load.stop()?;
+        for (what, since, until) in losses? {
+            let gaps: Vec<u128> = commits
+                .iter()
+                .map(|commits| &commits[..commits.partition_point(|at| *at < until)])
+                .map(|commits| longest_gap(commits, since).as_millis())
+                .collect();
+            println!("  {what}: longest gaps of the others {gaps:?} ms");
+        }
+        check_rows(cluster, &commits)
+    })
+}
+
+/// One after the other, and both at once.
+fn lose_two_twice(cluster: &mut Cluster) -> Result<Vec<Loss>> {
+    let mut losses = vec![
+        lose(cluster, "one of five killed", &[4])?,
+        lose(cluster, "one of the four killed", &[3])?,
+    ];
+    bring_back(cluster, &[3, 4])?;
+    losses.push(lose(cluster, "two of five killed", &[3, 4])?);
+    bring_back(cluster, &[3, 4])?;
+    Ok(losses)
+}
+
+/// Kills nodes, and waits until every survivor commits again.
+fn lose(cluster: &mut Cluster, what: &'static str, nodes: &[usize]) -> Result<Loss> {
+    let begun = Instant::now();
+    nodes
+        .iter()
+        .try_for_each(|node| cluster.nodes[*node].kill())?;
+    for client in SURVIVORS {
+        let mut before = None;
+        wait_for(&format!("commits of node {}", client + 1), PATIENCE, || {
+            let found = cluster.connect(0).and_then(|session| {
+                let count = format!("SELECT count(*) FROM line WHERE client = {client}");
+                Session::new(session).text(&count)
+            });
+            // Refused while it is not known who is left. The first commit may have been under way.
+            let found: Option<u64> = found.ok().and_then(|found| found.parse().ok());
+            Ok(found.is_some_and(|found| found > *before.get_or_insert(found) + 1))
+        })?;
+    }
+    std::thread::sleep(LOAD);
+    Ok((what, begun, Instant::now()))
+}
+
+fn bring_back(cluster: &mut Cluster, nodes: &[usize]) -> Result<()> {
+    for node in nodes {
+        cluster.nodes[*node].start()?;
+    }
+    nodes
+        .iter()
+        .try_for_each(|node| await_online(cluster, *node))
 }
 
 fn a_node_returns_while_the_load_goes_on(installation: &Installation) -> Result<()> {

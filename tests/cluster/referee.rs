@@ -27,10 +27,14 @@ pub fn cases() -> Vec<OwnCase> {
 }
 
 /// Where the referee is (from 0), behind the two nodes.
-const REFEREE: usize = 2;
+pub const REFEREE: usize = 2;
 const CANNOT_CONNECT_NOW: &str = "57P03";
 
-fn with_referee(
+/// Makes two nodes and a referee and does `work` with them; keeps the logs when that fails.
+///
+/// # Errors
+/// As `with_hosts`.
+pub fn with_referee(
     installation: &Installation,
     work: impl FnOnce(&mut Hosts) -> Result<()>,
 ) -> Result<()> {

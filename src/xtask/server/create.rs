@@ -42,6 +42,9 @@ impl Server {
             ])
             .arg("--pgdata")
             .arg(&server.data);
+        if server.own_disk {
+            initdb.arg("--waldir").arg(server.wal_disk());
+        }
         command::capture(&mut initdb)?;
         server.trust_network()?;
         server.configure(&server.base_settings())?;
@@ -95,14 +98,7 @@ impl Server {
             None => free_ports(spec.address)?,
         };
         let data = data_root.join(&spec.name);
-        fs::create_dir(&data).with_context(|| format!("cannot create {}", data.display()))?;
-        if let Some(bytes) = spec.disk_bytes {
-            mount_disk(&data, bytes)?;
-        }
-        fs::set_permissions(&data, fs::Permissions::from_mode(0o700))
-            .with_context(|| format!("cannot protect {}", data.display()))?;
-        host::give_to_server(&data)?;
-        Ok(Server {
+        let server = Server {
             name: spec.name.clone(),
             address: spec.address,
             port,
@@ -114,7 +110,12 @@ impl Server {
             data,
             installation: installation.clone(),
             process: None,
-        })
+        };
+        make_directory(&server.data, spec.disk_bytes)?;
+        if server.own_disk {
+            make_directory(&server.wal_disk(), spec.disk_bytes)?;
+        }
+        Ok(server)
     }
 
     /// Lets the other hosts in, where the server is one by itself; initdb trusts the loopback address only.
@@ -140,6 +141,17 @@ impl Server {
             ("dynamic_shared_memory_type", "mmap"),
         ])
     }
+}
+
+/// Makes a directory for the server's account alone, on a disk of its own when that has a size.
+fn make_directory(path: &Path, disk_bytes: Option<u64>) -> Result<()> {
+    fs::create_dir(path).with_context(|| format!("cannot create {}", path.display()))?;
+    if let Some(bytes) = disk_bytes {
+        mount_disk(path, bytes)?;
+    }
+    fs::set_permissions(path, fs::Permissions::from_mode(0o700))
+        .with_context(|| format!("cannot protect {}", path.display()))?;
+    host::give_to_server(path)
 }
 
 /// Mounts a small file system in memory on the directory.

@@ -9,8 +9,16 @@ use nix::unistd::Pid;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Child;
+
+/// The disks of a server that has its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disk {
+    /// Everything but WAL.
+    Data,
+    Wal,
+}
 
 /// Takes all room of a disk.
 const BALLAST: &str = "ballast";
@@ -90,15 +98,12 @@ impl Server {
         self.environment.push((name.to_owned(), value.into()));
     }
 
-    /// Takes all room that is left on the server's own disk.
+    /// Takes all room that is left on one of the server's own disks.
     ///
     /// # Errors
     /// When the server shares its disk.
-    pub fn fill_disk(&self) -> Result<()> {
-        if !self.own_disk {
-            bail!("{} has no disk of its own", self.name)
-        }
-        let mut ballast = File::create(self.data.join(BALLAST))?;
+    pub fn fill_disk(&self, disk: Disk) -> Result<()> {
+        let mut ballast = File::create(self.ballast(disk)?)?;
         let block = [0; 64 * 1024];
         while std::io::Write::write_all(&mut ballast, &block).is_ok() {}
         Ok(())
@@ -108,8 +113,19 @@ impl Server {
     ///
     /// # Errors
     /// When nothing was taken.
-    pub fn free_disk(&self) -> Result<()> {
-        fs::remove_file(self.data.join(BALLAST)).context("the disk was not full")
+    pub fn free_disk(&self, disk: Disk) -> Result<()> {
+        fs::remove_file(self.ballast(disk)?).context("the disk was not full")
+    }
+
+    fn ballast(&self, disk: Disk) -> Result<PathBuf> {
+        if !self.own_disk {
+            bail!("{} has no disk of its own", self.name)
+        }
+        let place = match disk {
+            Disk::Data => self.data.clone(),
+            Disk::Wal => self.wal_disk(),
+        };
+        Ok(place.join(BALLAST))
     }
 
     /// Loses everything that a stopped server had on its disk but for its configuration, which is moved to `keep`.

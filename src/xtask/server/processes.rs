@@ -51,12 +51,38 @@ pub fn end_abandoned(data: &Path) {
     }
 }
 
-/// Whether any process has this working directory, which is what every process of a server has as its data directory.
-pub(super) fn works_in(data: &Path) -> bool {
+/// Processes with this working directory, which is what every process of a server has as its data directory.
+pub(super) fn working_in(data: &Path) -> Vec<Pid> {
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     processes
-        .filter_map(|process| fs::read_link(process.path().join("cwd")).ok())
-        .any(|directory| directory == data)
+        .filter(|process| {
+            fs::read_link(process.path().join("cwd")).is_ok_and(|directory| directory == data)
+        })
+        .filter_map(|process| process.file_name().to_str()?.parse().ok())
+        .map(Pid::from_raw)
+        .collect()
+}
+
+/// What processes are and wait for, one line each: for the message about one that does not end.
+pub(super) fn describe(processes: &[Pid]) -> String {
+    let tell = |pid: &Pid| {
+        let read = |file: &str| {
+            let text = fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+            text.replace('\0', " ").trim().to_owned()
+        };
+        let state = read("status");
+        let state = state
+            .lines()
+            .find_map(|line| line.strip_prefix("State:"))
+            .unwrap_or_default();
+        format!(
+            "{pid} {} {} {}",
+            read("cmdline"),
+            state.trim(),
+            read("wchan")
+        )
+    };
+    processes.iter().map(tell).collect::<Vec<_>>().join("\n")
 }
 
 pub(super) fn running() -> std::sync::MutexGuard<'static, BTreeSet<i32>> {
