@@ -41,9 +41,16 @@ impl Core {
 
     /// Up to which of this node's numbers the asker has finished every commit; `None` while some commit of an earlier epoch may be
     /// unfinished there.
+    ///
+    /// Also while some transaction is undecided of which the asker is no member: it is not told the number, and would take it for one that is still to come. Who asks when it has come online
+    /// in a generation hears of all of them: what can commit without it is prepared everywhere before a donor writes its marker.
     fn horizon_of(&self, asker: NodeId) -> Option<Csn> {
         let mut horizon = self.site.last_csn();
         for txn in self.txns.values() {
+            let concerns = |node| txn.gid().members.contains(node);
+            if txn.record.decision.is_none() && concerns(self.site.node()) && !concerns(asker) {
+                return None;
+            }
             let open = if asker == self.site.node() {
                 !txn.is_done()
             } else {
