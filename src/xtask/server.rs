@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use postgres::{Client, NoTls};
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::net::IpAddr;
 use std::os::unix::process::CommandExt;
@@ -51,6 +52,7 @@ pub struct Server {
     own_disk: bool,
     log: PathBuf,
     installation: Installation,
+    environment: Vec<(String, OsString)>,
     process: Option<Child>,
 }
 
@@ -108,6 +110,7 @@ impl Server {
         postgres
             .arg("-D")
             .arg(&self.data)
+            .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -304,6 +307,11 @@ impl Server {
             self.log.display(),
             command::tail(&self.log_text(), lines)
         )
+    }
+
+    /// The file that the server logs to.
+    pub fn log_file(&self) -> &Path {
+        &self.log
     }
 
     /// Where WAL is, for a server with disks of its own.

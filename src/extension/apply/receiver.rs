@@ -7,11 +7,11 @@ use self::admission::{Answer, generation_over, names_of_users};
 use self::mark::STATUS_INTERVAL;
 use super::ends::ends_of;
 use super::feed::{self, Feed};
-use super::progress::{Fences, Progress};
+use super::progress::{Fences, Progress, Sections, mark_in};
 use super::stream_message::{DATA_HEADER_BYTES, number};
 use super::streamed::Streams;
+use crate::arbiter::MARK_ROWS;
 use crate::arbiter::event::{LocalEvent, submit};
-use crate::arbiter::{MARK_ROWS, body_of, number_in, read_membership};
 use crate::cluster::{Identity, slot_name};
 use crate::failpoint::{Failpoint, hit};
 use crate::guc;
@@ -33,6 +33,9 @@ const REFUSED_PAUSE_MS: u64 = 5000;
 /// How often the receiver makes the walsenders of its own server go on, while transactions come (see `pg::senders`). The more they lag, the more has to
 /// be read when this node has a transaction of its own.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How long a server that stops is kept from it by what must not be confirmed yet.
+const PATIENCE_AT_STOP: Duration = Duration::from_secs(1);
 
 /// What is done with the transaction that is just being received.
 enum Current {
@@ -62,8 +65,8 @@ struct Receiver {
     /// Names of users' prepared transactions found at the start, or when this node had last recovered; nobody knows them by gid.
     of_users: BTreeSet<String>,
     recovered_to: GenerationNum,
-    /// The generation that the peer's WAL is in here, as its markers say.
-    generation: GenerationNum,
+    /// The generations that the peer's WAL is in, as its markers say.
+    sections: Sections,
     stored_at: Instant,
     told_at: Instant,
     /// When the walsenders of this server were last looked after.
@@ -76,6 +79,8 @@ struct Receiver {
     confirm_now: bool,
     /// The peer tells of each step, because it was asked, and can stop now.
     told_too_much: bool,
+    /// Since when the peer, whose arbiter has gone, asks for what must not be confirmed yet.
+    held_since: Option<Instant>,
 }
 
 /// Body of the background worker `multimaster receiver <peer>`.
@@ -153,11 +158,9 @@ impl Receiver {
             .map(|(_, gid)| gid)
             .filter(|gid| gid.coordinator == peer)
             .collect();
-        let online_in = process::in_transaction(read_membership)
-            .map_or(GenerationNum(1), |record| record.online_in);
-        let (marks, stored, ended) = process::in_transaction(|| {
+        let (marks, stored, generation, ended) = process::in_transaction(|| {
             let marks = DurableTable::open(c"marks", MARK_ROWS);
-            let stored = Lsn(number_in(&marks.read_all()[peer.get() as usize]));
+            let (stored, generation) = mark_in(&marks.read_all()[peer.get() as usize]);
             let ended = DurableTable::open(c"records", 0)
                 .read_all()
                 .iter()
@@ -166,7 +169,7 @@ impl Receiver {
                 .filter(|record| record.decision.is_some() || !record.voted_yes)
                 .map(|record| record.gid)
                 .collect();
-            (marks, stored, ended)
+            (marks, stored, generation, ended)
         });
         node.mark.store(stored.0, Ordering::Release);
         Receiver {
@@ -182,7 +185,7 @@ impl Receiver {
             ended,
             of_users: names_of_users(),
             recovered_to: shared().standing.get().recovered_to,
-            generation: online_in,
+            sections: Sections::new(generation),
             stored_at: Instant::now(),
             told_at: Instant::now(),
             looked_at: Instant::now(),
@@ -191,6 +194,7 @@ impl Receiver {
             reply_wanted: true,
             confirm_now: false,
             told_too_much: false,
+            held_since: None,
         }
     }
 
@@ -220,6 +224,16 @@ impl Receiver {
             process::check_interrupts();
             if let Some(reason) = self.is_over() {
                 pgrx::log!("multimaster receiver of node {}: {reason}", self.peer.get());
+                return;
+            }
+            if self
+                .held_since
+                .is_some_and(|since| since.elapsed() >= PATIENCE_AT_STOP)
+            {
+                pgrx::log!(
+                    "multimaster receiver of node {}: lets go of it, since it stops; what is not confirmed comes again",
+                    self.peer.get()
+                );
                 return;
             }
             match stream.receive() {
@@ -264,7 +278,9 @@ impl Receiver {
                 if matches!(self.current, Current::None) {
                     self.progress.pass(end);
                 }
-                self.reply_wanted |= message[17] != 0;
+                let asks = message[17] != 0;
+                self.note_stop(end, asks);
+                self.reply_wanted |= asks;
                 self.told_too_much = true;
             }
             _ => pgrx::error!(
@@ -272,6 +288,14 @@ impl Receiver {
                 self.peer.get()
             ),
         }
+    }
+
+    /// A server that stops asks again and again until everything it sent is confirmed. While this node is not online it confirms nothing that it has to
+    /// get through a donor, and that may take hours.
+    fn note_stop(&mut self, end: Lsn, asks: bool) {
+        let stops = asks && !self.node.linked.load(Ordering::Acquire);
+        self.held_since = (stops && self.progress.is_idle() && self.advance() < end)
+            .then(|| self.held_since.unwrap_or_else(Instant::now));
     }
 
     /// The peer's WAL reaches this far.
@@ -411,7 +435,7 @@ impl Receiver {
                     self.confirm_now = true;
                 }
                 Ok(StreamFrame::Marker(marker)) => {
-                    self.generation = self.generation.max(marker.generation);
+                    self.sections.mark(marker.lsn, marker.generation);
                     self.fences.put(marker.lsn, marker.generation);
                 }
                 Ok(StreamFrame::Undo(undo)) => self.streams.undo(undo),
@@ -449,7 +473,7 @@ impl Receiver {
         }
         hit(Failpoint::UserBeforeMark);
         if mark > self.stored {
-            let row = (u32::from(self.peer.get()), body_of(mark.0));
+            let row = self.row_of(mark);
             process::in_transaction(|| self.marks.write(&mut [row]));
         }
         hit(Failpoint::UserBeforeFinish);

@@ -172,6 +172,7 @@ impl MainThread {
                     let _ = self.replies.send(FromMain::MembershipDurable);
                 }
                 ToMain::WriteMarker(num) => {
+                    hit(Failpoint::MarkerBeforeWrite);
                     process::in_transaction(|| recovered::write_marker(num));
                     let _ = self.replies.send(FromMain::MarkerWritten(num));
                 }

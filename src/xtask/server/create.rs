@@ -105,6 +105,7 @@ impl Server {
             arbiter_port,
             namespace: spec.namespace.clone(),
             own_disk: spec.disk_bytes.is_some(),
+            environment: Vec::new(),
             log: log_dir.join(format!("{}.log", spec.name)),
             data,
             installation: installation.clone(),

@@ -6,6 +6,7 @@ use crate::host;
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -90,6 +91,11 @@ impl Server {
             let _ = kill(pid, signal);
         }
         Ok(())
+    }
+
+    /// Sets a variable of the server's environment. Takes effect at the next start.
+    pub fn set_variable(&mut self, name: &str, value: impl Into<OsString>) {
+        self.environment.push((name.to_owned(), value.into()));
     }
 
     /// Takes all room that is left on one of the server's own disks.

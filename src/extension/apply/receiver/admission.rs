@@ -42,10 +42,11 @@ impl Receiver {
         }
     }
 
-    /// A user's own PREPARE TRANSACTION. The number in its gid is that of whoever decoded it; which generation it is of, the markers before it tell.
+    /// A user's own PREPARE TRANSACTION. The number in its gid is that of whoever decoded it; which generation it is of, the markers before it
+    /// tell, also those before the mark at which this process has started.
     fn admit_users(&mut self, gid: Gid, name: &[u8]) -> Option<Answer> {
         let gid = Gid {
-            generation: self.generation,
+            generation: self.sections.latest(),
             ..gid
         };
         let answer = self.admit(gid);

@@ -2,12 +2,12 @@
 
 use super::Receiver;
 use crate::apply::feed;
+use crate::apply::progress::body_of_mark;
 use crate::apply::stream_message::status_message;
-use crate::arbiter::body_of;
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit};
 use crate::pg::process;
-use crate::pg::records;
+use crate::pg::records::{self, Body};
 use crate::pg::shared::{self, shared};
 use crate::pg::walreceiver::Stream;
 use protocol::Lsn;
@@ -85,8 +85,14 @@ impl Receiver {
         }
     }
 
+    /// The durable row of a mark.
+    pub(super) fn row_of(&mut self, mark: Lsn) -> (u32, Body) {
+        let generation = self.sections.at(mark);
+        (u32::from(self.peer.get()), body_of_mark(mark, generation))
+    }
+
     fn store(&mut self, mark: Lsn) {
-        let row = (u32::from(self.peer.get()), body_of(mark.0));
+        let row = self.row_of(mark);
         hit(Failpoint::MarkBeforeStore);
         let end = process::in_transaction(|| self.marks.write(&mut [row]));
         hit(Failpoint::MarkBeforeFlush);
