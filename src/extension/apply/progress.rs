@@ -93,12 +93,6 @@ impl Fences {
         }
     }
 
-    /// Whether the mark is held.
-    pub fn stand(&self, standing: Standing) -> bool {
-        let mut all = self.0.iter();
-        all.any(|(_, generation)| !standing.may_pass(*generation))
-    }
-
     /// The mark, cut back to the first fence that stands.
     pub fn limit(&mut self, mark: Lsn, standing: Standing) -> Lsn {
         while let Some((at, generation)) = self.0.front() {

@@ -203,27 +203,20 @@ impl Receiver {
         self.node.losses.load(Ordering::Acquire) != self.losses
     }
 
-    /// Why this stream has to end, if it has to. The arbiters have lost each other since it began, and either
-    /// - talk again: what was cut may have left this connection dead without telling, which would be noticed only much later; or
-    /// - the peer's server may be stopping, and waits until all of its WAL is confirmed, which this node cannot do before it is online. It could wait for ever.
-    fn is_over(&self) -> Option<&'static str> {
-        if !self.has_lost_peer() {
-            None
-        } else if self.node.linked.load(Ordering::Acquire) {
-            Some("connects anew, as the arbiters did")
-        } else if self.fences.stand(shared().standing.get()) {
-            Some("ends, as nothing can be confirmed and the arbiter is gone")
-        } else {
-            None
-        }
+    /// Whether they talk again. What was cut may have left this connection dead without telling: it would be noticed only much later.
+    fn is_outlived(&self) -> bool {
+        self.has_lost_peer() && self.node.linked.load(Ordering::Acquire)
     }
 
     fn run(&mut self, stream: &mut Stream) {
         let mut waiting = None::<SocketWait>;
         loop {
             process::check_interrupts();
-            if let Some(reason) = self.is_over() {
-                pgrx::log!("multimaster receiver of node {}: {reason}", self.peer.get());
+            if self.is_outlived() {
+                pgrx::log!(
+                    "multimaster receiver of node {}: connects anew, as the arbiters did",
+                    self.peer.get()
+                );
                 return;
             }
             if self
