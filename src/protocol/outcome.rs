@@ -62,9 +62,16 @@ impl Txn {
 
     /// The coordinator's number counts no more, since the coordinator has left the generation: gives a commit that it announced a number of this
     /// node. Whoever depends on it names that one from now on.
+    ///
+    /// Not when the generation has a member that the transaction had not: then every member has finished it, since the donors have drained it before that one came. And
+    /// that one would not be told the number, and would take it for one that is still to come.
     pub fn adopt(&mut self, turn: &mut Turn) {
         let coordinator = self.gid().coordinator;
-        let orphaned = self.own.is_none() && !turn.site.config.members.contains(coordinator);
+        let members = turn.site.config.members;
+        let orphaned = self.own.is_none() && !members.contains(coordinator);
+        if !members.difference(self.gid().members).is_empty() {
+            return;
+        }
         let announced_by_coordinator =
             self.record.decision == Some(Decision::Commit) && self.announced.csn.is_none();
         if !orphaned || !announced_by_coordinator || !self.has_vote(turn.site.node()) {

@@ -2,14 +2,14 @@
 
 mod common;
 
-use common::{Bench, gid, n};
+use common::{Bench, gid, n, words};
 use protocol::membership::{
     Elected, Membership, MembershipConfig, MembershipEffect, MembershipEffects, MembershipInput,
     MembershipMessage, Presence,
 };
 use protocol::{
-    Effect, Event, Generation, GenerationNum, Gid, Input, Leases, Lsn, Message, Millis, NodeSet,
-    Refusal, Vote,
+    Csn, Decision, Effect, Event, Generation, GenerationNum, Gid, Input, Leases, Lsn, Message,
+    Millis, NodeSet, Refusal, Vote,
 };
 
 fn next_generation(bench: &mut Bench) -> Vec<Effect> {
@@ -89,6 +89,49 @@ fn a_node_without_a_vote_does_not_decide_by_voting() {
         ));
         assert_eq!(bench.core.decision(gid), None);
     }
+}
+
+/// What node 3 says of a commit that node 2 had numbered and told, when node 2 leaves the generation.
+fn said_of_a_commit_of_a_lost_node(members: &[u8]) -> Vec<String> {
+    let gid = Gid {
+        members: members.iter().copied().map(n).collect(),
+        ..gid(2, 7)
+    };
+    let mut bench = Bench::new(3);
+    bench.vote(gid, Vote::Yes, 50);
+    let told = Message::Decided {
+        gid,
+        decision: Decision::Commit,
+        csn: Some(Csn::start_of(1).next()),
+    };
+    bench.hear(2, told);
+    bench.give(Input::Finished { gid });
+    let effects = bench.give(Input::Generation {
+        generation: Generation {
+            num: GenerationNum(2),
+            members: [1, 3].map(n).into_iter().collect(),
+        },
+    });
+    words(&effects)
+}
+
+#[test]
+fn a_commit_of_a_lost_coordinator_gets_a_number_of_those_that_stay() {
+    let said = said_of_a_commit_of_a_lost_node(&[1, 2, 3]);
+    assert!(
+        said.contains(&"1 <- decided Commit 1.1".to_owned()),
+        "{said:?}"
+    );
+}
+
+/// A number that a member is not told would stop the count of all later ones there.
+#[test]
+fn but_not_if_a_member_has_come_since() {
+    let said = said_of_a_commit_of_a_lost_node(&[2, 3]);
+    assert!(
+        said.iter().all(|word| !word.contains("decided")),
+        "{said:?}"
+    );
 }
 
 /// A node's membership and its leases, of three nodes.

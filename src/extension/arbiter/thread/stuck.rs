@@ -102,7 +102,8 @@ impl Arbiter {
     }
 
     fn judge_peers(&mut self) {
-        let most = self.configured.len() - self.configured.majority();
+        let there = self.linked.with(self.node).len();
+        let most = there.saturating_sub(self.configured.majority());
         let (now, timeout) = (self.now(), self.stuck.timeout);
         let own = Own {
             node: self.node,

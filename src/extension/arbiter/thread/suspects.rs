@@ -88,7 +88,8 @@ impl Suspects {
             .collect()
     }
 
-    /// What changes now. `timeout` is zero when nobody is to be suspected; never more than `most` are stuck at a time, since without a majority nothing is gained.
+    /// What changes now. `timeout` is zero when nobody is to be suspected. The nodes that are there can do without `most` of them: no more are found stuck, and of those that
+    /// were, who gets on returns at once while there are more, since without a majority nothing is gained.
     pub fn judge(&mut self, own: Own, now: Millis, timeout: Millis, most: usize) -> Vec<Verdict> {
         let pause = now.saturating_sub(self.judged_at).min(LOOK_PAUSE_MAX);
         self.judged_at = now;
@@ -96,10 +97,11 @@ impl Suspects {
             suspect.unheard_ms += pause;
         }
         let claims = self.claims(own);
-        let mut verdicts = self.acquit(&claims, now, timeout);
         let exceeds = |idle: &Idle| timeout > 0 && idle.for_ms >= timeout;
         // Who is stuck itself leaves it to the others to go on without it.
         let own_stuck = claims.get(&own.node).is_some_and(exceeds);
+        let is_missed = self.stuck().len() + usize::from(own_stuck) > most;
+        let mut verdicts = self.acquit(&claims, now, timeout, is_missed);
         let room = most.saturating_sub(self.stuck().len() + usize::from(own_stuck));
         let mut worst: Vec<(NodeId, Idle)> = claims
             .into_iter()
@@ -123,14 +125,21 @@ impl Suspects {
         verdicts
     }
 
-    /// Those that get on again.
-    fn acquit(&mut self, claims: &Claims, now: Millis, timeout: Millis) -> Vec<Verdict> {
+    /// Those that get on again, after a time if they are not missed.
+    fn acquit(
+        &mut self,
+        claims: &Claims,
+        now: Millis,
+        timeout: Millis,
+        is_missed: bool,
+    ) -> Vec<Verdict> {
         let mut verdicts = Vec::new();
         for (peer, suspect) in &mut self.peers {
             let moves = claims
                 .get(peer)
                 .is_none_or(|idle| idle.for_ms < timeout / 2);
-            if suspect.stuck && suspect.may_return(moves, now, timeout) {
+            let may_return = suspect.may_return(moves, now, timeout) || (moves && is_missed);
+            if suspect.stuck && may_return {
                 suspect.stuck = false;
                 suspect.changed_at = now;
                 verdicts.push(Verdict {
@@ -329,6 +338,21 @@ mod tests {
         let mut suspects = Suspects::default();
         suspects.heard(node(2), idle(1_500));
         assert_eq!(suspects.judge(own(None), 0, 0, 1), []);
+    }
+
+    #[test]
+    fn who_is_needed_is_not_suspected_and_does_not_stay_away() {
+        let mut suspects = Suspects::default();
+        suspects.heard(node(2), idle(1_500));
+        // The third node is lost.
+        assert_eq!(suspects.judge(own(None), 0, TIMEOUT, 0), []);
+        // It is lost later.
+        assert_eq!(suspects.judge(own(None), 100, TIMEOUT, 1).len(), 1);
+        assert_eq!(suspects.judge(own(None), 200, TIMEOUT, 0), []);
+        suspects.heard(node(2), None);
+        assert_eq!(suspects.judge(own(None), 300, TIMEOUT, 1), []);
+        assert_eq!(suspects.judge(own(None), 400, TIMEOUT, 0).len(), 1);
+        assert_eq!(suspects.stuck(), NodeSet::EMPTY);
     }
 
     #[test]
