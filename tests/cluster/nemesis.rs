@@ -121,6 +121,10 @@ fn play_rounds(stage: &mut Stage, mut deck: Deck, time: Duration) -> Result<()> 
         started.elapsed().as_secs(),
         seen.reads,
         seen.lists
+    ))?;
+    stage.say(&format!(
+        "{} of {} full disks were noticed",
+        stage.full_disks_felt, seen.full_disks
     ))
 }
 
@@ -166,8 +170,9 @@ fn round(
     std::thread::sleep(QUIET);
     let transactions = lists.stop();
     let reads = readers.stop();
-    ledger.close(&stage.hosts.cluster, load)?;
+    let closed = ledger.close(&stage.hosts.cluster, load);
     broken?;
+    closed?;
     ledger.audit(&stage.hosts.cluster)?;
     let (transactions, reads) = (transactions?, reads?);
     let mut session = stage
@@ -184,12 +189,9 @@ fn break_some(stage: &mut Stage, deck: &mut Deck, dice: &mut Dice, seen: &mut Se
     for _ in 0..FAULTS {
         let fault = deck.draw(stage.hosts.cluster.nodes.len(), dice);
         stage.say(&fault.describe())?;
-        let told = fault.happen(stage).with_context(|| fault.describe())?;
-        if !told.is_empty() {
-            stage.say(told)?;
-        }
+        fault.happen(stage).with_context(|| fault.describe())?;
         seen.faults += 1;
-        seen.full_disks += u32::from(fault.fills_a_disk());
+        seen.full_disks += fault.full_disks();
         std::thread::sleep(Duration::from_millis(dice.below(3000)));
     }
     Ok(())

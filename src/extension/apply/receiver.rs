@@ -198,11 +198,14 @@ impl Receiver {
         }
     }
 
-    /// Whether the arbiters have lost each other since the stream began and talk again. What was cut may have left this connection dead without
-    /// telling: it would be noticed only much later.
-    fn is_outlived(&self) -> bool {
+    /// Whether the arbiters have lost each other since the stream began.
+    fn has_lost_peer(&self) -> bool {
         self.node.losses.load(Ordering::Acquire) != self.losses
-            && self.node.linked.load(Ordering::Acquire)
+    }
+
+    /// Whether they talk again. What was cut may have left this connection dead without telling: it would be noticed only much later.
+    fn is_outlived(&self) -> bool {
+        self.has_lost_peer() && self.node.linked.load(Ordering::Acquire)
     }
 
     fn run(&mut self, stream: &mut Stream) {

@@ -1,4 +1,4 @@
-//! What can break, which of it comes next, and how it is made and taken back.
+//! What can break, which of it comes next and what of it together, and how it is made and taken back.
 
 use std::time::Duration;
 
@@ -65,6 +65,22 @@ pub const TWO_OF_FIVE: &[Kind] = &[Kind::Split, Kind::KillTwo];
 /// What befalls two nodes with a referee.
 pub const REFEREES: &[Kind] = &[Kind::LoseReferee, Kind::CutFromReferee];
 
+/// What breaks connections; all of them are mended at once.
+const CUTS: &[Kind] = &[
+    Kind::Isolate,
+    Kind::Cut,
+    Kind::CutOneWay,
+    Kind::Split,
+    Kind::CutFromReferee,
+];
+/// What does not last.
+const AT_ONCE: &[Kind] = &[
+    Kind::KillPostmaster,
+    Kind::RestartAll,
+    Kind::FullData,
+    Kind::FullWal,
+];
+
 /// Processes that are killed or stopped.
 const PROCESSES: [&str; 9] = [
     "client backend",
@@ -96,7 +112,21 @@ impl Deck {
         }
     }
 
+    /// The next fault, and sometimes another one that happens while it lasts.
     pub fn draw(&mut self, nodes: usize, dice: &mut Dice) -> Fault {
+        let mut fault = self.draw_one(nodes, dice);
+        if dice.below(3) == 0 {
+            let inner = self.draw_one(nodes, dice);
+            if fault.bears(&inner) {
+                fault.inner = Some(Box::new(inner));
+            } else {
+                self.left.push(inner.kind);
+            }
+        }
+        fault
+    }
+
+    fn draw_one(&mut self, nodes: usize, dice: &mut Dice) -> Fault {
         if self.left.is_empty() {
             self.left.clone_from(&self.kinds);
         }
@@ -109,12 +139,13 @@ impl Deck {
             other,
             process: PROCESSES[dice.below(PROCESSES.len() as u64) as usize],
             lasts: Duration::from_millis(200 + dice.below(5000)),
+            inner: None,
         }
     }
 }
 
 /// What is done to the cluster, and for how long it stays so.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Fault {
     kind: Kind,
     /// Whom it befalls (from 0).
@@ -124,43 +155,78 @@ pub struct Fault {
     /// Which process, where one is meant.
     process: &'static str,
     lasts: Duration,
+    /// What happens in the middle of it.
+    inner: Option<Box<Fault>>,
 }
 
 impl Fault {
+    /// Whether the other one can happen while this one lasts, and both can be taken back.
+    fn bears(&self, inner: &Fault) -> bool {
+        let apart = |node: usize| !self.nodes().contains(&node);
+        !AT_ONCE.contains(&self.kind)
+            && inner.kind != Kind::RestartAll
+            && !(CUTS.contains(&self.kind) && CUTS.contains(&inner.kind))
+            && (CUTS.contains(&self.kind) || inner.nodes().into_iter().all(apart))
+    }
+
+    /// Whom it befalls.
+    fn nodes(&self) -> Vec<usize> {
+        match self.kind {
+            Kind::RestartAll | Kind::LoseReferee => Vec::new(),
+            Kind::Cut | Kind::CutOneWay | Kind::Split | Kind::KillTwo => {
+                vec![self.node, self.other]
+            }
+            _ => vec![self.node],
+        }
+    }
+
     /// One line about it.
     pub fn describe(&self) -> String {
-        let (node, other, process) = (self.node + 1, self.other + 1, self.process);
-        let whom = match self.kind {
-            Kind::RestartAll | Kind::LoseReferee => String::new(),
-            Kind::Cut | Kind::CutOneWay | Kind::Split | Kind::KillTwo => format!("{node} {other} "),
-            Kind::FreezeProcess | Kind::KillProcess => format!("{node} ({process}) "),
-            _ => format!("{node} "),
+        let own = self.describe_alone();
+        match &self.inner {
+            Some(inner) => format!("{own}, meanwhile {}", inner.describe()),
+            None => own,
+        }
+    }
+
+    fn describe_alone(&self) -> String {
+        let numbers: String = self
+            .nodes()
+            .iter()
+            .map(|node| format!("{} ", node + 1))
+            .collect();
+        let process = match self.kind {
+            Kind::FreezeProcess | Kind::KillProcess => format!("({}) ", self.process),
+            _ => String::new(),
         };
-        format!("{:?} {whom}for {} ms", self.kind, self.lasts.as_millis())
+        let ms = self.lasts.as_millis();
+        format!("{:?} {numbers}{process}for {ms} ms", self.kind)
     }
 
-    pub fn fills_a_disk(&self) -> bool {
-        DISKS.contains(&self.kind)
+    /// How many disks it fills.
+    pub fn full_disks(&self) -> u32 {
+        let inner = self.inner.as_ref().map_or(0, |inner| inner.full_disks());
+        u32::from(DISKS.contains(&self.kind)) + inner
     }
 
-    /// Makes the fault, lets it last, and takes it back. Says what else there is to say about it.
+    /// Makes the fault, lets it last, and takes it back.
     ///
     /// # Errors
     /// When it cannot be made or taken back.
-    pub fn happen(&self, stage: &mut Stage) -> Result<&'static str> {
+    pub fn happen(&self, stage: &mut Stage) -> Result<()> {
         let (node, other) = (self.node, self.other);
         match self.kind {
             Kind::Isolate | Kind::Cut | Kind::CutOneWay | Kind::Split | Kind::CutFromReferee => {
                 self.cut(stage)?;
-                self.last();
+                self.last(stage)?;
                 stage.hosts.network.heal()?;
             }
             Kind::Freeze => {
                 stage.node(node).freeze()?;
-                self.last();
+                self.last(stage)?;
                 stage.node(node).thaw()?;
             }
-            Kind::FreezeProcess => self.freeze_process(stage),
+            Kind::FreezeProcess => self.freeze_process(stage)?,
             Kind::KillNode => self.restart(stage, &[node], Server::kill)?,
             Kind::KillTwo => self.restart(stage, &[node, other], Server::kill)?,
             Kind::StopImmediately => self.restart(stage, &[node], Server::stop_immediately)?,
@@ -169,23 +235,30 @@ impl Fault {
             Kind::KillProcess => {
                 // It may not be there at this moment, or the node does not answer.
                 let _ = kill::kill_process(&stage.hosts.cluster, node, self.process);
-                self.last();
+                self.last(stage)?;
             }
             Kind::RestartAll => kill::kill_all(&mut stage.hosts.cluster)?,
-            Kind::FullData => return self.fill(stage, Disk::Data),
-            Kind::FullWal => return self.fill(stage, Disk::Wal),
+            Kind::FullData => self.fill(stage, Disk::Data)?,
+            Kind::FullWal => self.fill(stage, Disk::Wal)?,
             Kind::LoseReferee => {
-                let referee = stage.referee()?;
-                referee.stop_immediately()?;
-                self.last();
-                referee.start()?;
+                stage.referee()?.stop_immediately()?;
+                self.last(stage)?;
+                stage.referee()?.start()?;
             }
         }
-        Ok("")
+        Ok(())
     }
 
-    fn last(&self) {
-        std::thread::sleep(self.lasts);
+    /// The fault stays as it is for a while.
+    fn last(&self, stage: &mut Stage) -> Result<()> {
+        let Some(inner) = &self.inner else {
+            std::thread::sleep(self.lasts);
+            return Ok(());
+        };
+        std::thread::sleep(self.lasts / 2);
+        let outcome = inner.happen(stage);
+        std::thread::sleep(self.lasts / 2);
+        outcome
     }
 
     fn cut(&self, stage: &mut Stage) -> Result<()> {
@@ -207,21 +280,22 @@ impl Fault {
         end: impl Fn(&mut Server) -> Result<()>,
     ) -> Result<()> {
         nodes.iter().try_for_each(|node| end(stage.node(*node)))?;
-        self.last();
+        self.last(stage)?;
         nodes.iter().try_for_each(|node| stage.node(*node).start())
     }
 
-    fn freeze_process(&self, stage: &mut Stage) {
+    fn freeze_process(&self, stage: &mut Stage) -> Result<()> {
         // As above; also when it is to go on it may be gone.
         let Ok(pid) = kill::process(&stage.hosts.cluster, self.node, self.process) else {
-            return;
+            return self.last(stage);
         };
         let _ = stage.node(self.node).freeze_process(pid);
-        self.last();
+        self.last(stage)?;
         let _ = stage.node(self.node).thaw_process(pid);
+        Ok(())
     }
 
-    fn fill(&self, stage: &mut Stage, disk: Disk) -> Result<&'static str> {
+    fn fill(&self, stage: &mut Stage, disk: Disk) -> Result<()> {
         let server = stage.node(self.node);
         let before = complaints(server);
         server.fill_disk(disk)?;
@@ -241,10 +315,8 @@ impl Fault {
             }
             Ok(server.connect().is_ok())
         })?;
-        if felt {
-            stage.full_disks_felt += 1;
-        }
-        Ok(if felt { "felt" } else { "not felt" })
+        stage.full_disks_felt += u32::from(felt);
+        Ok(())
     }
 }
 

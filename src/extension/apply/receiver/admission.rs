@@ -38,7 +38,7 @@ impl Receiver {
         } else if self.ended.contains(&gid) {
             Some(Answer::Nothing)
         } else {
-            admit(gid)
+            self.admit(gid)
         }
     }
 
@@ -49,7 +49,7 @@ impl Receiver {
             generation: self.sections.latest(),
             ..gid
         };
-        let answer = admit(gid);
+        let answer = self.admit(gid);
         let recovered_to = shared().standing.get().recovered_to;
         if self.recovered_to != recovered_to {
             self.recovered_to = recovered_to;
@@ -62,28 +62,31 @@ impl Receiver {
             answer => answer,
         }
     }
+
+    /// Waits until it is known what to do with a transaction that is new here; none when it is to be applied.
+    ///
+    /// Without the peer's arbiter it may never be known. The stream then ends with this process; it comes again.
+    fn admit(&self, gid: Gid) -> Option<Answer> {
+        loop {
+            match shared().admit(gid) {
+                Admission::Apply => return None,
+                Admission::Refuse => return Some(Answer::No),
+                Admission::Skip => return Some(Answer::Nothing),
+                Admission::SetAside => return Some(Answer::SetAside),
+                Admission::Hold if self.has_lost_peer() => process::exit_to_restart(),
+                Admission::Hold => {
+                    process::wait_latch(HOLD_PAUSE, Wait::Stream);
+                    process::check_interrupts();
+                }
+            }
+        }
+    }
 }
 
 /// Names of the prepared transactions that are users' own.
 pub(super) fn names_of_users() -> BTreeSet<String> {
     let names = locks::prepared_names().into_values();
     names.filter(|name| Gid::parse(name).is_none()).collect()
-}
-
-/// Waits until it is known what to do with a transaction that is new here; none when it is to be applied.
-fn admit(gid: Gid) -> Option<Answer> {
-    loop {
-        match shared().admit(gid) {
-            Admission::Apply => return None,
-            Admission::Refuse => return Some(Answer::No),
-            Admission::Skip => return Some(Answer::Nothing),
-            Admission::SetAside => return Some(Answer::SetAside),
-            Admission::Hold => {
-                process::wait_latch(HOLD_PAUSE, Wait::Stream);
-                process::check_interrupts();
-            }
-        }
-    }
 }
 
 pub(super) fn generation_over() -> Refusal {
