@@ -51,6 +51,11 @@ impl Stuck {
         self.timeout = timeout;
     }
 
+    /// Whether what does not move is to be laid to this node.
+    pub fn is_own(&self) -> bool {
+        self.suspects.is_own()
+    }
+
     /// What heartbeats carry.
     pub fn extra(&self) -> Option<Extra> {
         let idle = self.idle.filter(|idle| idle.for_ms >= TOLD_FROM)?;
@@ -102,7 +107,12 @@ impl Arbiter {
     }
 
     fn judge_peers(&mut self) {
-        let most = self.configured.len() - self.configured.majority();
+        // Of two nodes one can do without the other if the referee says so; if it cannot be asked, both would serve nothing.
+        let most = if self.referee.can_be_asked() {
+            1
+        } else {
+            self.configured.len() - self.configured.majority()
+        };
         let (now, timeout) = (self.now(), self.stuck.timeout);
         let own = Own {
             node: self.node,

@@ -37,6 +37,8 @@ struct Suspect {
 pub struct Suspects {
     peers: BTreeMap<NodeId, Suspect>,
     judged_at: Millis,
+    /// The node that judges is stuck itself.
+    own_stuck: bool,
 }
 
 /// The node that judges.
@@ -88,6 +90,11 @@ impl Suspects {
             .collect()
     }
 
+    /// Whether the node that judges is stuck itself.
+    pub const fn is_own(&self) -> bool {
+        self.own_stuck
+    }
+
     /// What changes now. `timeout` is zero when nobody is to be suspected; never more than `most` are stuck at a time, since without a majority nothing is gained.
     pub fn judge(&mut self, own: Own, now: Millis, timeout: Millis, most: usize) -> Vec<Verdict> {
         let pause = now.saturating_sub(self.judged_at).min(LOOK_PAUSE_MAX);
@@ -99,8 +106,8 @@ impl Suspects {
         let mut verdicts = self.acquit(&claims, now, timeout);
         let exceeds = |idle: &Idle| timeout > 0 && idle.for_ms >= timeout;
         // Who is stuck itself leaves it to the others to go on without it.
-        let own_stuck = claims.get(&own.node).is_some_and(exceeds);
-        let room = most.saturating_sub(self.stuck().len() + usize::from(own_stuck));
+        self.own_stuck = claims.get(&own.node).is_some_and(exceeds);
+        let room = most.saturating_sub(self.stuck().len() + usize::from(self.own_stuck));
         let mut worst: Vec<(NodeId, Idle)> = claims
             .into_iter()
             .filter(|(_, idle)| exceeds(idle))
