@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use multimaster_tests::Session;
+use postgres::error::{DbError, Severity};
 use postgres::{Client, NoTls, SimpleQueryMessage};
 use xtask::checks;
 use xtask::cluster::{Cluster, wait_for};
@@ -365,13 +366,24 @@ fn begin(session: &mut Client, mode: &str) -> Option<String> {
     })
 }
 
+/// Whether the session ended with the error, or the whole server: then it tells nothing of the commit.
+pub fn ends_session(error: &DbError) -> bool {
+    matches!(
+        error.parsed_severity(),
+        Some(Severity::Fatal | Severity::Panic)
+    )
+}
+
 fn commit(session: &mut Client) -> Answer {
     let Err(error) = session.batch_execute("COMMIT") else {
         return Answer::Committed;
     };
+    if error.as_db_error().is_some_and(ends_session) {
+        return Answer::Unknown;
+    }
     match error.code().map(|code| code.code()) {
         // The server went down or the session was ended, with the commit under way.
-        None | Some("08007" | "57P01" | "57P02") => Answer::Unknown,
+        None | Some("08007") => Answer::Unknown,
         // What failpoints raise, wherever they are.
         Some("XX000") => Answer::Unknown,
         Some(_) => Answer::Refused,

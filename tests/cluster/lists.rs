@@ -19,7 +19,7 @@ use multimaster_tests::Session;
 use postgres::{Client, NoTls};
 use xtask::cluster::Cluster;
 
-use crate::ledger::Dice;
+use crate::ledger::{Dice, ends_session};
 
 const KEYS: u64 = 6;
 /// Most reads and appends of a transaction.
@@ -163,8 +163,9 @@ fn run(node: usize, session: &mut Client, dice: &mut Dice) -> Transaction {
         Err(_) => End::RolledBack,
         Ok(()) => match session.batch_execute("COMMIT") {
             Ok(()) => End::Committed,
+            Err(error) if error.as_db_error().is_some_and(ends_session) => End::Unknown,
             Err(error) => match error.code().map(|code| code.code()) {
-                None | Some("08007" | "57P01" | "57P02" | "XX000") => End::Unknown,
+                None | Some("08007" | "XX000") => End::Unknown,
                 Some(_) => End::RolledBack,
             },
         },

@@ -13,6 +13,7 @@ use xtask::suite::Size;
 use crate::clone::{Kept, copy, succeed};
 use crate::cut_off::{Scene, cut_off_at_many};
 use crate::hosts::{Hosts, PATIENCE, network_is_missing};
+use crate::stuck::{SLOW_MS, set_on};
 
 pub fn cases() -> Vec<OwnCase> {
     cases![
@@ -22,6 +23,7 @@ pub fn cases() -> Vec<OwnCase> {
         who_missed_something_does_not_go_on_alone,
         a_lost_disk_of_two_is_replaced_by_a_copy,
         what_a_lost_node_decided_is_kept_alone,
+        of_two_nodes_the_one_that_gets_on_goes_on,
         a_wrong_referee_is_found_before_it_is_needed,
     ]
 }
@@ -264,6 +266,40 @@ fn what_a_lost_node_decided_is_kept_alone(installation: &Installation) -> Result
         };
         cut_off_at_many(hosts, &scene)?;
         await_both(hosts)
+    })
+}
+
+/// Its arbiter is heard and asks the referee as well as the other's could.
+fn of_two_nodes_the_one_that_gets_on_goes_on(installation: &Installation) -> Result<()> {
+    with_referee(installation, |hosts| {
+        for node in [0, 1] {
+            set_on(
+                &hosts.cluster,
+                node,
+                "multimaster.slow_node_timeout",
+                SLOW_MS,
+            )?;
+        }
+        for (stuck, other) in [(1, 0), (0, 1)] {
+            let worker = hosts.session(stuck)?.text(
+                "SELECT pid FROM pg_stat_activity WHERE backend_type = 'multimaster apply worker 1'",
+            )?;
+            let worker = worker.parse().context("no such process")?;
+            hosts.cluster.nodes[stuck].freeze_process(worker)?;
+            let mut waiting = hosts.session(other)?;
+            let waits =
+                std::thread::spawn(move || waiting.run("INSERT INTO line (node) VALUES (9)"));
+            let alone = await_alone(hosts, other);
+            let refused = hosts
+                .session(stuck)?
+                .refused("SELECT * FROM line")
+                .map(drop);
+            hosts.cluster.nodes[stuck].thaw_process(worker)?;
+            alone.and(refused)?;
+            ensure!(waits.join().is_ok(), "the client that waited panicked");
+            await_both(hosts)?;
+        }
+        Ok(())
     })
 }
 

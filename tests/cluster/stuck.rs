@@ -25,12 +25,14 @@ pub fn cases() -> Vec<OwnCase> {
 pub const SLOW_MS: &str = "2000";
 
 pub fn set_everywhere(cluster: &Cluster, name: &str, value: &str) -> Result<()> {
-    for node in 0..cluster.nodes.len() {
-        let mut session = Session::new(cluster.connect(node)?);
-        session.run(&format!("ALTER SYSTEM SET {name} = '{value}'"))?;
-        session.run("SELECT pg_reload_conf()")?;
-    }
-    Ok(())
+    (0..cluster.nodes.len()).try_for_each(|node| set_on(cluster, node, name, value))
+}
+
+/// Changes a setting of a node (from 0) by reload.
+pub fn set_on(cluster: &Cluster, node: usize, name: &str, value: &str) -> Result<()> {
+    let mut session = Session::new(cluster.connect(node)?);
+    session.run(&format!("ALTER SYSTEM SET {name} = '{value}'"))?;
+    session.run("SELECT pg_reload_conf()")
 }
 
 /// The members as the first node knows them.

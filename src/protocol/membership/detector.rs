@@ -6,6 +6,9 @@ use super::clique::{Matrix, greatest};
 use super::message::Presence;
 use crate::types::{NodeId, NodeSet};
 
+/// Configured nodes of which neither is a majority.
+const TWO: usize = 2;
+
 /// What this node knows of the others right now.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Detector {
@@ -105,7 +108,14 @@ impl Detector {
             .map(|(peer, presence)| (peer, presence.sees.intersection(self.configured)))
             .collect();
         matrix.insert(self.node, self.sees());
-        self.clique = greatest(&matrix);
+        let clique = greatest(&matrix);
+        // Of two nodes that do not see each other, either may go on: that is for the referee to say, not for the order of nodes.
+        let own = self.configured.len() == TWO && !clique.contains(self.node);
+        self.clique = if own {
+            NodeSet::EMPTY.with(self.node)
+        } else {
+            clique
+        };
     }
 }
 
@@ -119,6 +129,19 @@ mod tests {
 
     fn set(ids: &[u8]) -> NodeSet {
         ids.iter().map(|id| node(*id)).collect()
+    }
+
+    #[test]
+    fn each_of_two_nodes_judges_for_itself() {
+        let mut detector = Detector::new(node(2), set(&[1, 2]));
+        detector.link_up(node(1));
+        detector.heard(node(1), seeing(&[1, 2]));
+        assert_eq!(detector.clique(), set(&[1, 2]));
+        detector.stuck(node(1), true);
+        assert_eq!(detector.clique(), set(&[2]));
+        detector.stuck(node(1), false);
+        detector.heard(node(1), seeing(&[1]));
+        assert_eq!(detector.clique(), set(&[2]));
     }
 
     fn seeing(ids: &[u8]) -> Presence {

@@ -222,7 +222,9 @@ impl Arbiter {
             MembershipEffect::Open { generation } => self.open(generation),
             MembershipEffect::AskReferee(request) => {
                 // Who is not to come online by itself does not go on alone either.
-                let stays_out = self.members.failed || self.members.needs_copy();
+                // Nor one that is stuck, while the other one is there to ask.
+                let stuck = self.stuck.is_own() && !self.linked.is_empty();
+                let stays_out = stuck || self.members.failed || self.members.needs_copy();
                 if !stays_out && !self.referee.differs() {
                     referee::leave(request);
                     shared().arbiter.wake();

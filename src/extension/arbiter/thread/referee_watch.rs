@@ -56,6 +56,11 @@ impl RefereeWatch {
             .is_some_and(|(own, theirs)| own != theirs)
     }
 
+    /// Whether it is likely to answer a question.
+    pub fn can_be_asked(&self) -> bool {
+        self.own.is_some() && self.failure.is_none() && !self.differs()
+    }
+
     /// What keeps this node from going on alone.
     fn wrong(&self) -> Option<String> {
         let differs = self.differs().then(|| {

@@ -51,6 +51,11 @@ impl Stuck {
         self.timeout = timeout;
     }
 
+    /// Whether what does not move is to be laid to this node.
+    pub fn is_own(&self) -> bool {
+        self.suspects.is_own()
+    }
+
     /// What heartbeats carry.
     pub fn extra(&self) -> Option<Extra> {
         let idle = self.idle.filter(|idle| idle.for_ms >= TOLD_FROM)?;
@@ -102,8 +107,13 @@ impl Arbiter {
     }
 
     fn judge_peers(&mut self) {
-        let there = self.linked.with(self.node).len();
-        let most = there.saturating_sub(self.configured.majority());
+        // Of two nodes one can do without the other if the referee says so; if it cannot be asked, both would serve nothing.
+        let most = if self.referee.can_be_asked() {
+            1
+        } else {
+            let there = self.linked.with(self.node).len();
+            there.saturating_sub(self.configured.majority())
+        };
         let (now, timeout) = (self.now(), self.stuck.timeout);
         let own = Own {
             node: self.node,

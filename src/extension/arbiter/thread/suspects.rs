@@ -37,6 +37,8 @@ struct Suspect {
 pub struct Suspects {
     peers: BTreeMap<NodeId, Suspect>,
     judged_at: Millis,
+    /// The node that judges is stuck itself.
+    own_stuck: bool,
 }
 
 /// The node that judges.
@@ -88,6 +90,11 @@ impl Suspects {
             .collect()
     }
 
+    /// Whether the node that judges is stuck itself.
+    pub const fn is_own(&self) -> bool {
+        self.own_stuck
+    }
+
     /// What changes now. `timeout` is zero when nobody is to be suspected. The nodes that are there can do without `most` of them: no more are found stuck, and of those that
     /// were, who gets on returns at once while there are more, since without a majority nothing is gained.
     pub fn judge(&mut self, own: Own, now: Millis, timeout: Millis, most: usize) -> Vec<Verdict> {
@@ -99,10 +106,10 @@ impl Suspects {
         let claims = self.claims(own);
         let exceeds = |idle: &Idle| timeout > 0 && idle.for_ms >= timeout;
         // Who is stuck itself leaves it to the others to go on without it.
-        let own_stuck = claims.get(&own.node).is_some_and(exceeds);
-        let is_missed = self.stuck().len() + usize::from(own_stuck) > most;
-        let mut verdicts = self.acquit(&claims, now, timeout, is_missed);
-        let room = most.saturating_sub(self.stuck().len() + usize::from(own_stuck));
+        self.own_stuck = claims.get(&own.node).is_some_and(exceeds);
+        let gone = self.stuck().len() + usize::from(self.own_stuck);
+        let mut verdicts = self.acquit(&claims, now, timeout, gone > most);
+        let room = most.saturating_sub(self.stuck().len() + usize::from(self.own_stuck));
         let mut worst: Vec<(NodeId, Idle)> = claims
             .into_iter()
             .filter(|(_, idle)| exceeds(idle))
