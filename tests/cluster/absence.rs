@@ -10,7 +10,7 @@ use postgres::fallible_iterator::FallibleIterator;
 use xtask::cluster::wait_for;
 use xtask::installation::Installation;
 
-use crate::crash::arm;
+use crate::crash::{arm, chosen, dice};
 use crate::hosts::{Hosts, PATIENCE, with_hosts};
 
 pub fn cases() -> Vec<OwnCase> {
@@ -247,14 +247,13 @@ impl Copying {
 fn a_client_that_vanishes_in_commit_leaves_nothing(installation: &Installation) -> Result<()> {
     with_hosts(installation, 3, |hosts| {
         create(hosts)?;
-        for (number, point) in [
+        let points = vec![
             "backend-before-prepare",
             "backend-after-prepare",
             "backend-before-commit",
-        ]
-        .into_iter()
-        .enumerate()
-        {
+        ];
+        let chosen = chosen(points, &mut dice(), 1);
+        for (number, point) in chosen.into_iter().enumerate() {
             vanish(hosts, point, number).with_context(|| point.to_owned())?;
         }
         Ok(())
