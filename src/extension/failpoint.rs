@@ -80,6 +80,8 @@ points! {
     RecordsBeforeAnswer "records-before-answer" "both",
     RecordsAfterAnswer "records-after-answer" "both",
     MembersBeforeWrite "members-before-write" "change",
+    // Between the end of the old generation and work in the new one.
+    MarkerBeforeWrite "marker-before-write" "change",
     // What the arbiter says. A point after a message lets it leave first.
     BeforeVote "before-vote" "participant",
     AfterVote "after-vote" "participant",
@@ -179,7 +181,7 @@ mod hits {
 #[cfg(feature = "failpoints")]
 mod hits {
     use super::Failpoint;
-    use crate::pg::failpoint::{log_line, lose_power, raise_in_backend, take};
+    use crate::pg::failpoint::{is_orphan, log_line, lose_power, raise_in_backend, take};
     use std::time::Duration;
 
     /// Time for a message to leave before the server dies.
@@ -266,6 +268,7 @@ mod hits {
         let mut held = false;
         loop {
             match take(point) {
+                Some(Action::Hold) if is_orphan() => return None,
                 Some(Action::Hold) if held => std::thread::sleep(LOOK),
                 Some(Action::Hold) => {
                     log_line(point, "held");

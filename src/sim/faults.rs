@@ -90,7 +90,7 @@ impl World {
         }
     }
 
-    fn some_node(&mut self) -> NodeId {
+    pub fn some_node(&mut self) -> NodeId {
         let place = self.rng.between(0, self.configured.len() as u64 - 1) as usize;
         self.configured.iter().nth(place).unwrap_or(self.first())
     }

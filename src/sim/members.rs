@@ -55,7 +55,7 @@ impl World {
         let config = MembershipConfig {
             fault: self.members_fault,
             promise_ms_max: LEASE_MS * 2,
-            referee: self.referee.is_some(),
+            referee: self.knows_referee(node),
             ..MembershipConfig::new(node, configured)
         };
         let mut out = MembershipEffects::new();

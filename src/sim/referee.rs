@@ -24,12 +24,16 @@ const DOUBLED: u64 = 100;
 /// Times that the way to the referee breaks in a storm, at most.
 const BREAKS: u64 = 6;
 const BROKEN_MS: Millis = 1_200;
+/// Permille of storms in which one of the nodes has not been told of the referee.
+const UNAWARE: u64 = 200;
 
 /// What is beyond the nodes.
 #[derive(Debug, Default)]
 pub(crate) struct RefereeHost {
     row: Referee,
     cut_off: NodeSet,
+    /// Nodes that were not told of it.
+    pub unaware: NodeSet,
     /// Every grant ever given.
     pub granted: BTreeSet<(GenerationNum, NodeId)>,
 }
@@ -39,6 +43,12 @@ impl World {
     pub fn plan_referee(&mut self, storm_ms: Millis) {
         if self.referee.is_none() {
             return;
+        }
+        if self.rng.permille(UNAWARE) {
+            let node = self.some_node();
+            if let Some(host) = &mut self.referee {
+                host.unaware.insert(node);
+            }
         }
         for _ in 0..self.rng.between(0, BREAKS) {
             let whom = self.rng.between(1, 3);
@@ -76,6 +86,12 @@ impl World {
         }
     }
 
+    /// Whether the node's settings name it.
+    pub fn knows_referee(&self, node: NodeId) -> bool {
+        let host = self.referee.as_ref();
+        host.is_some_and(|host| !host.unaware.contains(node))
+    }
+
     pub fn ask_referee(&mut self, node: NodeId, request: RefereeRequest) {
         let life = self.life(node);
         self.by_post(|| Event::AskReferee {
@@ -98,6 +114,7 @@ impl World {
             host.row = Referee {
                 num: request.num,
                 node: Some(node),
+                ..host.row
             };
             RefereeAnswer {
                 num: request.num,

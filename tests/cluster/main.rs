@@ -11,7 +11,9 @@ mod clone;
 mod crash;
 mod cut_off;
 mod failover;
+mod generations;
 mod growth;
+mod hanging_disk;
 mod hosts;
 mod intruder;
 mod kill;
@@ -54,6 +56,8 @@ fn main() -> ExitCode {
         split::cases(),
         referee::cases(),
         stuck::cases(),
+        hanging_disk::cases(),
+        generations::cases(),
         users_prepared::cases(),
         nemesis::cases(),
         crash::cases(),

@@ -118,7 +118,7 @@ impl Membership {
         };
         let possible = self.config.is_electable(proposal)
             && proposal.contains(self.config.node)
-            && (self.has_been_online() || !self.config.needs_referee(proposal));
+            && (self.may_hold_all() || !self.config.needs_referee(proposal));
         (reason && possible).then_some(proposal)
     }
 

@@ -5,9 +5,12 @@
 //! the other node would ask for one.
 //!
 //! **Rule.** A node that asks for number n and was last online in o is granted {node} n if
-//! 1. it is what was granted last, word for word (an answer was lost); or
-//! 2. n is above the number granted last, and that was granted to the node itself, or lies below o: whoever has been online in a generation of both
-//!    nodes since then holds everything that was committed alone.
+//! 1. o lies above every number that the *other* node was ever granted: whoever has been online in a generation of both nodes since then holds
+//!    everything that was committed alone; and
+//! 2. n is above every number granted so far, or is what was granted last, word for word (an answer was lost).
+//!
+//! Rule 1 holds for the node that was granted the last number, too. Another server may speak in its name: an old disk of a node that was replaced by a
+//! copy since, or an old image of its machine. Such a one was online before the other node went on alone, or there would have been no copy.
 //!
 //! No grant is ever given back. It loses its force when the other node has recovered; a grant that was asked for and never used does as well.
 
@@ -43,9 +46,11 @@ pub struct RefereeAnswer {
 /// What the referee keeps, durably before it answers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Referee {
-    /// Zero before the first.
+    /// The number granted last; zero before the first.
     pub num: GenerationNum,
     pub node: Option<NodeId>,
+    /// The last number granted to the other node; zero before the first.
+    pub others: GenerationNum,
 }
 
 impl Referee {
@@ -57,12 +62,15 @@ impl Referee {
             online_in,
         } = request;
         let own = self.node == Some(node);
-        let again = own && num == self.num;
-        let newer = num > self.num && (self.node.is_none() || own || online_in > self.num);
+        let others = if own { self.others } else { self.num };
+        let holds_all = online_in > others;
+        let again = holds_all && own && num == self.num;
+        let newer = holds_all && num > self.num;
         if newer {
             *self = Self {
                 num,
                 node: Some(node),
+                others,
             };
         }
         RefereeAnswer {
@@ -74,10 +82,16 @@ impl Referee {
 }
 
 impl MembershipConfig {
-    /// Whether these members can be elected at all.
+    /// Whether this node can have these members elected.
     pub(super) fn is_electable(&self, members: NodeSet) -> bool {
         members.is_subset(self.configured)
             && (members.is_quorum_of(self.configured) || self.needs_referee(members))
+    }
+
+    /// Whether somebody can have had them elected: the other node may have a referee that this one was not told of.
+    pub(super) fn may_be_elected(&self, members: NodeSet) -> bool {
+        let referee = true;
+        Self { referee, ..*self }.is_electable(members)
     }
 
     /// Whether it takes the referee to elect these members.
@@ -96,10 +110,12 @@ impl Membership {
         self.is_online() && self.record.current.generation.members == alone
     }
 
-    /// Not before a copy of another node has come online with it: what the copied node committed alone, it may lack, and a referee that is new
-    /// knows of no grant.
-    pub(super) const fn has_been_online(&self) -> bool {
-        self.record.online_in.0 > 0
+    /// Whether this node may hold everything that was committed, as far as it knows itself: it is online in the current generation, or elected as
+    /// one that would be. Who knows better does not ask the referee, which may be a new one that knows of no grant. A copy of another node does not
+    /// before it has been online.
+    pub(super) fn may_hold_all(&self) -> bool {
+        let current = self.record.current;
+        self.record.online_in == current.generation.num || current.donors.contains(self.config.node)
     }
 
     pub(super) fn ask_referee(&self, running: &Running, out: &mut MembershipEffects) {

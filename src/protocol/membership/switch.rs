@@ -49,7 +49,7 @@ impl Membership {
         if elected.generation.num < self.record.num() {
             return;
         }
-        if !elected.is_valid() || !self.config.is_electable(elected.generation.members) {
+        if !elected.is_valid() || !self.config.may_be_elected(elected.generation.members) {
             let reason = "no quorum can have elected its generation";
             return out.event(MembershipEvent::Rejected { from, reason });
         }

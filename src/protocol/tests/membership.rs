@@ -267,35 +267,6 @@ fn who_has_said_good_bye_opens_nothing_any_more() {
     assert!(!bench.membership.is_online());
 }
 
-/// A referee that is new would grant it anything.
-#[test]
-fn a_copy_does_not_ask_the_referee_before_it_has_been_online() {
-    let both = elected(2, &[1, 2], &[1]);
-    for (online_in, asks) in [(0, false), (1, true)] {
-        let config = MembershipConfig {
-            referee: true,
-            ..MembershipConfig::new(n(2), set(&[1, 2]))
-        };
-        let found = record(online_in, both.generation, both);
-        let mut out = MembershipEffects::new();
-        let mut membership = Membership::new(config, Some(found), 0, &mut out);
-        let inputs = [
-            MembershipInput::Closed {
-                num: GenerationNum(2),
-            },
-            MembershipInput::Tick { unbound: set(&[1]) },
-            MembershipInput::Tick { unbound: set(&[1]) },
-        ];
-        for (input, now) in inputs.into_iter().zip([10_000, 10_100, 11_000]) {
-            membership.handle(now, input, &mut out);
-        }
-        let asked = out
-            .drain()
-            .any(|effect| matches!(effect, MembershipEffect::AskReferee(_)));
-        assert_eq!(asked, asks, "last online in {online_in}");
-    }
-}
-
 #[test]
 fn who_voted_higher_does_not_come_online() {
     let before = record(

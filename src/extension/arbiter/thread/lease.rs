@@ -131,7 +131,7 @@ impl LeaseKeeper {
     /// What heartbeats carry.
     pub fn extras(&self) -> impl Iterator<Item = Extra> {
         let grants: Vec<Grant> = self.leases.grants().collect();
-        let times = (self.times.send_ms, self.times.recv_ms);
+        let times = (self.times.send_ms, self.times.recv_ms, self.times.slow_ms);
         [
             extras::put(extras::GRANTS, &grants),
             extras::put(extras::TIMES, &times),
@@ -143,8 +143,12 @@ impl LeaseKeeper {
 
 /// The heartbeat times of the sender.
 pub fn times_of(heartbeat: &Heartbeat) -> Option<HeartbeatTimes> {
-    let (send_ms, recv_ms) = extras::get(heartbeat, extras::TIMES)?;
-    Some(HeartbeatTimes { send_ms, recv_ms })
+    let (send_ms, recv_ms, slow_ms) = extras::get(heartbeat, extras::TIMES)?;
+    Some(HeartbeatTimes {
+        send_ms,
+        recv_ms,
+        slow_ms,
+    })
 }
 
 fn duration(times: HeartbeatTimes) -> Millis {
