@@ -1,19 +1,22 @@
 //! Statements whose snapshot was taken before their node came back: what others have committed meanwhile was answered before they were sent.
 
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use multimaster_tests::{OwnCase, Session, cases};
+use multimaster_tests::{OwnCase, Session, cases, with_cluster};
 use xtask::cluster::wait_for;
 use xtask::installation::Installation;
 
 use crate::crash::arm;
+use crate::failover::await_online;
 use crate::hosts::{Hosts, PATIENCE, with_hosts};
 
 pub fn cases() -> Vec<OwnCase> {
     cases![
         a_statement_that_stops_before_its_check_shows_nothing_stale,
         what_was_open_on_a_node_that_returns_shows_nothing_stale,
+        transactions_outlive_a_lease_that_lapses,
     ]
 }
 
@@ -25,6 +28,9 @@ const CUT_OFF: usize = 2;
 const DECIDED: &str = "backend-before-commit";
 /// It has its snapshot, and has not looked whether its node serves.
 const UNCHECKED: &str = "statement-before-check";
+/// Longer than a promise lasts (a quarter of the silence after which a node is missed), and shorter than that silence.
+const LAPSE: Duration = Duration::from_millis(900);
+const ROUNDS: u32 = 10;
 
 type Asked = JoinHandle<Result<String>>;
 
@@ -209,4 +215,43 @@ fn begun(hosts: &Hosts, starts: &[&str]) -> Result<Vec<Session>> {
         Ok(session)
     };
     starts.iter().map(begin).collect()
+}
+
+/// A node that is slow for a moment keeps its transactions, whatever their snapshots: nobody has gone on without it.
+fn transactions_outlive_a_lease_that_lapses(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 3, |cluster| {
+        let mut other = Session::new(cluster.connect(0)?);
+        other.run("CREATE TABLE t (n int); INSERT INTO t VALUES (0)")?;
+        let generation = "SELECT gen_num FROM mtm.status()";
+        let open = |sql: &str| {
+            let mut session = Session::new(cluster.connect(CUT_OFF)?);
+            session.run(sql)?;
+            anyhow::Ok(session)
+        };
+        // On a machine that is busy the node may be missed all the same: then it says nothing.
+        for round in 1..=ROUNDS {
+            let read = "SELECT n FROM t";
+            let before = other.text(generation)?;
+            let mut committed = open("BEGIN; SELECT n FROM t")?;
+            let mut repeatable = open("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT n FROM t")?;
+            let mut serializable = open("BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT n FROM t")?;
+            let seen = committed.text(read)?;
+            other.run("UPDATE t SET n = n + 1")?;
+            cluster.nodes[CUT_OFF].freeze()?;
+            std::thread::sleep(LAPSE);
+            cluster.nodes[CUT_OFF].thaw()?;
+            let found = [&mut committed, &mut repeatable, &mut serializable]
+                .map(|session| session.text(read));
+            if other.text(generation)? != before {
+                println!("  round {round}: the node was excluded");
+                await_online(cluster, CUT_OFF)?;
+                continue;
+            }
+            let found: Vec<String> = found.into_iter().collect::<Result<_>>()?;
+            ensure!(found[0] != seen, "read committed reads {found:?} again");
+            ensure!(found[1..] == [seen.clone(), seen], "{found:?}");
+            return Ok(());
+        }
+        anyhow::bail!("the node was excluded each time")
+    })
 }
