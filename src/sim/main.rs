@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use sim::model::{Findings, Scope, search};
 use sim::{ChangeScope, search_changes};
 
-const USAGE: &str = "usage: sim seeds <nodes> <first> <last> | sim trace <nodes> <seed> | sim members <nodes> <first> <last> | sim trace-members <nodes> <seed> | sim beside <nodes> <first> <last> | sim trace-beside <nodes> <seed> | sim quick | sim model [<steps>]";
+const USAGE: &str = "usage: sim seeds <nodes> <first> <last> | sim trace <nodes> <seed> | sim members <nodes> <first> <last> | sim trace-members <nodes> <seed> | sim beside <nodes> <first> <last> | sim trace-beside <nodes> <seed> | sim users <first> <last> | sim quick | sim model [<steps>]";
 
 /// Steps that a search takes when none are given: more than any scope has.
 const MODEL_STEPS: usize = 100_000_000;
@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         }
         (Some("referee"), Some([first, last])) => refereed(*first, *last),
         (Some("trace-referee"), Some([seed])) => shown(sim::trace_refereed_seed(*seed)),
+        (Some("users"), Some([first, last])) => users(*first..*last),
         (Some("trace"), Some([nodes, seed])) => trace(*nodes as u8, *seed),
         (Some("quick"), Some([])) => quick(),
         (Some("model"), Some([])) => model(MODEL_STEPS),
@@ -119,6 +120,17 @@ fn refereed(first: u64, last: u64) -> bool {
         "{} seeds with two nodes and a referee: {committed} committed, {alone} of them alone, {recovered} recovered; all invariants hold",
         last - first
     );
+    true
+}
+
+fn users(seeds: std::ops::Range<u64>) -> bool {
+    for seed in seeds.clone() {
+        if let Err(broken) = sim::run_users_seed(seed, None) {
+            println!("{broken}");
+            return false;
+        }
+    }
+    println!("{seeds:?} of users' prepared transactions: all rules hold");
     true
 }
 
