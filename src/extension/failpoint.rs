@@ -48,6 +48,8 @@ points! {
     // The backend that learns the name of its transaction before COMMIT: its xid must be on disk by then.
     NameBeforeFlush "name-before-flush" "coordinator",
     NameAfterFlush "name-after-flush" "coordinator",
+    // A statement that reads or writes has its snapshot, and has not looked whether the node serves.
+    StatementBeforeCheck "statement-before-check" "rare",
     // The backend that commits.
     BackendBeforePrepare "backend-before-prepare" "coordinator",
     BackendAfterPrepare "backend-after-prepare" "coordinator",
@@ -78,6 +80,8 @@ points! {
     RecordsBeforeAnswer "records-before-answer" "both",
     RecordsAfterAnswer "records-after-answer" "both",
     MembersBeforeWrite "members-before-write" "change",
+    // Between the end of the old generation and work in the new one.
+    MarkerBeforeWrite "marker-before-write" "change",
     // What the arbiter says. A point after a message lets it leave first.
     BeforeVote "before-vote" "participant",
     AfterVote "after-vote" "participant",
@@ -177,7 +181,7 @@ mod hits {
 #[cfg(feature = "failpoints")]
 mod hits {
     use super::Failpoint;
-    use crate::pg::failpoint::{is_armed, log_line, lose_power, raise_in_backend, take};
+    use crate::pg::failpoint::{is_orphan, log_line, lose_power, raise_in_backend, take};
     use std::time::Duration;
 
     /// Time for a message to leave before the server dies.
@@ -227,7 +231,7 @@ mod hits {
 
     /// Passes a point on the main thread of a background worker or walsender.
     pub fn hit(point: Failpoint) {
-        match take(point) {
+        match next(point) {
             Some(Action::Error) => pgrx::error!("failpoint {point:?}"),
             action => act(point, action),
         }
@@ -235,7 +239,7 @@ mod hits {
 
     /// Passes a point in the commit sequence of a backend, whose frames PostgreSQL's errors cross by `longjmp`.
     pub fn hit_in_backend(point: Failpoint) {
-        match take(point) {
+        match next(point) {
             Some(Action::Error) => raise_in_backend(),
             action => act(point, action),
         }
@@ -243,12 +247,12 @@ mod hits {
 
     /// Passes a point on the arbiter's network thread.
     pub fn hit_in_thread(point: Failpoint) {
-        act(point, take(point));
+        act(point, next(point));
     }
 
     /// Passes a point behind a message that was queued on the network thread: it must be able to leave.
     pub fn hit_after_sending(point: Failpoint) {
-        match take(point) {
+        match next(point) {
             Some(Action::Crash { .. }) => {
                 std::thread::spawn(move || {
                     std::thread::sleep(SENDING);
@@ -259,17 +263,27 @@ mod hits {
         }
     }
 
+    /// What is to happen now; who is held stays until the point is no longer armed, or to do something else.
+    fn next(point: Failpoint) -> Option<Action> {
+        let mut held = false;
+        loop {
+            match take(point) {
+                Some(Action::Hold) if is_orphan() => return None,
+                Some(Action::Hold) if held => std::thread::sleep(LOOK),
+                Some(Action::Hold) => {
+                    log_line(point, "held");
+                    held = true;
+                }
+                other => return other,
+            }
+        }
+    }
+
     fn act(point: Failpoint, action: Option<Action>) {
         match action {
-            Some(Action::Hold) => {
-                log_line(point, "held");
-                while is_armed(point) {
-                    std::thread::sleep(LOOK);
-                }
-            }
             Some(Action::Crash { .. }) => lose_power(point),
             Some(Action::Sleep { ms }) => std::thread::sleep(Duration::from_millis(u64::from(ms))),
-            Some(Action::Error) | None => {}
+            Some(Action::Hold | Action::Error) | None => {}
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::views::{
     TransactionRow, TransactionStatus,
 };
 use pgrx::prelude::*;
-use protocol::{Csn, NodeId};
+use protocol::{Csn, NodeId, membership};
 use serde::de::DeserializeOwned;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -36,7 +36,13 @@ pub fn decode_environment() -> Environment {
         node: || shared().node_id(),
         generation: || shared().current(),
         visible: |deps| {
-            deps.extend(node_ids().filter_map(|node| {
+            // Before the numbers: in a generation that is seen, those of nodes outside of it have been replaced.
+            let standing = shared().standing.get();
+            let counts = |node: &NodeId| {
+                standing.phase != membership::Phase::Online
+                    || standing.current.members.contains(*node)
+            };
+            deps.extend(node_ids().filter(counts).filter_map(|node| {
                 let csn = Csn(shared().node(node).visible.load(Ordering::Acquire));
                 (csn != Csn::ZERO).then_some((node, csn))
             }));

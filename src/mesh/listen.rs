@@ -50,6 +50,8 @@ pub(crate) async fn accept(shared: Arc<Shared>, listener: TcpListener, reception
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
+                // Whoever connects would take a link for a sign of life of this node.
+                Ok(_) if !shared.may_speak() => {}
                 Ok((stream, addr)) => {
                     if let Some(evicted) = strangers.make_room() {
                         shared.report_refusal(None, Some(evicted), MeetError::Crowded);

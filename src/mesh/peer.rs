@@ -22,6 +22,11 @@ pub(crate) async fn serve_by_dialling(shared: Arc<Shared>, peer: Peer) {
     let mut back_off = BackOff::new();
     let mut last_failure = None;
     while !shared.events.is_closed() {
+        // The peer would take a link for a sign of life, and hear nothing on it.
+        if !shared.may_speak() {
+            sleep(back_off.pause()).await;
+            continue;
+        }
         match dial_once(&shared, &peer).await {
             Ok(link) => {
                 last_failure = None;

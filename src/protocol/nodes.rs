@@ -71,6 +71,8 @@ pub struct NodeSet(u16);
 
 impl NodeSet {
     pub const EMPTY: Self = Self(0);
+    /// Every node that there can be.
+    pub const ALL: Self = Self(u16::MAX);
 
     pub const fn from_bits(bits: u16) -> Self {
         Self(bits)

@@ -1,5 +1,7 @@
 //! `cargo xtask demo`: a cluster of three nodes, shown at work in half a minute.
 
+mod loss;
+
 use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use postgres::error::{DbError, SqlState};
 use postgres::{Client, SimpleQueryMessage};
 
-use crate::cluster::{Cluster, explain, stop_servers_on_signal, wait_for};
+use crate::cluster::{Cluster, explain, stop_servers_on_signal};
 use crate::installation::{MAJOR, Source};
 use crate::{checks, extension, screen, setup};
 
@@ -52,52 +54,8 @@ fn show(cluster: &mut Cluster) -> Result<()> {
     two_clients_want_one_row(&mut clients)?;
     nodes_of_the_cluster(&mut clients[0])?;
     drop(clients);
-    a_node_is_lost_and_returns(cluster)?;
+    loss::show(cluster)?;
     all_copies_are_equal(cluster)
-}
-
-/// Node (from 0) that is killed.
-const LOST: usize = 2;
-/// How long the others may take to go on, and the lost one to return.
-const PATIENCE: Duration = Duration::from_secs(60);
-const MEMBERS: &str = "SELECT id, is_member, is_online FROM mtm.nodes()";
-
-fn a_node_is_lost_and_returns(cluster: &mut Cluster) -> Result<()> {
-    screen::heading("A node is lost, the others go on, it comes back");
-    screen::say(format!("kill -9 of every process of {}", name(LOST)));
-    cluster.nodes[LOST].kill()?;
-    let lost = Instant::now();
-    let sql = "INSERT INTO account VALUES (4, 'Barbara', 100)";
-    let mut first = cluster.connect(0)?;
-    screen::statement("node1", sql);
-    wait_for("a commit without the lost node", PATIENCE, || {
-        Ok(first.batch_execute(sql).is_ok())
-    })?;
-    screen::good(format!(
-        "committed {} ms after the loss, by itself",
-        lost.elapsed().as_millis()
-    ));
-    show_members(&mut first)?;
-    let started = Instant::now();
-    cluster.nodes[LOST].start()?;
-    wait_for("the lost node to be online", PATIENCE, || {
-        let status = cluster
-            .connect(LOST)
-            .and_then(|mut client| query(&mut client, "SELECT status FROM mtm.status()"));
-        Ok(status.is_ok_and(|status| status == "online"))
-    })?;
-    screen::good(format!(
-        "{} is online again {} ms after it was started",
-        name(LOST),
-        started.elapsed().as_millis()
-    ));
-    show_members(&mut first)
-}
-
-fn show_members(client: &mut Client) -> Result<()> {
-    screen::statement("node1", MEMBERS);
-    screen::answer(query(client, MEMBERS)?);
-    Ok(())
 }
 
 fn every_node_reads_what_any_node_wrote(clients: &mut [Client]) -> Result<()> {

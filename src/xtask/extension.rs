@@ -39,6 +39,26 @@ impl Build {
     }
 }
 
+/// What tells cargo of the extension as tests and demonstrations run it.
+pub fn test_build_arguments() -> Vec<String> {
+    arguments(Build::Test)
+}
+
+fn arguments(how: Build) -> Vec<String> {
+    let features = how.features();
+    let profile = how.profile();
+    [
+        "--package",
+        "multimaster",
+        "--profile",
+        profile,
+        "--features",
+        &features,
+    ]
+    .map(str::to_owned)
+    .to_vec()
+}
+
 /// Builds the extension for `source`, for tests and demonstrations, and returns an installation that has it.
 ///
 /// # Errors
@@ -56,15 +76,8 @@ pub fn build_as(source: &Source, how: Build) -> Result<Installation> {
     let target = target_dir(source)?;
     let mut cargo = cargo();
     cargo
-        .args([
-            "build",
-            "--quiet",
-            "--package",
-            "multimaster",
-            "--profile",
-            how.profile(),
-        ])
-        .args(["--features", &how.features()])
+        .args(["build", "--quiet"])
+        .args(arguments(how))
         .arg("--target-dir")
         .arg(&target)
         .env("PGRX_PG_CONFIG_PATH", &source.pg_config);

@@ -121,6 +121,7 @@ fn everything(report: &mut Report, size: Size) {
     if !built.is_good() {
         return;
     }
+    report.part("extension", extension_tests);
     for program in ["server", "cluster"] {
         report.part(program, || {
             server_tests(program, &Source::packaged()?, size, None)
@@ -173,15 +174,8 @@ fn lint() -> Result<Tally> {
     )?;
     let mut extension = cargo();
     extension
-        .args([
-            "clippy",
-            "--quiet",
-            "--package",
-            "multimaster",
-            "--profile",
-            extension::PROFILE,
-        ])
-        .args(["--features", &format!("pg{MAJOR},failpoints")])
+        .args(["clippy", "--quiet", "--all-targets"])
+        .args(extension::test_build_arguments())
         .env("PGRX_PG_CONFIG_PATH", &source.pg_config);
     command::show(extension.args(denied))?;
     Ok(Tally::PASSED)
@@ -203,6 +197,16 @@ fn unit_tests() -> Result<Tally> {
     } else {
         tests.args(["test", "--quiet", "--no-fail-fast"]);
     }
+    counted(&mut tests)
+}
+
+/// Runs the unit tests inside the extension, which need no server.
+fn extension_tests() -> Result<Tally> {
+    let mut tests = cargo();
+    tests
+        .args(["test", "--quiet", "--lib"])
+        .args(extension::test_build_arguments())
+        .env("PGRX_PG_CONFIG_PATH", Source::packaged()?.pg_config);
     counted(&mut tests)
 }
 

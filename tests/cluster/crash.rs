@@ -68,6 +68,13 @@ pub fn chosen<T>(mut points: Vec<T>, dice: &mut Dice, few: usize) -> Vec<T> {
 
 /// The seed of this run, printed so that it can be repeated.
 pub fn dice() -> Dice {
+    let (seed, dice) = dice_named();
+    println!("  {seed}");
+    dice
+}
+
+/// The same, with the words to repeat it.
+pub fn dice_named() -> (String, Dice) {
     let chosen = std::env::var(SEED_VARIABLE)
         .ok()
         .and_then(|text| text.parse().ok());
@@ -75,18 +82,26 @@ pub fn dice() -> Dice {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         now.map_or(1, |since| u64::from(since.subsec_nanos()))
     });
-    println!("  {SEED_VARIABLE}={seed}");
-    Dice::new(seed)
+    (format!("{SEED_VARIABLE}={seed}"), Dice::new(seed))
 }
 
-/// A cluster that notices lost nodes soon.
+/// A cluster of three that notices lost nodes soon.
 pub fn with_quick_cluster(
     installation: &Installation,
     work: impl FnOnce(&mut Cluster) -> Result<()>,
 ) -> Result<()> {
-    let mut specs = xtask::cluster::specs(3);
+    with_quick_nodes(installation, 3, work)
+}
+
+/// The same with so many nodes.
+pub fn with_quick_nodes(
+    installation: &Installation,
+    nodes: usize,
+    work: impl FnOnce(&mut Cluster) -> Result<()>,
+) -> Result<()> {
+    let mut specs = xtask::cluster::specs(nodes);
     for spec in &mut specs {
-        spec.settings.extend(xtask::cluster::member_settings(3));
+        spec.settings.extend(xtask::cluster::member_settings(nodes));
         spec.settings.extend(settings(&[
             ("multimaster.heartbeat_send_timeout", "100"),
             ("multimaster.heartbeat_recv_timeout", "1000"),

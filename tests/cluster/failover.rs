@@ -15,8 +15,11 @@ use xtask::suite::Size;
 pub fn cases() -> Vec<OwnCase> {
     cases![
         survivors_of_a_killed_node_go_on,
+        three_of_five_go_on_when_two_are_killed,
         a_node_returns_while_the_load_goes_on,
-        two_nodes_of_three_die_and_return
+        two_nodes_of_three_die_and_return,
+        a_restarted_node_asks_nothing_of_a_lost_one,
+        a_node_stops_while_another_recovers
     ]
 }
 
@@ -155,6 +158,74 @@ fn survivors_of_a_killed_node_go_on(installation: &Installation) -> Result<()> {
     })
 }
 
+/// Nodes (from 0) of five that stay, each with a client of its number.
+const SURVIVORS: [usize; 3] = [0, 1, 2];
+
+/// What was lost, when, and when everybody else had long gone on.
+type Loss = (&'static str, Instant, Instant);
+
+fn three_of_five_go_on_when_two_are_killed(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 5, |cluster| {
+        create(cluster)?;
+        let load = Load::start(cluster, &SURVIVORS);
+        std::thread::sleep(LOAD);
+        let losses = lose_two_twice(cluster);
+        let commits = load.stop()?;
+        for (what, since, until) in losses? {
+            let gaps: Vec<u128> = commits
+                .iter()
+                .map(|commits| &commits[..commits.partition_point(|at| *at < until)])
+                .map(|commits| longest_gap(commits, since).as_millis())
+                .collect();
+            println!("  {what}: longest gaps of the others {gaps:?} ms");
+        }
+        check_rows(cluster, &commits)
+    })
+}
+
+/// One after the other, and both at once.
+fn lose_two_twice(cluster: &mut Cluster) -> Result<Vec<Loss>> {
+    let mut losses = vec![
+        lose(cluster, "one of five killed", &[4])?,
+        lose(cluster, "one of the four killed", &[3])?,
+    ];
+    bring_back(cluster, &[3, 4])?;
+    losses.push(lose(cluster, "two of five killed", &[3, 4])?);
+    bring_back(cluster, &[3, 4])?;
+    Ok(losses)
+}
+
+/// Kills nodes, and waits until every survivor commits again.
+fn lose(cluster: &mut Cluster, what: &'static str, nodes: &[usize]) -> Result<Loss> {
+    let begun = Instant::now();
+    nodes
+        .iter()
+        .try_for_each(|node| cluster.nodes[*node].kill())?;
+    for client in SURVIVORS {
+        let mut before = None;
+        wait_for(&format!("commits of node {}", client + 1), PATIENCE, || {
+            let found = cluster.connect(0).and_then(|session| {
+                let count = format!("SELECT count(*) FROM line WHERE client = {client}");
+                Session::new(session).text(&count)
+            });
+            // Refused while it is not known who is left. The first commit may have been under way.
+            let found: Option<u64> = found.ok().and_then(|found| found.parse().ok());
+            Ok(found.is_some_and(|found| found > *before.get_or_insert(found) + 1))
+        })?;
+    }
+    std::thread::sleep(LOAD);
+    Ok((what, begun, Instant::now()))
+}
+
+fn bring_back(cluster: &mut Cluster, nodes: &[usize]) -> Result<()> {
+    for node in nodes {
+        cluster.nodes[*node].start()?;
+    }
+    nodes
+        .iter()
+        .try_for_each(|node| await_online(cluster, *node))
+}
+
 fn a_node_returns_while_the_load_goes_on(installation: &Installation) -> Result<()> {
     with_cluster(installation, 3, |cluster| {
         create(cluster)?;
@@ -202,5 +273,80 @@ fn two_nodes_of_three_die_and_return(installation: &Installation) -> Result<()> 
         std::thread::sleep(LOAD);
         let commits = load.stop()?;
         check_rows(cluster, &commits)
+    })
+}
+
+/// Two nodes are lost, one returns: what it missed comes from the one that stayed, which has seen commits of the lost one, and both go on.
+fn a_restarted_node_asks_nothing_of_a_lost_one(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 3, |cluster| {
+        create(cluster)?;
+        let load = Load::start(cluster, &[0, LOST]);
+        std::thread::sleep(LOAD);
+        cluster.nodes[LOST_TOO].kill()?;
+        std::thread::sleep(LOAD);
+        cluster.nodes[LOST].kill()?;
+        cluster.nodes[LOST_TOO].start()?;
+        await_online(cluster, LOST_TOO)?;
+        await_online(cluster, 0)?;
+        for node in [0, LOST_TOO] {
+            let name = format!("commits of node {} without the lost one", node + 1);
+            let sql = format!("INSERT INTO line VALUES ({}, 0)", 100 + node);
+            wait_for(&name, PATIENCE, || {
+                let mut session = cluster.connect(node)?;
+                session.batch_execute("SET statement_timeout = '5s'")?;
+                Ok(session.batch_execute(&sql).is_ok())
+            })?;
+        }
+        cluster.nodes[LOST].start()?;
+        await_online(cluster, LOST)?;
+        let commits = load.stop()?;
+        check_rows(cluster, &commits)
+    })
+}
+
+/// Node 3 applies nothing of client 77 before this file is in its data directory.
+const GO: &str = "go_on";
+
+/// What a recovering node must not confirm yet does not keep another one from stopping.
+fn a_node_stops_while_another_recovers(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 3, |cluster| {
+        create(cluster)?;
+        let mut session = Session::new(cluster.connect(0)?);
+        session.run(&format!(
+            "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+             WHILE (SELECT my_node_id FROM mtm.status()) = 3 AND pg_stat_file('{GO}', true) IS NULL LOOP PERFORM pg_sleep(0.05); END LOOP; \
+             RETURN new; END $$; \
+             CREATE TRIGGER wait BEFORE INSERT ON line FOR EACH ROW WHEN (new.client = 77) EXECUTE FUNCTION wait(); \
+             ALTER TABLE line ENABLE ALWAYS TRIGGER wait"
+        ))?;
+        cluster.nodes[LOST].kill()?;
+        wait_for("a commit without the lost node", PATIENCE, || {
+            let mut session = Session::new(cluster.connect(0)?);
+            Ok(session.run("INSERT INTO line VALUES (77, 0)").is_ok())
+        })?;
+        cluster.nodes[LOST].start()?;
+        wait_for("the lost node to recover", PATIENCE, || {
+            let mut lost = Session::new(cluster.connect(LOST)?);
+            Ok(lost.text("SELECT count(*) FROM mtm.recovery")? == "1")
+        })?;
+        wait_for(
+            "the lost node to read what the other one writes",
+            PATIENCE,
+            || {
+                let mut other = Session::new(cluster.connect(LOST_TOO)?);
+                let sql = "SELECT slot_active FROM mtm.get_nodes_state() WHERE id = 3";
+                Ok(other.text(sql)? == "t")
+            },
+        )?;
+        cluster.nodes[LOST_TOO].stop()?;
+        let mut lost = Session::new(cluster.connect(LOST)?);
+        let status = lost.text("SELECT status FROM mtm.status()")?;
+        ensure!(status != "online", "the lost node did not wait");
+        std::fs::write(cluster.nodes[LOST].data_dir().join(GO), "")?;
+        cluster.nodes[LOST_TOO].start()?;
+        for node in 0..3 {
+            await_online(cluster, node)?;
+        }
+        check_rows(cluster, &[])
     })
 }

@@ -21,8 +21,8 @@ pub struct Hosts {
     pub network: Network,
 }
 
-/// Room on the disk of a node that runs full.
-pub const DISK_BYTES: u64 = 1024 * 1024 * 1024;
+/// Room on each disk of a node that runs full.
+pub const DISK_BYTES: u64 = 640 * 1024 * 1024;
 
 /// Makes a cluster of hosts and does `work` with it; keeps the logs when that fails.
 ///
@@ -81,6 +81,10 @@ fn make(
         spec.settings.extend(member_settings(nodes));
         spec.disk_bytes = disk_bytes;
         spec.settings.extend(settings(&[("max_wal_size", "256MB")]));
+        if disk_bytes.is_some() {
+            // Every new segment needs room then, so a full disk is noticed.
+            spec.settings.extend(settings(&[("wal_recycle", "off")]));
+        }
     }
     let cluster = Cluster::start_servers(installation, &specs)?;
     let mut hosts = Hosts { cluster, network };

@@ -11,12 +11,15 @@ use xtask::installation::Installation;
 use xtask::server::Server;
 use xtask::suite::Size;
 
-use crate::crash::{arm, deaths, dice, died_there, failpoints, with_quick_cluster};
+use crate::crash::{
+    arm, chosen, deaths, dice, died_there, failpoints, with_quick_cluster, with_quick_nodes,
+};
 use crate::ledger::{Dice, Ledger};
 
 pub fn cases() -> Vec<OwnCase> {
     cases![
         any_process_may_be_killed_at_any_moment,
+        two_of_five_nodes_die_at_any_moment,
         a_storm_of_ended_workers_does_no_harm,
         users_own_prepared_transactions_are_applied_once,
     ]
@@ -78,6 +81,94 @@ fn any_process_may_be_killed_at_any_moment(installation: &Installation) -> Resul
         let seen = ledger.conclude(cluster)?;
         println!("  {} s: {seen}", started.elapsed().as_secs());
         Ok(())
+    })
+}
+
+/// Nodes of the larger cluster: votes go to all members there, and each precommits by itself.
+const FIVE: [usize; 5] = [0, 1, 2, 3, 4];
+/// How long a node has to pass a point. Some are on the way of other commits only; then it is killed wherever it is.
+const POINT_LIMIT: Duration = Duration::from_secs(3);
+
+/// How many points of the commit a node of five dies at.
+fn points_of_five() -> usize {
+    match Size::chosen() {
+        Size::Ci => 1,
+        Size::Full => 10,
+        Size::Long => usize::MAX,
+    }
+}
+
+fn two_of_five_nodes_die_at_any_moment(installation: &Installation) -> Result<()> {
+    with_quick_nodes(installation, FIVE.len(), |cluster| {
+        let mut dice = dice();
+        let mut ledger = Ledger::open(cluster)?;
+        Session::new(cluster.connect(0)?).run("CREATE TABLE proof (node int)")?;
+        let points = failpoints(cluster)?
+            .into_iter()
+            .filter(|(_, role)| ["coordinator", "participant", "both"].contains(&role.as_str()))
+            .map(|(name, _)| name)
+            .collect();
+        let points = chosen(points, &mut dice, points_of_five());
+        let (mut visited, mut there) = (0, 0);
+        for name in points.iter().take(points_of_five()) {
+            there += lose_two(cluster, &mut ledger, &mut dice, name)
+                .with_context(|| format!("at {name}"))?;
+            visited += 1;
+        }
+        let seen = ledger.conclude(cluster)?;
+        println!(
+            "  two nodes died {visited} times, {there} times one of them at its point: {seen}"
+        );
+        ensure!(visited > 0, "there are no failpoints");
+        ensure!(there > 0 || visited < FIVE.len(), "no point was passed");
+        Ok(())
+    })
+}
+
+/// One node dies at a point and another one soon after; the three others go on. Returns 1 if the first was at its point.
+fn lose_two(
+    cluster: &mut Cluster,
+    ledger: &mut Ledger,
+    dice: &mut Dice,
+    name: &str,
+) -> Result<u32> {
+    let first = dice.below(5) as usize;
+    let second = (first + 1 + dice.below(4) as usize) % FIVE.len();
+    let load = ledger.load(cluster, &FIVE, dice);
+    std::thread::sleep(Duration::from_millis(150 + dice.below(400)));
+    let before = deaths(&cluster.nodes[first], name);
+    // It may be gone before it can say that it is armed.
+    let _ = arm(
+        &cluster.nodes[first],
+        &format!("{name}=crash@{}", 1 + dice.below(3)),
+    );
+    let died = wait_for("the failpoint", POINT_LIMIT, || {
+        Ok(!cluster.nodes[first].is_running())
+    });
+    if died.is_err() {
+        cluster.nodes[first].kill()?;
+    }
+    std::thread::sleep(Duration::from_millis(dice.below(300)));
+    cluster.nodes[second].kill()?;
+    let mut others = FIVE.iter().filter(|node| ![first, second].contains(node));
+    let outcome = others
+        .try_for_each(|node| commits(cluster, *node))
+        .and_then(|()| cluster.nodes[first].start())
+        .and_then(|()| cluster.nodes[second].start());
+    ledger.close(cluster, load)?;
+    outcome?;
+    ledger.audit(cluster)?;
+    Ok(u32::from(
+        died_there(&cluster.nodes[first], name, before).is_ok(),
+    ))
+}
+
+/// The node takes a commit.
+fn commits(cluster: &Cluster, node: usize) -> Result<()> {
+    wait_for(&format!("a commit on node {}", node + 1), LIMIT, || {
+        let client = cluster.connect(node)?;
+        let insert = format!("INSERT INTO proof VALUES ({node})");
+        Ok(Session::new(client).run(&insert).is_ok())
     })
 }
 
@@ -160,6 +251,11 @@ fn processes(cluster: &Cluster, node: usize, kind: &str) -> Result<Vec<String>> 
 pub fn kill_process(cluster: &Cluster, node: usize, kind: &str) -> Result<()> {
     let victims = processes(cluster, node, kind)?;
     signal_kill(&victims[0])
+}
+
+/// Some process of a kind on a node.
+pub fn process(cluster: &Cluster, node: usize, kind: &str) -> Result<i32> {
+    Ok(processes(cluster, node, kind)?[0].parse()?)
 }
 
 fn signal_kill(pid: &str) -> Result<()> {

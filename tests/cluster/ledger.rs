@@ -23,7 +23,7 @@ const BRANCHES: u64 = 8;
 /// Pause of a client whose node takes no commits.
 const REFUSED_PAUSE: Duration = Duration::from_millis(10);
 /// How long the cluster may take to be whole again.
-const WHOLE_LIMIT: Duration = Duration::from_secs(60);
+const WHOLE_LIMIT: Duration = Duration::from_secs(120);
 
 /// Four sums that are equal in every snapshot.
 pub const SUMS: &str = "SELECT (SELECT sum(balance) FROM account), (SELECT sum(balance) FROM teller), (SELECT sum(balance) FROM branch),

@@ -4,13 +4,16 @@
 
 use std::process::ExitCode;
 
+mod absence;
 mod bulk;
 mod clients;
 mod clone;
 mod crash;
 mod cut_off;
 mod failover;
+mod generations;
 mod growth;
+mod hanging_disk;
 mod hosts;
 mod intruder;
 mod kill;
@@ -27,8 +30,10 @@ mod recovery;
 mod referee;
 mod refusals;
 mod split;
+mod stale_reads;
 mod standby;
 mod stuck;
+mod users_prepared;
 
 fn main() -> ExitCode {
     let cases = [
@@ -46,9 +51,14 @@ fn main() -> ExitCode {
         cut_off::cases(),
         clients::cases(),
         open_sessions::cases(),
+        absence::cases(),
+        stale_reads::cases(),
         split::cases(),
         referee::cases(),
         stuck::cases(),
+        hanging_disk::cases(),
+        generations::cases(),
+        users_prepared::cases(),
         nemesis::cases(),
         crash::cases(),
         kill::cases(),

@@ -3,133 +3,65 @@
 //! After each round the cluster must be whole by itself: all nodes online and equal, nothing prepared, every answered commit there, nothing refused there,
 //! the sum held at every read, and no forbidden cycle among the lists.
 
+mod fault;
+mod stage;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use multimaster_tests::{OwnCase, Session, cases};
 use postgres::{Client, NoTls};
 use xtask::cluster::Cluster;
 use xtask::installation::Installation;
 use xtask::suite::Size;
 
-use crate::crash::dice;
-use crate::hosts::{DISK_BYTES, Hosts, with_hosts_and_disks};
-use crate::kill;
+use self::fault::{ANYWHERE, DISKS, Deck, REFEREES, TWO_OF_FIVE};
+use self::stage::Stage;
+use crate::crash::dice_named;
+use crate::hosts::{DISK_BYTES, with_hosts_and_disks};
 use crate::ledger::{Dice, Ledger, SUMS, check_equal};
 use crate::lists::{self, Lists};
+use crate::referee::with_referee;
 
+/// The larger ones are for the long run only.
 pub fn cases() -> Vec<OwnCase> {
-    cases![
+    let mut all: Vec<OwnCase> = cases![
         the_search_finds_forbidden_histories,
         whatever_breaks_nothing_is_lost
-    ]
+    ];
+    if Size::chosen() == Size::Long {
+        let larger: Vec<OwnCase> = cases![
+            whatever_breaks_of_five_nodes_nothing_is_lost,
+            whatever_breaks_of_two_nodes_and_a_referee_nothing_is_lost
+        ];
+        all.extend(larger);
+    }
+    all
 }
 
-/// Clients that move money, by node.
-const MOVERS: [usize; 3] = [0, 1, 2];
+/// Overrides how many seconds faults are made.
+const SECONDS_VARIABLE: &str = "MULTIMASTER_TEST_SECONDS";
 /// Pause of a reader between two looks, and of one whose node serves nothing.
 const READ_PAUSE: Duration = Duration::from_millis(20);
 /// Load before the first fault of a round and after the last.
 const QUIET: Duration = Duration::from_millis(500);
 /// Faults of a round.
 const FAULTS: u64 = 4;
+/// Full disks that must have been felt at least once: one that is full for a moment may go unnoticed.
+const FULL_DISKS: u32 = 6;
 
-/// How long faults are made.
-fn duration() -> Duration {
-    Duration::from_secs(match Size::chosen() {
+/// How long faults are made, when the environment does not say.
+fn duration(long_seconds: u64) -> Duration {
+    let chosen = std::env::var(SECONDS_VARIABLE).ok();
+    let chosen = chosen.and_then(|text| text.parse().ok());
+    Duration::from_secs(chosen.unwrap_or(match Size::chosen() {
         Size::Ci => 20,
         Size::Full => 120,
-        Size::Long => 1800,
-    })
-}
-
-/// What is done to the cluster, and for how long it stays so.
-#[derive(Clone, Copy, Debug)]
-enum Fault {
-    Isolate(usize),
-    Cut(usize, usize),
-    CutOneWay(usize, usize),
-    Freeze(usize),
-    KillNode(usize),
-    KillPostmaster(usize),
-    KillProcess(usize, &'static str),
-    StopImmediately(usize),
-    Stop(usize),
-    RestartAll,
-    FullDisk(usize),
-}
-
-const PROCESSES: [&str; 6] = [
-    "client backend",
-    "walsender",
-    "multimaster receiver",
-    "multimaster apply worker",
-    "multimaster arbiter",
-    "checkpointer",
-];
-
-impl Fault {
-    fn random(dice: &mut Dice) -> Fault {
-        let node = dice.below(3) as usize;
-        let other = (node + 1 + dice.below(2) as usize) % 3;
-        match dice.below(11) {
-            0 => Fault::Isolate(node),
-            1 => Fault::Cut(node, other),
-            2 => Fault::CutOneWay(node, other),
-            3 => Fault::Freeze(node),
-            4 => Fault::KillNode(node),
-            5 => Fault::KillPostmaster(node),
-            6 => {
-                let kind = PROCESSES[dice.below(PROCESSES.len() as u64) as usize];
-                Fault::KillProcess(node, kind)
-            }
-            7 => Fault::StopImmediately(node),
-            8 => Fault::Stop(node),
-            9 => Fault::RestartAll,
-            _ => Fault::FullDisk(node),
-        }
-    }
-
-    /// Makes the fault, lets it last, and takes it back.
-    fn happen(self, hosts: &mut Hosts, lasts: Duration) -> Result<()> {
-        let nodes = &mut hosts.cluster.nodes;
-        match self {
-            Fault::Isolate(node) => hosts.network.isolate(node)?,
-            Fault::Cut(one, other) => hosts.network.cut(one, other)?,
-            Fault::CutOneWay(from, to) => hosts.network.cut_one_way(from, to)?,
-            Fault::Freeze(node) => nodes[node].freeze()?,
-            Fault::KillNode(node) => nodes[node].kill()?,
-            Fault::KillPostmaster(node) => return kill::kill_postmaster(&mut hosts.cluster, node),
-            Fault::KillProcess(node, kind) => {
-                // It may not be there at this moment, or the node does not answer.
-                let _ = kill::kill_process(&hosts.cluster, node, kind);
-            }
-            Fault::StopImmediately(node) => nodes[node].stop_immediately()?,
-            Fault::Stop(node) => nodes[node].stop()?,
-            Fault::RestartAll => return kill::kill_all(&mut hosts.cluster),
-            Fault::FullDisk(node) => nodes[node].fill_disk()?,
-        }
-        std::thread::sleep(lasts);
-        match self {
-            Fault::Isolate(_) | Fault::Cut(..) | Fault::CutOneWay(..) => hosts.network.heal(),
-            Fault::Freeze(node) => hosts.cluster.nodes[node].thaw(),
-            Fault::KillNode(node) | Fault::StopImmediately(node) | Fault::Stop(node) => {
-                hosts.cluster.nodes[node].start()
-            }
-            Fault::FullDisk(node) => {
-                hosts.cluster.nodes[node].free_disk()?;
-                if hosts.cluster.nodes[node].is_running() {
-                    return Ok(());
-                }
-                // PostgreSQL ends when it cannot write WAL.
-                hosts.cluster.nodes[node].start()
-            }
-            Fault::KillPostmaster(_) | Fault::KillProcess(..) | Fault::RestartAll => Ok(()),
-        }
-    }
+        Size::Long => long_seconds,
+    }))
 }
 
 fn the_search_finds_forbidden_histories(_: &Installation) -> Result<()> {
@@ -138,56 +70,129 @@ fn the_search_finds_forbidden_histories(_: &Installation) -> Result<()> {
 
 fn whatever_breaks_nothing_is_lost(installation: &Installation) -> Result<()> {
     with_hosts_and_disks(installation, 3, DISK_BYTES, |hosts| {
-        let mut dice = dice();
-        let mut ledger = Ledger::open(&hosts.cluster)?;
-        lists::create(&mut hosts.session(0)?)?;
-        let started = Instant::now();
-        let (mut rounds, mut reads) = (0, 0);
-        while rounds == 0 || started.elapsed() < duration() {
-            rounds += 1;
-            reads += round(hosts, &mut ledger, &mut dice)
-                .with_context(|| format!("round {rounds}, {} s", started.elapsed().as_secs()))?;
-        }
-        let seen = ledger.conclude(&hosts.cluster)?;
-        println!(
-            "  {rounds} rounds in {} s: {seen}; the sum held at {reads} reads",
-            started.elapsed().as_secs()
-        );
-        Ok(())
+        let stage = Stage::new(hosts, "three")?;
+        play(stage, Deck::of(&[ANYWHERE, DISKS]), duration(1800))
     })
 }
 
-/// Some faults under load, then a look at everything; returns how often the sum was read.
-fn round(hosts: &mut Hosts, ledger: &mut Ledger, dice: &mut Dice) -> Result<u64> {
-    let load = ledger.load(&hosts.cluster, &MOVERS, dice);
-    let lists = Lists::start(&hosts.cluster, dice);
-    let readers = Readers::start(&hosts.cluster);
-    std::thread::sleep(QUIET);
-    let mut broken = Ok(());
-    for _ in 0..FAULTS {
-        let fault = Fault::random(dice);
-        let lasts = Duration::from_millis(200 + dice.below(5000));
-        println!("  {fault:?} for {} ms", lasts.as_millis());
-        broken = fault
-            .happen(hosts, lasts)
-            .with_context(|| format!("{fault:?}"));
-        if broken.is_err() {
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(dice.below(3000)));
+/// Two of five may be lost at once.
+fn whatever_breaks_of_five_nodes_nothing_is_lost(installation: &Installation) -> Result<()> {
+    with_hosts_and_disks(installation, 5, DISK_BYTES, |hosts| {
+        let stage = Stage::new(hosts, "five")?;
+        let deck = Deck::of(&[ANYWHERE, DISKS, TWO_OF_FIVE, TWO_OF_FIVE]);
+        play(stage, deck, duration(600))
+    })
+}
+
+fn whatever_breaks_of_two_nodes_and_a_referee_nothing_is_lost(
+    installation: &Installation,
+) -> Result<()> {
+    with_referee(installation, |hosts| {
+        let stage = Stage::new(hosts, "referee")?.with_referee();
+        let deck = Deck::of(&[ANYWHERE, REFEREES]);
+        play(stage, deck, duration(600))
+    })
+}
+
+/// Rounds until the time is over.
+fn play(mut stage: Stage, deck: Deck, time: Duration) -> Result<()> {
+    let outcome = play_rounds(&mut stage, deck, time);
+    stage.keep(&outcome)?;
+    outcome
+}
+
+fn play_rounds(stage: &mut Stage, mut deck: Deck, time: Duration) -> Result<()> {
+    let (seed, mut dice) = dice_named();
+    stage.say(&seed)?;
+    let mut ledger = Ledger::open(&stage.hosts.cluster)?;
+    lists::create(&mut stage.hosts.session(0)?)?;
+    let started = Instant::now();
+    let (mut rounds, mut seen) = (0, Seen::default());
+    while rounds == 0 || started.elapsed() < time {
+        rounds += 1;
+        round(stage, &mut ledger, &mut deck, &mut dice, &mut seen)
+            .with_context(|| format!("round {rounds}, {} s", started.elapsed().as_secs()))?;
     }
+    let answers = ledger.conclude(&stage.hosts.cluster)?;
+    seen.check(stage)?;
+    stage.say(&format!(
+        "{rounds} rounds with {} faults in {} s: {answers}; the sum held at {} reads; {} list transactions",
+        seen.faults,
+        started.elapsed().as_secs(),
+        seen.reads,
+        seen.lists
+    ))
+}
+
+/// How much was looked at.
+#[derive(Default)]
+struct Seen {
+    faults: u64,
+    full_disks: u32,
+    /// Reads of the sums.
+    reads: u64,
+    /// Transactions on lists.
+    lists: usize,
+}
+
+impl Seen {
+    /// A run that looked at nothing has not passed.
+    fn check(&self, stage: &Stage) -> Result<()> {
+        ensure!(self.reads > 0, "the sums were never read");
+        ensure!(self.lists > 0, "there was no transaction on lists");
+        ensure!(
+            self.full_disks < FULL_DISKS || stage.full_disks_felt > 0,
+            "{} disks were full, and no server noticed",
+            self.full_disks
+        );
+        Ok(())
+    }
+}
+
+/// Some faults under load, then a look at everything.
+fn round(
+    stage: &mut Stage,
+    ledger: &mut Ledger,
+    deck: &mut Deck,
+    dice: &mut Dice,
+    seen: &mut Seen,
+) -> Result<()> {
+    let nodes: Vec<usize> = (0..stage.hosts.cluster.nodes.len()).collect();
+    let load = ledger.load(&stage.hosts.cluster, &nodes, dice);
+    let lists = Lists::start(&stage.hosts.cluster, dice);
+    let readers = Readers::start(&stage.hosts.cluster);
+    std::thread::sleep(QUIET);
+    let broken = break_some(stage, deck, dice, seen);
     std::thread::sleep(QUIET);
     let transactions = lists.stop();
     let reads = readers.stop();
-    ledger.close(&hosts.cluster, load)?;
+    ledger.close(&stage.hosts.cluster, load)?;
     broken?;
-    ledger.audit(&hosts.cluster)?;
-    let reads = reads?;
-    let mut session = hosts.session(dice.below(3) as usize)?;
-    let found = lists::check(&transactions?, &lists::read_all(&mut session)?)?;
-    println!("  {found}");
-    session.run("UPDATE list SET items = '{}'")?;
-    Ok(reads)
+    ledger.audit(&stage.hosts.cluster)?;
+    let (transactions, reads) = (transactions?, reads?);
+    let mut session = stage
+        .hosts
+        .session(dice.below(nodes.len() as u64) as usize)?;
+    let found = lists::check(&transactions, &lists::read_all(&mut session)?)?;
+    stage.say(&format!("{found}, {reads} reads of the sums"))?;
+    seen.reads += reads;
+    seen.lists += transactions.len();
+    session.run("UPDATE list SET items = '{}'")
+}
+
+fn break_some(stage: &mut Stage, deck: &mut Deck, dice: &mut Dice, seen: &mut Seen) -> Result<()> {
+    for _ in 0..FAULTS {
+        let fault = deck.draw(stage.hosts.cluster.nodes.len(), dice);
+        stage.say(&fault.describe())?;
+        let told = fault.happen(stage).with_context(|| fault.describe())?;
+        if !told.is_empty() {
+            stage.say(told)?;
+        }
+        seen.faults += 1;
+        seen.full_disks += u32::from(fault.fills_a_disk());
+        std::thread::sleep(Duration::from_millis(dice.below(3000)));
+    }
+    Ok(())
 }
 
 /// Clients that read the sums, one on each node.

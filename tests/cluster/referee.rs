@@ -1,13 +1,14 @@
 //! Two nodes and a referee, each on a host of its own: whatever fails, one node at most goes on alone, and the other one comes back.
 
 use anyhow::{Context, Result, bail, ensure};
-use multimaster_tests::{OwnCase, cases};
+use multimaster_tests::{OwnCase, Session, cases};
 use xtask::checks;
 use xtask::cluster::{Cluster, member_settings, specs, wait_for};
 use xtask::extension;
 use xtask::installation::Installation;
 use xtask::network::Network;
 use xtask::server::settings;
+use xtask::suite::Size;
 
 use crate::clone::{Kept, copy, succeed};
 use crate::cut_off::{Scene, cut_off_at_many};
@@ -21,14 +22,19 @@ pub fn cases() -> Vec<OwnCase> {
         who_missed_something_does_not_go_on_alone,
         a_lost_disk_of_two_is_replaced_by_a_copy,
         what_a_lost_node_decided_is_kept_alone,
+        a_wrong_referee_is_found_before_it_is_needed,
     ]
 }
 
 /// Where the referee is (from 0), behind the two nodes.
-const REFEREE: usize = 2;
+pub const REFEREE: usize = 2;
 const CANNOT_CONNECT_NOW: &str = "57P03";
 
-fn with_referee(
+/// Makes two nodes and a referee and does `work` with them; keeps the logs when that fails.
+///
+/// # Errors
+/// As `with_hosts`.
+pub fn with_referee(
     installation: &Installation,
     work: impl FnOnce(&mut Hosts) -> Result<()>,
 ) -> Result<()> {
@@ -37,7 +43,7 @@ fn with_referee(
     }
     let network = Network::create(3)?;
     let conninfo = format!(
-        "host={} port=5432 user=postgres dbname=postgres connect_timeout=2",
+        "host={} port=5432 user=mtm dbname=postgres connect_timeout=2",
         network.address(REFEREE)
     );
     let mut specs = specs(3);
@@ -60,9 +66,9 @@ fn with_referee(
 }
 
 fn form_cluster(hosts: &Hosts) -> Result<()> {
-    hosts
-        .session(REFEREE)?
-        .run("CREATE EXTENSION multimaster_referee")?;
+    let mut referee = hosts.session(REFEREE)?;
+    referee.run("CREATE ROLE mtm LOGIN REPLICATION")?;
+    make_referee(&mut referee)?;
     let mut first = hosts.session(0)?;
     first.run("CREATE EXTENSION multimaster")?;
     let [one, other] = [0, 1].map(|node| hosts.cluster.nodes[node].conninfo());
@@ -71,6 +77,14 @@ fn form_cluster(hosts: &Hosts) -> Result<()> {
     ))?;
     first.run("CREATE TABLE line (n serial PRIMARY KEY, node int)")?;
     await_both(hosts)
+}
+
+/// As docs/operations.md says.
+fn make_referee(session: &mut Session) -> Result<()> {
+    session.run(
+        "CREATE EXTENSION multimaster_referee; GRANT USAGE ON SCHEMA mtm_referee TO mtm; \
+         GRANT EXECUTE ON FUNCTION mtm_referee.ask TO mtm",
+    )
 }
 
 /// Waits until the node (from 0) is the only member, and commits on it.
@@ -251,4 +265,91 @@ fn what_a_lost_node_decided_is_kept_alone(installation: &Installation) -> Result
         cut_off_at_many(hosts, &scene)?;
         await_both(hosts)
     })
+}
+
+/// Strings for `multimaster.referee_connstring` of the first node (`{n}` is the address of server n), and what it says of them.
+const WRONG: [(&str, &str); 5] = [
+    (
+        "host={0} user=mtm dbname=second",
+        "leads to a node of this cluster",
+    ),
+    (
+        "host={2} user=mtm dbname=second",
+        "leads to another referee on the other node",
+    ),
+    ("host={2} user=nobody dbname=postgres", "\"nobody\""),
+    ("host={2} user=mtm dbname=template1", "mtm_referee"),
+    ("host={2} port=1 user=mtm dbname=postgres", "refused"),
+];
+
+fn a_wrong_referee_is_found_before_it_is_needed(installation: &Installation) -> Result<()> {
+    with_referee(installation, |hosts| {
+        for server in [0, REFEREE] {
+            hosts.session(server)?.run("CREATE DATABASE second")?;
+            let client = hosts.cluster.nodes[server].connect_to("second")?;
+            let mut second = Session::new(client);
+            if server == 0 {
+                second.run("CREATE ROLE mtm LOGIN REPLICATION")?;
+            }
+            make_referee(&mut second)?;
+        }
+        let right = hosts
+            .session(0)?
+            .text("SHOW multimaster.referee_connstring")?;
+        let tried = match Size::chosen() {
+            Size::Ci => &WRONG[..2],
+            Size::Full | Size::Long => &WRONG[..],
+        };
+        for (wrong, said) in tried {
+            let mut wrong = (*wrong).to_owned();
+            for server in [0, REFEREE] {
+                let address = hosts.network.address(server).to_string();
+                wrong = wrong.replace(&format!("{{{server}}}"), &address);
+            }
+            use_referee(hosts, &wrong)?;
+            await_said(hosts, 0, said).with_context(|| wrong.clone())?;
+            await_both(hosts)?;
+            if said.contains("another referee") {
+                await_said(hosts, 1, said)?;
+                hosts.network.cut(0, 1)?;
+                stays_out_soon(hosts, 0)?;
+                stays_out_soon(hosts, 1)?;
+                hosts.network.heal()?;
+                await_both(hosts)?;
+            }
+        }
+        use_referee(hosts, &right)?;
+        await_both(hosts)?;
+        await_said(hosts, 1, "the referee can be asked")?;
+        hosts.cluster.nodes[1].kill()?;
+        await_alone(hosts, 0)?;
+        hosts.cluster.nodes[1].start()?;
+        await_both(hosts)
+    })
+}
+
+/// Starts the first node again with another referee.
+fn use_referee(hosts: &mut Hosts, conninfo: &str) -> Result<()> {
+    let setting = settings(&[("multimaster.referee_connstring", conninfo)]);
+    hosts.cluster.nodes[0].configure(&setting)?;
+    hosts.cluster.nodes[0].stop()?;
+    hosts.cluster.nodes[0].start()
+}
+
+/// Waits until the last that the node (from 0) has said of its referee contains the text.
+fn await_said(hosts: &Hosts, node: usize, text: &str) -> Result<()> {
+    wait_for(&format!("{text:?} on node {}", node + 1), PATIENCE, || {
+        let said = hosts.session(node)?.text(
+            "SELECT reason FROM mtm.events WHERE event = 'referee' ORDER BY happened_at DESC LIMIT 1",
+        )?;
+        Ok(said.contains(text))
+    })
+}
+
+/// The node's lease ends, and nothing follows.
+fn stays_out_soon(hosts: &Hosts, node: usize) -> Result<()> {
+    wait_for("reads to be refused", PATIENCE, || {
+        Ok(hosts.session(node)?.refused("SELECT * FROM line").is_ok())
+    })?;
+    stays_out(hosts, node)
 }

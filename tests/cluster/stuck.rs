@@ -22,9 +22,9 @@ pub fn cases() -> Vec<OwnCase> {
 }
 
 /// `multimaster.slow_node_timeout` of these clusters, milliseconds.
-const SLOW_MS: &str = "2000";
+pub const SLOW_MS: &str = "2000";
 
-fn set_everywhere(cluster: &Cluster, name: &str, value: &str) -> Result<()> {
+pub fn set_everywhere(cluster: &Cluster, name: &str, value: &str) -> Result<()> {
     for node in 0..cluster.nodes.len() {
         let mut session = Session::new(cluster.connect(node)?);
         session.run(&format!("ALTER SYSTEM SET {name} = '{value}'"))?;
@@ -34,7 +34,7 @@ fn set_everywhere(cluster: &Cluster, name: &str, value: &str) -> Result<()> {
 }
 
 /// The members as the first node knows them.
-fn await_members(cluster: &Cluster, expected: &str) -> Result<()> {
+pub fn await_members(cluster: &Cluster, expected: &str) -> Result<()> {
     let mut session = Session::new(cluster.connect(0)?);
     wait_for(&format!("the members {expected}"), PATIENCE, || {
         Ok(session.text("SELECT gen_members FROM mtm.status()")? == expected)

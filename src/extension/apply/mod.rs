@@ -6,6 +6,7 @@
 mod ends;
 pub mod feed;
 pub mod finish;
+mod order;
 pub mod progress;
 pub mod receiver;
 pub mod recovery;

@@ -1,5 +1,7 @@
 //! The mark: up to where a peer's stream never has to be sent again (architecture.md, "Exactly once").
 
+use crate::arbiter::{body_of, number_in};
+use crate::pg::records::Body;
 use protocol::membership::Standing;
 use protocol::{GenerationNum, Lsn};
 use std::collections::VecDeque;
@@ -103,6 +105,65 @@ impl Fences {
     }
 }
 
+/// Which generation a position of the stream belongs to: that of the last marker before it. A user's PREPARE does not say it.
+///
+/// It is stored with the mark, because whoever starts at a mark does not read the markers before it.
+pub struct Sections {
+    /// That of the mark.
+    at_mark: GenerationNum,
+    /// Markers behind the mark, in order of the stream, each of a higher generation than the one before.
+    markers: VecDeque<(Lsn, GenerationNum)>,
+}
+
+impl Sections {
+    /// `at_mark` is what was stored with the mark. The first generation has no marker.
+    pub fn new(at_mark: GenerationNum) -> Sections {
+        Sections {
+            at_mark: at_mark.max(GenerationNum(1)),
+            markers: VecDeque::new(),
+        }
+    }
+
+    /// A marker has been read that begins at `at`.
+    pub fn mark(&mut self, at: Lsn, generation: GenerationNum) {
+        if generation > self.latest() {
+            self.markers.push_back((at, generation));
+        }
+    }
+
+    /// The generation of what is read now.
+    pub fn latest(&self) -> GenerationNum {
+        self.markers.back().map_or(self.at_mark, |(_, num)| *num)
+    }
+
+    /// The generation to be stored with a mark, which does not go back.
+    pub fn at(&mut self, mark: Lsn) -> GenerationNum {
+        // A marker that begins at the mark comes again.
+        while let Some((_, generation)) = self.markers.pop_front_if(|(at, _)| *at < mark) {
+            self.at_mark = generation;
+        }
+        self.at_mark
+    }
+}
+
+/// Bytes of a mark's row that hold its generation; before them is its position.
+const GENERATION: std::ops::Range<usize> = 8..12;
+
+/// A mark and its generation as they are stored.
+pub fn mark_in(body: &Body) -> (Lsn, GenerationNum) {
+    let mut generation = [0; 4];
+    generation.copy_from_slice(&body[GENERATION]);
+    let generation = GenerationNum(u32::from_le_bytes(generation));
+    (Lsn(number_in(body)), generation)
+}
+
+/// What [`mark_in`] reads.
+pub fn body_of_mark(mark: Lsn, generation: GenerationNum) -> Body {
+    let mut body = body_of(mark.0);
+    body[GENERATION].copy_from_slice(&generation.0.to_le_bytes());
+    body
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,6 +193,29 @@ mod tests {
         assert_eq!(fences.limit(Lsn(50), online(2)), Lsn(20));
         assert_eq!(fences.limit(Lsn(50), online(3)), Lsn(40));
         assert_eq!(fences.limit(Lsn(50), online(4)), Lsn(50));
+    }
+
+    #[test]
+    fn a_position_belongs_to_the_marker_before_it() {
+        let mut sections = Sections::new(GenerationNum(0));
+        assert_eq!(sections.latest(), GenerationNum(1));
+        sections.mark(Lsn(20), GenerationNum(3));
+        sections.mark(Lsn(30), GenerationNum(3));
+        sections.mark(Lsn(40), GenerationNum(5));
+        assert_eq!(sections.latest(), GenerationNum(5));
+        assert_eq!(sections.at(Lsn(20)), GenerationNum(1));
+        assert_eq!(sections.at(Lsn(21)), GenerationNum(3));
+        assert_eq!(sections.at(Lsn(40)), GenerationNum(3));
+        assert_eq!(sections.latest(), GenerationNum(5));
+        assert_eq!(sections.at(Lsn(41)), GenerationNum(5));
+        assert_eq!(sections.latest(), GenerationNum(5));
+    }
+
+    #[test]
+    fn a_mark_is_stored_with_its_generation() {
+        let body = body_of_mark(Lsn(u64::MAX - 1), GenerationNum(7));
+        assert_eq!(mark_in(&body), (Lsn(u64::MAX - 1), GenerationNum(7)));
+        assert_eq!(mark_in(&body_of(5)), (Lsn(5), GenerationNum(0)));
     }
 
     #[test]

@@ -1,50 +1,41 @@
-//! The receiver: reads one peer's stream, hands transactions to apply workers, confirms what is safe.
+//! The receiver: reads one peer's stream, hands transactions to apply workers (whether at all: [`admission`]), confirms what is safe ([`mark`]).
 
+mod admission;
+mod mark;
+
+use self::admission::{Answer, generation_over, names_of_users};
+use self::mark::STATUS_INTERVAL;
 use super::ends::ends_of;
 use super::feed::{self, Feed};
-use super::progress::{Fences, Progress};
-use super::stream_message::{DATA_HEADER_BYTES, number, status_message};
+use super::progress::{Fences, Progress, Sections, mark_in};
+use super::stream_message::{DATA_HEADER_BYTES, number};
 use super::streamed::Streams;
+use crate::arbiter::MARK_ROWS;
 use crate::arbiter::event::{LocalEvent, submit};
-use crate::arbiter::{MARK_ROWS, body_of, number_in, read_membership};
 use crate::cluster::{Identity, slot_name};
 use crate::failpoint::{Failpoint, hit};
 use crate::guc;
 use crate::pg::process::{self, SocketWait, Wait};
-use crate::pg::records::{self, DurableTable};
+use crate::pg::records::DurableTable;
 use crate::pg::shared::{self, NodeShared, shared};
 use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
 use crate::pg::{locks, senders};
-use protocol::membership::{Admission, Phase};
-use protocol::{Decision, GenerationNum, Gid, Lsn, NodeId, Record, Refusal, Vote};
+use protocol::membership::Phase;
+use protocol::{Decision, GenerationNum, Gid, Lsn, NodeId, Record, Vote};
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use wire::stream::{Begin, Message, StreamFrame};
+use wire::stream::{Message, StreamFrame};
 
 /// Pause before a peer that does not fit is tried again.
 const REFUSED_PAUSE_MS: u64 = 5000;
-/// How often a receiver looks whether a transaction may be applied now.
-const HOLD_PAUSE: Duration = Duration::from_millis(10);
-/// How often the mark is stored and the peer is told, while it moves.
-const STATUS_INTERVAL: Duration = Duration::from_millis(200);
-/// The same while the peer asks for an answer.
-const STATUS_INTERVAL_ASKED: Duration = Duration::from_millis(10);
 /// How often the receiver makes the walsenders of its own server go on, while transactions come (see `pg::senders`). The more they lag, the more has to
 /// be read when this node has a transaction of its own.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
-/// How often the mark is stored while no transaction has come, only WAL that concerns nobody here: storing a mark makes WAL too, and the peers would keep each other
-/// awake.
-const STATUS_INTERVAL_IDLE: Duration = Duration::from_secs(5);
-/// How often the peer is asked how far its WAL goes, when nothing else has come; well below any sensible wal_sender_timeout.
-const ASK_INTERVAL: Duration = Duration::from_secs(1);
-/// So far ahead of what has been seen the peer hears that its WAL was received.
-///
-/// A walsender that goes to sleep tells the receiver where it stands, each time, unless the receiver has that already. With every transaction of the
-/// cluster that would cost each stream three messages that nobody needs. What is said about flushed and applied WAL, on which the slot
-/// and the peer's shutdown depend, is always the truth.
-const UNSAID_BYTES: u64 = 16 * 1024 * 1024;
+
+/// How long a server that stops is kept from it by what must not be confirmed yet.
+const PATIENCE_AT_STOP: Duration = Duration::from_secs(1);
 
 /// What is done with the transaction that is just being received.
 enum Current {
@@ -55,20 +46,6 @@ enum Current {
         gid: Gid,
         answer: Answer,
     },
-}
-
-/// What is said about a transaction that is skipped, when it has passed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Answer {
-    /// It is prepared here: yes, again.
-    Yes,
-    /// Its generation is over.
-    No,
-    /// The same, to a user's own PREPARE TRANSACTION.
-    NoToUser,
-    Nothing,
-    /// It comes through a donor: the mark stays before it.
-    SetAside,
 }
 
 /// State of one stream.
@@ -88,8 +65,8 @@ struct Receiver {
     /// Names of users' prepared transactions found at the start, or when this node had last recovered; nobody knows them by gid.
     of_users: BTreeSet<String>,
     recovered_to: GenerationNum,
-    /// The generation that the peer's WAL is in here, as its markers say.
-    generation: GenerationNum,
+    /// The generations that the peer's WAL is in, as its markers say.
+    sections: Sections,
     stored_at: Instant,
     told_at: Instant,
     /// When the walsenders of this server were last looked after.
@@ -102,6 +79,8 @@ struct Receiver {
     confirm_now: bool,
     /// The peer tells of each step, because it was asked, and can stop now.
     told_too_much: bool,
+    /// Since when the peer, whose arbiter has gone, asks for what must not be confirmed yet.
+    held_since: Option<Instant>,
 }
 
 /// Body of the background worker `multimaster receiver <peer>`.
@@ -179,11 +158,9 @@ impl Receiver {
             .map(|(_, gid)| gid)
             .filter(|gid| gid.coordinator == peer)
             .collect();
-        let online_in = process::in_transaction(read_membership)
-            .map_or(GenerationNum(1), |record| record.online_in);
-        let (marks, stored, ended) = process::in_transaction(|| {
+        let (marks, stored, generation, ended) = process::in_transaction(|| {
             let marks = DurableTable::open(c"marks", MARK_ROWS);
-            let stored = Lsn(number_in(&marks.read_all()[peer.get() as usize]));
+            let (stored, generation) = mark_in(&marks.read_all()[peer.get() as usize]);
             let ended = DurableTable::open(c"records", 0)
                 .read_all()
                 .iter()
@@ -192,7 +169,7 @@ impl Receiver {
                 .filter(|record| record.decision.is_some() || !record.voted_yes)
                 .map(|record| record.gid)
                 .collect();
-            (marks, stored, ended)
+            (marks, stored, generation, ended)
         });
         node.mark.store(stored.0, Ordering::Release);
         Receiver {
@@ -208,7 +185,7 @@ impl Receiver {
             ended,
             of_users: names_of_users(),
             recovered_to: shared().standing.get().recovered_to,
-            generation: online_in,
+            sections: Sections::new(generation),
             stored_at: Instant::now(),
             told_at: Instant::now(),
             looked_at: Instant::now(),
@@ -217,6 +194,7 @@ impl Receiver {
             reply_wanted: true,
             confirm_now: false,
             told_too_much: false,
+            held_since: None,
         }
     }
 
@@ -234,6 +212,16 @@ impl Receiver {
             if self.is_outlived() {
                 pgrx::log!(
                     "multimaster receiver of node {}: connects anew, as the arbiters did",
+                    self.peer.get()
+                );
+                return;
+            }
+            if self
+                .held_since
+                .is_some_and(|since| since.elapsed() >= PATIENCE_AT_STOP)
+            {
+                pgrx::log!(
+                    "multimaster receiver of node {}: lets go of it, since it stops; what is not confirmed comes again",
                     self.peer.get()
                 );
                 return;
@@ -280,7 +268,9 @@ impl Receiver {
                 if matches!(self.current, Current::None) {
                     self.progress.pass(end);
                 }
-                self.reply_wanted |= message[17] != 0;
+                let asks = message[17] != 0;
+                self.note_stop(end, asks);
+                self.reply_wanted |= asks;
                 self.told_too_much = true;
             }
             _ => pgrx::error!(
@@ -288,6 +278,14 @@ impl Receiver {
                 self.peer.get()
             ),
         }
+    }
+
+    /// A server that stops asks again and again until everything it sent is confirmed. While this node is not online it confirms nothing that it has to
+    /// get through a donor, and that may take hours.
+    fn note_stop(&mut self, end: Lsn, asks: bool) {
+        let stops = asks && !self.node.linked.load(Ordering::Acquire);
+        self.held_since = (stops && self.progress.is_idle() && self.advance() < end)
+            .then(|| self.held_since.unwrap_or_else(Instant::now));
     }
 
     /// The peer's WAL reaches this far.
@@ -373,41 +371,6 @@ impl Receiver {
         }
     }
 
-    /// What to do with a transaction that is not to be applied; none when it is.
-    fn answer_at_once(&mut self, begin: &Begin<'_>) -> Option<Answer> {
-        let gid = begin.gid;
-        let name = begin.name.as_bytes();
-        if !name.starts_with(b"mtm-") {
-            self.admit_users(gid, name)
-        } else if self.prepared.contains(&gid) {
-            Some(Answer::Yes)
-        } else if self.ended.contains(&gid) {
-            Some(Answer::Nothing)
-        } else {
-            admit(gid)
-        }
-    }
-
-    /// A user's own PREPARE TRANSACTION. The number in its gid is that of whoever decoded it; which generation it is of, the markers before it tell.
-    fn admit_users(&mut self, gid: Gid, name: &[u8]) -> Option<Answer> {
-        let gid = Gid {
-            generation: self.generation,
-            ..gid
-        };
-        let answer = admit(gid);
-        let recovered_to = shared().standing.get().recovered_to;
-        if self.recovered_to != recovered_to {
-            self.recovered_to = recovered_to;
-            self.of_users = names_of_users();
-        }
-        let is_here = std::str::from_utf8(name).is_ok_and(|name| self.of_users.remove(name));
-        match answer {
-            _ if is_here => Some(Answer::Nothing),
-            Some(Answer::No) => Some(Answer::NoToUser),
-            answer => answer,
-        }
-    }
-
     fn pass_on(&self, feed: &Feed, bytes: &[u8]) {
         // A worker that is gone has voted no: the rest of the transaction is not wanted.
         let _ = feed.write_message(bytes);
@@ -462,7 +425,7 @@ impl Receiver {
                     self.confirm_now = true;
                 }
                 Ok(StreamFrame::Marker(marker)) => {
-                    self.generation = self.generation.max(marker.generation);
+                    self.sections.mark(marker.lsn, marker.generation);
                     self.fences.put(marker.lsn, marker.generation);
                 }
                 Ok(StreamFrame::Undo(undo)) => self.streams.undo(undo),
@@ -500,7 +463,7 @@ impl Receiver {
         }
         hit(Failpoint::UserBeforeMark);
         if mark > self.stored {
-            let row = (u32::from(self.peer.get()), body_of(mark.0));
+            let row = self.row_of(mark);
             process::in_transaction(|| self.marks.write(&mut [row]));
         }
         hit(Failpoint::UserBeforeFinish);
@@ -513,109 +476,9 @@ impl Receiver {
         hit(Failpoint::UserAfterFinish);
         self.progress.pass(end);
     }
-
-    /// How far everything is safe here.
-    fn advance(&mut self) -> Lsn {
-        let mark = self
-            .progress
-            .advance(|worker| shared::workers()[worker].jobs_done.load(Ordering::Acquire));
-        // In this order: a job that was lost is called lost before it is called done.
-        if feed::lost_one() {
-            pgrx::error!(
-                "an apply worker went away; the stream of node {} starts again from {}",
-                self.peer.get(),
-                self.stored
-            );
-        }
-        self.fences.limit(mark, shared().standing.get())
-    }
-
-    /// Stores the mark if it has moved, and tells the peer.
-    fn tell(&mut self, stream: &mut Stream) {
-        let mark = self.advance();
-        let quiet = self.told_at.elapsed();
-        let now = std::mem::take(&mut self.confirm_now);
-        if mark > self.stored && (now || self.stored_at.elapsed() >= self.store_pause()) {
-            self.store(mark);
-        } else if !self.reply_wanted
-            && quiet < ASK_INTERVAL
-            && (!self.told_too_much || quiet < STATUS_INTERVAL_ASKED)
-        {
-            return;
-        }
-        // A peer that asks, or is asked, hears the truth.
-        let written = if self.reply_wanted || quiet >= ASK_INTERVAL || self.stored == Lsn::ZERO {
-            self.seen
-        } else {
-            Lsn(self.seen.0 + UNSAID_BYTES)
-        };
-        stream.send(&status_message(written, self.stored));
-        hit(Failpoint::MarkAfterConfirm);
-        self.reply_wanted = false;
-        self.told_too_much = false;
-        self.told_at = Instant::now();
-    }
-
-    /// How old the stored mark may become.
-    fn store_pause(&self) -> Duration {
-        if self.reply_wanted {
-            // A walsender that stops with its server asks again and again until everything it sent is confirmed.
-            STATUS_INTERVAL_ASKED
-        } else if self.progress.has_done_work() {
-            STATUS_INTERVAL
-        } else {
-            STATUS_INTERVAL_IDLE
-        }
-    }
-
-    fn store(&mut self, mark: Lsn) {
-        let row = (u32::from(self.peer.get()), body_of(mark.0));
-        hit(Failpoint::MarkBeforeStore);
-        let end = process::in_transaction(|| self.marks.write(&mut [row]));
-        hit(Failpoint::MarkBeforeFlush);
-        records::flush(end);
-        hit(Failpoint::MarkBeforeConfirm);
-        self.stored = mark;
-        self.stored_at = Instant::now();
-        self.progress.stored();
-        self.node.mark.store(mark.0, Ordering::Release);
-        submit(&LocalEvent::MarkStored {
-            node: self.peer,
-            lsn: mark,
-        });
-    }
-}
-
-/// Names of the prepared transactions that are users' own.
-fn names_of_users() -> BTreeSet<String> {
-    let names = locks::prepared_names().into_values();
-    names.filter(|name| Gid::parse(name).is_none()).collect()
 }
 
 /// Whether transactions that still run may be applied here. A node that recovers gets what they build on in another way.
 fn may_apply_ahead() -> bool {
     guc::stream_in_progress() && shared().standing.get().phase == Phase::Online
-}
-
-/// Waits until it is known what to do with a transaction that is new here; none when it is to be applied.
-fn admit(gid: Gid) -> Option<Answer> {
-    loop {
-        match shared().admit(gid) {
-            Admission::Apply => return None,
-            Admission::Refuse => return Some(Answer::No),
-            Admission::Skip => return Some(Answer::Nothing),
-            Admission::SetAside => return Some(Answer::SetAside),
-            Admission::Hold => {
-                process::wait_latch(HOLD_PAUSE, Wait::Stream);
-                process::check_interrupts();
-            }
-        }
-    }
-}
-
-fn generation_over() -> Refusal {
-    Refusal::retry(
-        "the set of working nodes changed while the transaction was on its way",
-        "",
-    )
 }

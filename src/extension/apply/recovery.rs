@@ -91,6 +91,8 @@ pub fn main(donor: NodeId) {
     process::connect_to_cluster();
     process::tag_as_applied();
     process::commit_asynchronously();
+    // It looks for those who stand in the way.
+    shared().monitor.wake();
     let Some(order) = shared().recovery_order().filter(|it| it.from() == donor) else {
         return;
     };

@@ -1,6 +1,6 @@
 //! The apply worker: applies one transaction at a time, PREPAREs it and votes; between transactions it finishes prepared ones.
 
-use super::finish;
+use super::{finish, order};
 use crate::arbiter::event::{LocalEvent, submit};
 use crate::failpoint::{Failpoint, hit};
 use crate::pg::apply_error::{ApplyFailure, attempt};
@@ -34,15 +34,15 @@ static USERS: AtomicBool = AtomicBool::new(false);
 static PREPARE_AT: AtomicU64 = AtomicU64::new(0);
 
 /// The transaction in hand.
-struct Job {
-    gid: Gid,
+pub(super) struct Job {
+    pub gid: Gid,
     name: String,
     deps: Vec<(NodeId, Csn)>,
 }
 
 impl Job {
     /// Whether it is a user's own PREPARE TRANSACTION.
-    fn is_users(&self) -> bool {
+    pub fn is_users(&self) -> bool {
         !self.name.starts_with("mtm-")
     }
 }
@@ -327,7 +327,7 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
                         inbox.run_ahead();
                     }
                     let deps: Vec<_> = piece.deps.iter().collect();
-                    wait_for_order(inbox.slot, &deps);
+                    order::wait_for(inbox.slot, job.as_ref(), &deps)?;
                 }
                 StreamFrame::Begin(begin) | StreamFrame::Resume(Resume { begin, .. }) => {
                     let begun = Job {
@@ -343,7 +343,8 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
                     // From here on there is somebody to answer, whatever happens.
                     let begun = job.insert(begun);
                     hit(Failpoint::ApplyBegins);
-                    wait_for_order(inbox.slot, &begun.deps);
+                    let begun = &*begun;
+                    order::wait_for(inbox.slot, Some(begun), &begun.deps)?;
                 }
                 StreamFrame::Ddl(payload) => {
                     applier.before_ddl();
@@ -388,23 +389,6 @@ fn apply(inbox: &mut Inbox, job: &mut Option<Job>, end: &mut Lsn) -> Result<Appl
     PREPARED.store(true, Ordering::Relaxed);
     hit(Failpoint::ApplyAfterPrepare);
     Ok(Applied::Prepared)
-}
-
-/// Waits until everything the transaction can have seen is finished here (architecture.md, "Causal order").
-fn wait_for_order(slot: &WorkerSlot, deps: &[(NodeId, Csn)]) {
-    let settled = || {
-        deps.iter()
-            .all(|(node, csn)| shared().node(*node).settled.load(Ordering::Acquire) >= csn.0)
-    };
-    if settled() {
-        return;
-    }
-    slot.waits_for_order.store(true, Ordering::Release);
-    while !settled() {
-        process::wait_latch(LOOK_AROUND, Wait::CausalOrder);
-        process::check_interrupts();
-    }
-    slot.waits_for_order.store(false, Ordering::Release);
 }
 
 impl Inbox {

@@ -1,5 +1,6 @@
 //! What the processes of a server tell its arbiter, and what they are told to finish: records of the two queues in shared memory.
 
+use super::referee::RefereeId;
 use crate::pg::process::{self, Wait};
 use crate::pg::shared::{EVENT_BYTES, FINISH_BYTES, shared};
 use protocol::membership::RefereeAnswer;
@@ -46,7 +47,14 @@ pub enum LocalEvent {
     /// The recovery stream of `from` has ended.
     RecoveryLost { from: NodeId },
     /// What the referee has said.
-    Refereed { answer: RefereeAnswer },
+    Refereed {
+        answer: RefereeAnswer,
+        referee: RefereeId,
+    },
+    /// The referee could be asked.
+    RefereeSeen { referee: RefereeId },
+    /// The referee could not be asked.
+    RefereeFails { reason: String },
     /// The stored mark of a peer's stream has reached this position.
     MarkStored { node: NodeId, lsn: Lsn },
 }

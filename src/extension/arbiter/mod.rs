@@ -35,6 +35,8 @@ use tokio::sync::mpsc;
 const LOOK_AROUND: Duration = Duration::from_millis(200);
 /// How long a stopping arbiter goes on for the backends that still wait for an outcome.
 const FAREWELL: Duration = Duration::from_secs(3);
+/// How often the main thread looks whether the other one has ended.
+const JOIN_LOOK: Duration = Duration::from_millis(10);
 /// Pause before a worker that went away is started again.
 const RESTART_PAUSE: Duration = Duration::from_millis(500);
 /// How often the main thread lets the other one speak on.
@@ -136,6 +138,10 @@ impl MainThread {
             }
         }
         leave();
+        // Not a plain join: the end of the postmaster must be noticed meanwhile.
+        while !network.is_finished() {
+            process::wait_latch(JOIN_LOOK, Wait::Work);
+        }
         match network.join() {
             Ok(Ok(())) => {}
             Ok(Err(message)) => pgrx::warning!("multimaster arbiter stops: {message}"),
@@ -166,6 +172,7 @@ impl MainThread {
                     let _ = self.replies.send(FromMain::MembershipDurable);
                 }
                 ToMain::WriteMarker(num) => {
+                    hit(Failpoint::MarkerBeforeWrite);
                     process::in_transaction(|| recovered::write_marker(num));
                     let _ = self.replies.send(FromMain::MarkerWritten(num));
                 }

@@ -42,11 +42,12 @@ impl NetSettings {
         }
     }
 
-    /// The heartbeat times among them.
+    /// The times among them that all nodes should share.
     pub fn times(&self) -> HeartbeatTimes {
         HeartbeatTimes {
             send_ms: self.send_ms,
             recv_ms: self.recv_ms,
+            slow_ms: self.slow_ms,
         }
     }
 }

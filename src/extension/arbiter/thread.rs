@@ -12,6 +12,7 @@ mod lease;
 mod links;
 mod main_link;
 mod members;
+mod referee_watch;
 mod stuck;
 mod suspects;
 
@@ -74,6 +75,7 @@ pub struct Arbiter {
     stuck: stuck::Stuck,
     /// Heartbeat times of the peers, as they say.
     peer_times: BTreeMap<NodeId, Option<HeartbeatTimes>>,
+    referee: referee_watch::RefereeWatch,
     refusals: Refusals,
 }
 
@@ -105,7 +107,7 @@ impl Arbiter {
         settings: &NetSettings,
     ) -> Arbiter {
         let timing = settings.times();
-        let silence = Duration::from_millis(timing.recv_ms);
+        let silence = links::silence(timing);
         let members = members::Members::new(
             node,
             configured,
@@ -138,6 +140,7 @@ impl Arbiter {
             members,
             stuck: stuck::Stuck::new(settings.slow_ms),
             peer_times: BTreeMap::new(),
+            referee: referee_watch::RefereeWatch::new(settings.referee, configured.len()),
             refusals: Refusals::default(),
         }
     }
@@ -303,8 +306,10 @@ impl Arbiter {
             }
             LocalEvent::MarkerReached { .. }
             | LocalEvent::RecoveryLevel { .. }
-            | LocalEvent::RecoveryLost { .. }
-            | LocalEvent::Refereed { .. } => self.on_recovery(&event),
+            | LocalEvent::RecoveryLost { .. } => self.on_recovery(&event),
+            LocalEvent::Refereed { answer, referee } => self.on_refereed(answer, referee),
+            LocalEvent::RefereeSeen { referee } => self.on_referee_seen(referee),
+            LocalEvent::RefereeFails { reason } => self.on_referee_fails(&reason),
             LocalEvent::RecoveryFailed { reason } => self.on_recovery_failed(&reason),
             LocalEvent::Ask { number, question } => self.answer(number, &question),
             LocalEvent::MarkStored { node, lsn } => {
@@ -335,16 +340,7 @@ impl Arbiter {
             FromMain::Outcome { gid, outcome } => {
                 self.input(Input::CoordinatorOutcome { gid, outcome })
             }
-            FromMain::Reconfigure(settings) => {
-                let timing = settings.times();
-                self.stuck.set_timeout(settings.slow_ms);
-                self.silence = Duration::from_millis(timing.recv_ms);
-                self.leases.reconfigure(timing);
-                self.reconfigure(timing);
-                for (peer, theirs) in self.peer_times.clone() {
-                    self.tell_unequal(peer, theirs);
-                }
-            }
+            FromMain::Reconfigure(settings) => self.reconfigure(&settings),
             FromMain::CopyNeeded => self.on_copy_needed(),
             FromMain::Notice(notice) => {
                 self.note(notice.node, notice.event, &notice.text, 0);
@@ -383,6 +379,7 @@ impl Arbiter {
     fn on_tick(&mut self) {
         self.tick_members();
         self.tick_stuck();
+        self.tick_referee();
         self.refresh_status();
         self.input(Input::Tick);
         for gid in self.early_votes.overdue(Instant::now()) {

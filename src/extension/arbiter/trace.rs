@@ -102,7 +102,9 @@ pub fn event(event: &LocalEvent) -> Option<(Gid, String)> {
         | LocalEvent::RecoveryLevel { .. }
         | LocalEvent::RecoveryLost { .. }
         | LocalEvent::RecoveryFailed { .. }
-        | LocalEvent::Refereed { .. } => return None,
+        | LocalEvent::Refereed { .. }
+        | LocalEvent::RefereeSeen { .. }
+        | LocalEvent::RefereeFails { .. } => return None,
     };
     Some((*gid, text))
 }

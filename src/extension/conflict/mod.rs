@@ -10,6 +10,8 @@
 //!
 //! A transaction that comes to COMMIT while an older one waits for it here gives way by itself (`pg::age`).
 //!
+//! The recovery waits for nobody who runs: what it applies is committed elsewhere, so who stands in its way could never commit.
+//!
 //! So waits among committing transactions only go from older to younger and never end in a running one: no cycle survives.
 
 use crate::arbiter::event::Conflict;
@@ -71,6 +73,8 @@ pub struct Monitor {
     names: BTreeMap<u32, String>,
     /// Since when a worker (by index and transaction) waits for a holder that gets a grace.
     since: BTreeMap<(usize, u64, Holder), Instant>,
+    /// Since when the recovery waits for a holder.
+    recovery_since: BTreeMap<Holder, Instant>,
 }
 
 impl Monitor {
@@ -93,6 +97,7 @@ impl Monitor {
                 if busy() { LOOK_FOR_UNSAID } else { IDLE }
             };
             process::wait_latch(pause, Wait::Work);
+            self.clear_way_of_recovery();
             waits = self.look();
         }
     }
@@ -126,6 +131,32 @@ impl Monitor {
             }
         }
         true
+    }
+
+    /// Makes running transactions victims that hold what the recovery needs, and ends the sessions of those that sleep.
+    fn clear_way_of_recovery(&mut self) {
+        let pid = shared().recovery.pid();
+        if pid == 0 || !locks::waits_for_lock(pid) {
+            self.recovery_since.clear();
+            return;
+        }
+        let snapshot = LockSnapshot::take();
+        for holder in snapshot.blockers_of(pid) {
+            let since = *self
+                .recovery_since
+                .entry(holder)
+                .or_insert_with(Instant::now);
+            match self.identify(&snapshot, holder) {
+                Some(Blocker::Running(_)) => {
+                    locks::cancel_running(holder, &Refusal::retry(BLOCKS_RECOVERY, place_of("")));
+                }
+                Some(Blocker::Victim(pid)) if since.elapsed() >= VICTIM_PATIENCE => {
+                    locks::end_session(pid);
+                }
+                // Its outcome is on the way, or comes in the donor's order.
+                _ => {}
+            }
+        }
     }
 
     fn identify(&mut self, snapshot: &LockSnapshot, holder: Holder) -> Option<Blocker> {
@@ -237,6 +268,10 @@ impl Monitor {
 /// Why a transaction that has not begun to commit loses; the node follows.
 const BLOCKS: &str = "canceling transaction because it blocks a committing transaction of node";
 
+/// The same of one that stands in the way of what this node has missed.
+const BLOCKS_RECOVERY: &str =
+    "canceling transaction because it blocks what this node has to recover from the others";
+
 /// Counts a transaction that gives way at its COMMIT to the one that the worker applies, and writes what its client reads.
 pub fn tell_loser(waiting: WaitingWorker, message: &mut impl Write, detail: &mut impl Write) {
     let slot = &shared::workers()[waiting.index];
@@ -259,11 +294,12 @@ fn is_younger(started_at: Option<i64>, committing: Gid) -> bool {
         .is_some_and(|age| age > (committing.started_at, committing.coordinator))
 }
 
-/// Whether some worker applies.
+/// Whether some worker applies, or the recovery does.
 fn busy() -> bool {
-    shared::workers()
-        .iter()
-        .any(|slot| slot.state.load(Ordering::SeqCst) == worker::BUSY)
+    shared().recovery.pid() != 0
+        || shared::workers()
+            .iter()
+            .any(|slot| slot.state.load(Ordering::SeqCst) == worker::BUSY)
 }
 
 /// Whether some worker has said that it waits for a row.

@@ -3,7 +3,7 @@
 //! A node without a majority, or one that has not caught up, must not answer from its tables: others may have changed what it shows. Every
 //! statement that touches data therefore ends with 57P03, on which drivers and pools go to another server, while catalogs, settings and the
 //! `mtm` views stay readable. The check comes after the statement's snapshot was taken and looks at a lease (`protocol::Leases`), so a
-//! process that was stopped between the two answers nothing stale either. It is repeated whenever a query is run on: rows of a cursor, or of a
+//! process that was stopped between the two answers nothing stale either; `stretch` replaces a snapshot that is too old by then. It is repeated whenever a query is run on: rows of a cursor, or of a
 //! portal of the extended protocol, are data too. `multimaster.minority_reads` lets plain reads pass.
 //!
 //! A session that begins on such a node says `default_transaction_read_only = on`, which libpq's `target_session_attrs=read-write` reads: with
@@ -11,7 +11,7 @@
 
 use super::process::{self, Wait};
 use super::shared::{self, NodeStatus};
-use super::{clock, fixed_text::FixedText, hooks, outcome, raw, refusal};
+use super::{clock, fixed_text::FixedText, hooks, raw, refusal};
 use crate::guc;
 use pgrx::pg_sys;
 use protocol::NodeSet;
@@ -23,9 +23,6 @@ use std::time::{Duration, Instant};
 
 /// How often a statement looks whether the lease has been renewed.
 const LOOK_AROUND: Duration = Duration::from_millis(5);
-
-/// How far back 32 bits of an xid say which one is meant, with room to spare.
-const RECENT_XIDS: u64 = 1 << 30;
 
 /// First oid that is not part of every new database (`FirstNormalObjectId` of access/transam.h).
 const FIRST_NORMAL_OID: u32 = 16384;
@@ -49,40 +46,89 @@ pub fn applies() -> bool {
     shared::exists() && unsafe { pg_sys::ParallelWorkerNumber < 0 } && hooks::in_cluster()
 }
 
-/// A query is about to begin, or to run on.
+/// A statement that is about to run, whatever it is.
+#[derive(Clone, Copy)]
+pub enum Reader<'a> {
+    Query(&'a pg_sys::PlannedStmt),
+    Command(*mut pg_sys::Node),
+}
+
+impl Reader<'_> {
+    /// Raises when this node does not serve it; waits while that is being found out. Returns whether the node serves; if not, that does not matter to the statement.
+    ///
+    /// # Safety
+    /// As [`check_query`].
+    pub unsafe fn check(self) -> bool {
+        // SAFETY: as the caller promises.
+        unsafe {
+            match self {
+                Reader::Query(plan) => check_query(plan),
+                Reader::Command(statement) => check_utility(statement),
+            }
+        }
+    }
+
+    /// Whether it shows or changes rows of users' tables itself, and not only by queries that it runs.
+    ///
+    /// # Safety
+    /// As [`check_query`].
+    pub unsafe fn touches_data(self) -> bool {
+        // SAFETY: as the caller promises.
+        unsafe {
+            match self {
+                Reader::Query(plan) => touches_data(plan),
+                Reader::Command(statement) => !is_harmless(statement),
+            }
+        }
+    }
+
+    /// Views of the extension must tell what stands in the way of those who wait.
+    ///
+    /// # Safety
+    /// As [`check_query`].
+    pub unsafe fn shows_only_the_cluster(self) -> bool {
+        match self {
+            // SAFETY: as the caller promises.
+            Reader::Query(plan) => unsafe { shows_only_the_cluster(plan) },
+            Reader::Command(_) => false,
+        }
+    }
+}
+
+/// A query is about to begin, or to run on. Returns whether this node serves.
 ///
 /// # Safety
 /// From the executor's hooks: raises by `longjmp`, so no frame owns anything.
-pub unsafe fn check_query(plan: &pg_sys::PlannedStmt) {
+pub unsafe fn check_query(plan: &pg_sys::PlannedStmt) -> bool {
     if !shared::exists() || serves() {
-        return;
+        return true;
     }
     // SAFETY: as the caller promises; the plan's lists are valid.
     unsafe {
         if !applies() || !touches_data(plan) {
-            return;
+            return false;
         }
         let reads_only = plan.commandType == pg_sys::CmdType::CMD_SELECT
             && !plan.hasModifyingCTE
             && plan.rowMarks.is_null();
-        await_service(reads_only);
+        await_service(reads_only)
     }
 }
 
-/// A utility command is about to run.
+/// A utility command is about to run. Returns whether this node serves.
 ///
 /// # Safety
 /// As [`check_query`].
-pub unsafe fn check_utility(statement: *mut pg_sys::Node) {
+pub unsafe fn check_utility(statement: *mut pg_sys::Node) -> bool {
     if !shared::exists() || serves() {
-        return;
+        return true;
     }
     // SAFETY: as the caller promises; the node's tag says what it is.
     unsafe {
         if !applies() || is_harmless(statement) {
-            return;
+            return false;
         }
-        await_service(only_reads(statement));
+        await_service(only_reads(statement))
     }
 }
 
@@ -128,7 +174,10 @@ unsafe fn copies_no_data(copy: *mut pg_sys::CopyStmt) -> bool {
 }
 
 /// Whether some table of the plan is a user's. Temporary ones are the session's own business.
-unsafe fn touches_data(plan: &pg_sys::PlannedStmt) -> bool {
+///
+/// # Safety
+/// As [`check_query`].
+pub unsafe fn touches_data(plan: &pg_sys::PlannedStmt) -> bool {
     // SAFETY: as the caller promises.
     unsafe {
         let own_schema = own_schema();
@@ -137,7 +186,7 @@ unsafe fn touches_data(plan: &pg_sys::PlannedStmt) -> bool {
 }
 
 /// Whether the plan reads views of the extension, and no user's table.
-pub unsafe fn shows_only_the_cluster(plan: &pg_sys::PlannedStmt) -> bool {
+unsafe fn shows_only_the_cluster(plan: &pg_sys::PlannedStmt) -> bool {
     // SAFETY: as the caller promises.
     unsafe {
         let own_schema = own_schema();
@@ -214,15 +263,13 @@ unsafe fn is_harmless(statement: *mut pg_sys::Node) -> bool {
     }
 }
 
-/// Returns when the node serves; raises when it is known not to, or when its lease is not renewed for as long as a node may be silent.
-///
-/// Raises also when the node was away meanwhile: the statement's snapshot is older than what it has recovered.
-unsafe fn await_service(reads_only: bool) {
+/// Returns true when the node serves, and false when this statement may read all the same; raises when the node is known not to serve, or when its lease is not
+/// renewed for as long as a node may be silent.
+unsafe fn await_service(reads_only: bool) -> bool {
     if reads_only && guc::minority_reads() {
-        return;
+        return false;
     }
     let begun = Instant::now();
-    let recovered_to = shared::shared().standing.get().recovered_to;
     while !serves() {
         let settling = match shared::shared().status() {
             NodeStatus::Online | NodeStatus::Degraded => lease_may_return(),
@@ -238,42 +285,10 @@ unsafe fn await_service(reads_only: bool) {
             raw::check_for_interrupts();
         }
     }
-    if shared::shared().standing.get().recovered_to != recovered_to {
-        // SAFETY: as check_query.
-        unsafe { refuse_old_snapshot() };
-    }
     // A session that began a moment too early would hear of a read-only transaction now.
     // SAFETY: as check_query; called from the same hooks.
     unsafe { refresh_session() };
-}
-
-/// Raises when the snapshot lacks something that this node has recovered: it was taken before the node could serve, however long ago that was.
-///
-/// What is recovered commits one after the other, so who sees the last of them sees all.
-///
-/// # Safety
-/// As [`check_query`]; the snapshot is none or valid.
-pub unsafe fn check_snapshot(plan: &pg_sys::PlannedStmt, snapshot: pg_sys::Snapshot) {
-    if snapshot.is_null() || !shared::exists() {
-        return;
-    }
-    let last = shared::shared().last_recovered.load(Ordering::Acquire);
-    // SAFETY: as the caller promises; the rest are plain values of this process.
-    unsafe {
-        if last == 0
-            || (*snapshot).snapshot_type != pg_sys::SnapshotType::SNAPSHOT_MVCC
-            || !pg_sys::XidInMVCCSnapshot(pg_sys::TransactionId::from(last as u32), snapshot)
-            || !applies()
-            || guc::minority_reads()
-            || !touches_data(plan)
-        {
-            return;
-        }
-        // So long ago that the xid may have come round.
-        if outcome::next_xid() - last < RECENT_XIDS {
-            refuse_old_snapshot();
-        }
-    }
+    true
 }
 
 /// Whether enough nodes are there to renew the lease, or it has ended so short a time ago that they may only be slow. A node that has been cut off
@@ -288,22 +303,6 @@ fn lease_may_return() -> bool {
     let ended = shared::shared().lease_until_ms.load(Ordering::Acquire);
     let patience = u64::try_from(guc::heartbeat_recv_timeout().as_millis()).unwrap_or(u64::MAX);
     clock::monotonic_ms() < ended.saturating_add(patience)
-}
-
-/// Ends a statement that began before this node had recovered.
-///
-/// # Safety
-/// As [`check_query`].
-unsafe fn refuse_old_snapshot() {
-    // SAFETY: as the caller promises.
-    unsafe {
-        refusal::raise(
-            pgrx::PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE as i32,
-            c"this node has come back to the cluster since the snapshot was taken",
-            c"What it would have read may be older than what other nodes have committed.",
-            c"Run the transaction again.",
-        );
-    }
 }
 
 /// Waits while it is being found out who goes on with this node; raises when this node cannot commit.

@@ -6,7 +6,9 @@
 //! see an empty transaction and could raise an error for what is already committed.
 
 use super::shared;
-use super::{age, commit, ddl_bridge, gate, process, raw, refusal, strict, user_2pc, victim};
+use super::{
+    age, commit, ddl_bridge, gate, process, raw, refusal, stretch, strict, user_2pc, victim,
+};
 use pgrx::pg_sys;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
@@ -143,10 +145,10 @@ unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, flags:
         let plan = &*(*query).plannedstmt;
         gate::refresh_session();
         if flags as u32 & pg_sys::EXEC_FLAG_EXPLAIN_ONLY == 0 {
-            strict::before_query(query);
-            // With the snapshot that the query is going to use.
-            gate::check_query(plan);
-            gate::check_snapshot(plan, (*query).snapshot);
+            let first = strict::before_query(query);
+            stretch::pass_failpoint(gate::Reader::Query(plan));
+            let serves = gate::check_query(plan);
+            stretch::check_query(query, first, serves);
         }
         if plan.commandType != pg_sys::CmdType::CMD_SELECT || plan.hasModifyingCTE {
             if flags as u32 & pg_sys::EXEC_FLAG_EXPLAIN_ONLY == 0 {
@@ -245,7 +247,11 @@ unsafe extern "C-unwind" fn transaction_event(
 fn end_of_transaction() {
     FOOTPRINT.set(Footprint::default());
     ddl_bridge::end_of_transaction();
-    if !commit::in_sequence() && shared::exists() && has_proc() {
+    if !shared::exists() || !has_proc() {
+        return;
+    }
+    stretch::remember();
+    if !commit::in_sequence() {
         shared::my_backend().end_transaction();
     }
 }
@@ -358,8 +364,12 @@ unsafe extern "C-unwind" fn utility(
         gate::refresh_session();
         if !is_transaction {
             victim::check();
-            strict::before_command(pstmt);
-            gate::check_utility(node);
+            let first = strict::before_command(pstmt);
+            stretch::pass_failpoint(gate::Reader::Command(node));
+            let serves = gate::check_utility(node);
+            stretch::check_command(pstmt, first, serves);
+        } else {
+            stretch::before_transaction_command();
         }
         keep_cluster(node);
         if is_transaction && in_cluster && run_transaction_command(node.cast()) {

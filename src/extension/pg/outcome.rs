@@ -44,3 +44,9 @@ pub fn is_running(full_xid: u64) -> bool {
             && pg_sys::TransactionIdIsInProgress(pg_sys::TransactionId::from(full_xid as u32))
     }
 }
+
+/// The same without the lock, callable from any thread: not below the xid of a transaction whose end the caller knows of.
+pub fn next_xid_unlocked() -> u64 {
+    // SAFETY: shared memory that exists as long as the process; an aligned word is read in one piece.
+    unsafe { (&raw const (*pg_sys::ShmemVariableCache).nextXid.value).read_volatile() }
+}

@@ -20,6 +20,7 @@ unsafe extern "C-unwind" {
     pub fn ReleaseCurrentSubTransaction();
     pub fn IsSubTransaction() -> bool;
     pub fn IsTransactionBlock() -> bool;
+    pub fn IsInParallelMode() -> bool;
     pub fn IsAbortedTransactionBlockState() -> bool;
     pub fn GetTopTransactionIdIfAny() -> pg_sys::TransactionId;
     pub static mut XactIsoLevel: c_int;
@@ -40,6 +41,7 @@ unsafe extern "C-unwind" {
 
     // utils/snapmgr.h
     pub fn GetTransactionSnapshot() -> pg_sys::Snapshot;
+    pub fn GetLatestSnapshot() -> pg_sys::Snapshot;
     pub fn GetActiveSnapshot() -> pg_sys::Snapshot;
     pub fn ActiveSnapshotSet() -> bool;
     pub fn PushActiveSnapshot(snapshot: pg_sys::Snapshot);

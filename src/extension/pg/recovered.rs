@@ -1,10 +1,8 @@
 //! Names of the transactions that this node has recovered, in `mtm.recovered`, until it is online.
 
-use super::shared::shared;
 use crate::decode;
 use pgrx::prelude::*;
 use std::collections::BTreeSet;
-use std::sync::atomic::Ordering;
 
 mod guarded {
     use pgrx::pg_sys;
@@ -44,13 +42,8 @@ pub fn note(name: &str) {
     if let Err(error) = added {
         pgrx::error!("multimaster cannot write mtm.recovered: {error}");
     }
-    // SAFETY: pushed above; the transaction has an xid by now.
-    let xid = unsafe {
-        pg_sys::PopActiveSnapshot();
-        pg_sys::GetTopFullTransactionIdIfAny().value
-    };
-    // Before it commits: see `gate::check_snapshot`.
-    shared().last_recovered.store(xid, Ordering::Release);
+    // SAFETY: pushed above.
+    unsafe { pg_sys::PopActiveSnapshot() };
 }
 
 /// Forgets them. Runs in a transaction.

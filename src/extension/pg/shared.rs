@@ -11,6 +11,7 @@ mod cells;
 mod process;
 mod recovery;
 mod segment;
+mod service;
 mod status;
 
 pub use apply::{WorkerSlot, worker};
@@ -21,6 +22,8 @@ pub use recovery::RecoveryProgress;
 pub(super) use segment::{area, backend_count};
 pub use segment::{backends, exists, my_backend, register, ring, shared, wake_fd, workers};
 pub use status::NodeStatus;
+
+use service::Service;
 
 use super::board::{Board, RecentLog};
 use super::queue::Queue;
@@ -106,6 +109,7 @@ pub struct Shared {
     pub status: AtomicU32,
     /// Until when this node may serve reads, by `clock::monotonic_ms`; written by the tokio thread.
     pub lease_until_ms: AtomicU64,
+    pub service: Service,
     /// Arbiter starts so far, durable.
     pub epoch: AtomicU32,
     /// The arbiter has found out whether this server belongs to a cluster. Until then no write may commit.
@@ -137,8 +141,6 @@ pub struct Shared {
     needs_copy: AtomicU32,
     /// The order to recover: see [`RecoveryOrder`]; 0 for none.
     recovery_order: AtomicU32,
-    /// Full xid of the last transaction that was recovered here since the server's start; 0 for none. They run one after the other.
-    pub last_recovered: AtomicU64,
     /// How far the recovery is.
     pub recovery_progress: RecoveryProgress,
     /// Where this node stands, for those who apply.
@@ -166,13 +168,28 @@ impl Shared {
         NodeStatus::from_raw(self.status.load(Ordering::Acquire))
     }
 
+    /// Shows another status. One that serves is set by the tokio thread only.
     pub fn set_status(&self, status: NodeStatus) {
+        if status.serves() && !self.serving() {
+            self.service.begin(false);
+        }
         self.status.store(status as u32, Ordering::Release);
+    }
+
+    /// Backends may serve until then, by `clock::monotonic_ms`, or for longer if they may already. Tokio thread only.
+    ///
+    /// A renewal that comes in time leaves no gap, also when it is seen late: the promises behind it were taken before the old ones ended.
+    pub fn renew_lease(&self, until: u64) {
+        let lapsed = !self.lease_holds();
+        if lapsed && until > super::clock::monotonic_ms() {
+            self.service.begin(false);
+        }
+        self.lease_until_ms.fetch_max(until, Ordering::AcqRel);
     }
 
     /// Whether this node may serve reads and writes, as far as it knows.
     pub fn serving(&self) -> bool {
-        matches!(self.status(), NodeStatus::Online | NodeStatus::Degraded)
+        self.status().serves()
     }
 
     /// Whether a majority has promised to do nothing without this node at this moment.

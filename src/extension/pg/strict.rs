@@ -4,8 +4,7 @@
 //! enough because every member has prepared a transaction before anybody commits it (docs/protocol.md, "Strict reads").
 //!
 //! PostgreSQL takes the snapshot of a statement before it calls any hook. So the wait comes in the first hook of the statement, and the snapshot is taken
-//! again. Only one that nobody but the statement itself uses is replaced. What runs inside of a statement (functions, triggers) takes later snapshots, or
-//! shares the statement's.
+//! again (`snapshot`).
 //!
 //! | isolation | waits |
 //! |---|---|
@@ -13,8 +12,10 @@
 //! | repeatable read | the first statement of the transaction |
 //! | serializable | BEGIN; a snapshot cannot be replaced there, since predicate locking has begun with it |
 
+use super::gate::Reader;
 use super::in_flight::{Pending, Prepared};
-use super::{gate, raw, refusal, shared};
+use super::snapshot::{self, Place};
+use super::{gate, raw, refusal, shared, stretch};
 use crate::guc;
 use pgrx::pg_sys;
 use protocol::GenerationNum;
@@ -32,89 +33,43 @@ thread_local! {
     static WAITED_AT_BEGIN: Cell<(u32, GenerationNum)> = const { Cell::new((0, GenerationNum(0))) };
 }
 
-/// What waits.
-#[derive(Clone, Copy)]
-enum Reader<'a> {
-    Query(&'a pg_sys::PlannedStmt),
-    Command(*mut pg_sys::Node),
-}
-
-impl Reader<'_> {
-    /// Views of the extension must tell what stands in the way of those who wait.
-    unsafe fn shows_only_the_cluster(self) -> bool {
-        match self {
-            // SAFETY: as the callers of the hooks' functions promise.
-            Reader::Query(plan) => unsafe { gate::shows_only_the_cluster(plan) },
-            Reader::Command(_) => false,
-        }
-    }
-
-    /// Raises when this node does not serve it; waits while that is being found out. Returns when it serves, or when that does not matter.
-    unsafe fn check(self) {
-        // SAFETY: as the callers of the hooks' functions promise.
-        unsafe {
-            match self {
-                Reader::Query(plan) => gate::check_query(plan),
-                Reader::Command(statement) => gate::check_utility(statement),
-            }
-        }
-    }
-}
-
-/// A query is about to run.
+/// A query is about to run. Returns whether it is known to be the first statement of its transaction that uses a snapshot.
 ///
 /// # Safety
 /// From the executor's start hook: raises by `longjmp`, so no frame owns anything.
-pub unsafe fn before_query(query: *mut pg_sys::QueryDesc) {
+pub unsafe fn before_query(query: *mut pg_sys::QueryDesc) -> bool {
     // SAFETY: as the caller promises; PostgreSQL passes a valid query.
     unsafe {
         let plan = &*(*query).plannedstmt;
-        let snapshot = (*query).snapshot;
-        if !is_statement(plan) || !is_used_once(snapshot, 1) {
-            return;
-        }
-        let first = begin_statement();
-        if !waits(first) {
-            return;
-        }
-        in_one_generation(Reader::Query(plan), snapshot, |fresh| {
-            raw::PopActiveSnapshot();
-            raw::PushActiveSnapshot(fresh);
-            raw::UnregisterSnapshot((*query).snapshot);
-            (*query).snapshot = raw::RegisterSnapshot(raw::GetActiveSnapshot());
-            (*query).snapshot
-        });
+        snapshot::is_statement(plan) && before_statement(Reader::Query(plan), Place::Query(query))
     }
 }
 
-/// A utility command is about to run. Those that read have a snapshot of their portal's.
+/// A utility command is about to run. Those that read have a snapshot of their portal's. Returns the same.
 ///
 /// # Safety
 /// From the utility hook; as [`before_query`].
-pub unsafe fn before_command(pstmt: *mut pg_sys::PlannedStmt) {
+pub unsafe fn before_command(pstmt: *mut pg_sys::PlannedStmt) -> bool {
     // SAFETY: as the caller promises.
     unsafe {
         let command = (*pstmt).utilityStmt;
-        if !runs_queries((*command).type_) || !is_statement(pstmt) {
-            return;
-        }
-        let portal = &mut *pg_sys::ActivePortal;
-        // The portal of a command with an answer holds it, too, only so that nothing is removed that the answer refers to.
-        let held = u32::from(portal.holdSnapshot == portal.portalSnapshot);
-        if !is_used_once(portal.portalSnapshot, held) {
-            return;
+        runs_queries((*command).type_)
+            && snapshot::is_statement(pstmt)
+            && before_statement(Reader::Command(command), Place::Portal)
+    }
+}
+
+unsafe fn before_statement(reader: Reader, place: Place) -> bool {
+    // SAFETY: as the callers promise.
+    unsafe {
+        if !place.is_replaceable() {
+            return false;
         }
         let first = begin_statement();
-        if !waits(first) {
-            return;
+        if waits(first) {
+            in_one_generation(reader, place);
         }
-        in_one_generation(Reader::Command(command), portal.portalSnapshot, |fresh| {
-            portal.portalSnapshot = std::ptr::null_mut();
-            raw::PopActiveSnapshot();
-            raw::PushActiveSnapshotWithLevel(fresh, portal.createLevel);
-            portal.portalSnapshot = raw::GetActiveSnapshot();
-            portal.portalSnapshot
-        });
+        first
     }
 }
 
@@ -132,6 +87,7 @@ pub unsafe fn after_command(command: *mut pg_sys::Node) {
         if imports_snapshot(command) {
             // It must not be replaced.
             begin_statement();
+            stretch::forget();
         } else if guc::strict_reads()
             && raw::XactIsoLevel == pg_sys::XACT_SERIALIZABLE as i32
             && raw::IsTransactionBlock()
@@ -168,17 +124,6 @@ fn transaction() -> u32 {
 fn begin_statement() -> bool {
     let transaction = transaction();
     HAS_READ.replace(transaction) != transaction
-}
-
-/// Whether `plan` is what the client has sent, not something that runs inside of it. Of what a rule makes of one statement, the first.
-unsafe fn is_statement(plan: *const pg_sys::PlannedStmt) -> bool {
-    // SAFETY: the active portal and its list of statements are valid while it is active.
-    unsafe {
-        let portal = pg_sys::ActivePortal;
-        !portal.is_null()
-            && !(*portal).stmts.is_null()
-            && std::ptr::eq((*(*(*portal).stmts).elements).ptr_value.cast(), plan)
-    }
 }
 
 /// Commands that read tables with their portal's snapshot, or run something that does.
@@ -240,73 +185,19 @@ unsafe fn check_wait_at_begin() {
     }
 }
 
-/// Whether the snapshot is on top of the stack, and its place there and `registered` references are all that keeps it.
-unsafe fn is_used_once(snapshot: pg_sys::Snapshot, registered: u32) -> bool {
-    // SAFETY: looks at this process's stack of snapshots; a snapshot that a statement has is valid.
-    unsafe {
-        !snapshot.is_null()
-            && raw::ActiveSnapshotSet()
-            && raw::GetActiveSnapshot() == snapshot
-            && (*snapshot).active_count == 1
-            && (*snapshot).regd_count == registered
-    }
-}
-
-/// A snapshot of this moment that is also the transaction's, if that has one.
-///
-/// In repeatable read PostgreSQL keeps the first snapshot. It gives a new one where it believes itself in read committed, and returns that
-/// one from then on. The first one stays registered, so nothing that the new one needs is removed.
-unsafe fn take_snapshot() -> pg_sys::Snapshot {
-    // SAFETY: a variable of this process. An error in between ends the transaction, and with it the level.
-    unsafe {
-        let level = raw::XactIsoLevel;
-        raw::XactIsoLevel = pg_sys::XACT_READ_COMMITTED as i32;
-        let snapshot = raw::GetTransactionSnapshot();
-        raw::XactIsoLevel = level;
-        snapshot
-    }
-}
-
-/// Whether two snapshots show the same: taking one is cheap while nothing ends, putting it in the place of another one is not.
-unsafe fn is_same(old: &pg_sys::SnapshotData, new: &pg_sys::SnapshotData) -> bool {
-    if old.suboverflowed || new.suboverflowed {
-        // A copy lacks the list of subtransactions then.
-        return false;
-    }
-    let list = |start: *mut pg_sys::TransactionId, count: usize| {
-        if count == 0 {
-            &[][..]
-        } else {
-            // SAFETY: the array has as many elements as the count says.
-            unsafe { std::slice::from_raw_parts(start, count) }
-        }
-    };
-    let running = |snapshot: &pg_sys::SnapshotData| {
-        (
-            list(snapshot.xip, snapshot.xcnt as usize),
-            list(snapshot.subxip, snapshot.subxcnt.max(0) as usize),
-        )
-    };
-    (old.xmin, old.xmax) == (new.xmin, new.xmax) && running(old) == running(new)
-}
-
 /// Waits, and has the snapshot replaced if it is not what a new one is, while this node is online in one and the same generation; it serves when this returns.
 ///
 /// A node that was away in between was told of what it had missed after the snapshot, and serves again all the same.
-unsafe fn in_one_generation(
-    reader: Reader,
-    mut snapshot: pg_sys::Snapshot,
-    mut replace: impl FnMut(pg_sys::Snapshot) -> pg_sys::Snapshot,
-) {
+unsafe fn in_one_generation(reader: Reader, place: Place) {
     // SAFETY: as the callers of the hooks' functions promise.
     unsafe {
         loop {
             let generation = shared::shared().online_in();
             reader.check();
             await_prepared(reader);
-            let fresh = take_snapshot();
-            if !is_same(&*snapshot, &*fresh) {
-                snapshot = replace(fresh);
+            let fresh = snapshot::take();
+            if !snapshot::is_same(&*place.snapshot(), &*fresh) {
+                place.replace(fresh);
             }
             reader.check();
             if shared::shared().online_in() == generation {

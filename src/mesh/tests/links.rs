@@ -9,7 +9,7 @@ use common::{
 };
 use mesh::{DownReason, Heartbeat, Mesh, MeshEvent, OUTBOX_BYTES_MAX, StartError};
 use protocol::{GenerationNum, Gid, Lsn, Message, NodeSet, Refusal, Vote};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::yield_now;
 
 #[tokio::test]
@@ -221,6 +221,22 @@ async fn node_that_may_not_speak_looks_dead() {
     assert_eq!(one.wait_down(3).await, DownReason::Silent(200));
     three.handle.speak_for(None);
     one.wait_up(&[3]).await;
+}
+
+#[tokio::test]
+async fn node_that_may_not_speak_makes_no_link() {
+    let mut one = Running::start(config(1, &[]));
+    let mut two = Running::start(config(2, &[one.addr()]));
+    two.handle.speak_for(Some(Duration::ZERO));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(one.handle.connected(), NodeSet::EMPTY);
+    one.handle.speak_for(Some(Duration::ZERO));
+    let mut stranger = TcpStream::connect(one.addr()).await.unwrap();
+    until_closed(&mut stranger).await;
+    one.handle.speak_for(None);
+    two.handle.speak_for(None);
+    one.wait_up(&[2]).await;
+    two.wait_up(&[1]).await;
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ pub type Extra = (u16, Vec<u8>);
 pub const RECEIVING: u16 = 1;
 /// The sender's promises: `Vec<Grant>`.
 pub const GRANTS: u16 = 2;
-/// The sender's heartbeat times, milliseconds: `(u64, u64)`. Tag 3 is the presence, which `wire` knows.
+/// The sender's times for heartbeats and stuck nodes, milliseconds: `(u64, u64, u64)`. Tag 3 is the presence, which `wire` knows.
 pub const TIMES: u16 = 4;
 /// The nodes for which the sender keeps no WAL any more, as bits: `u16`. Left out while there are none.
 pub const NEEDS_COPY: u16 = 5;
@@ -18,6 +18,8 @@ pub const NEEDS_COPY: u16 = 5;
 pub const IDLE: u16 = 6;
 /// Bytes of WAL that the sender has still to recover: `u64`. Left out while it does not recover.
 pub const LAG: u16 = 7;
+/// The referee that the sender has met last: `RefereeId`. Left out while it has met none.
+pub const REFEREE: u16 = 8;
 
 /// A value under its tag.
 pub fn put(tag: u16, value: &impl Serialize) -> Option<Extra> {

@@ -52,12 +52,14 @@ impl LeaseKeeper {
 
     /// Whether this node serves without anybody's promise, or needs them from now on.
     pub fn set_alone(&mut self, alone: bool) {
-        let until = match (self.ended, alone) {
-            (true, _) => 0,
-            (false, true) => Millis::MAX,
-            (false, false) => self.until(),
-        };
-        shared().lease_until_ms.store(until, Ordering::Release);
+        match (self.ended, alone) {
+            (true, _) => shared().lease_until_ms.store(0, Ordering::Release),
+            (false, true) => shared().renew_lease(Millis::MAX),
+            // What lies behind it may be less than what has been shown.
+            (false, false) => shared()
+                .lease_until_ms
+                .store(self.until(), Ordering::Release),
+        }
     }
 
     /// End of the lease by the promises of others, as `clock::monotonic_ms`.
@@ -87,9 +89,7 @@ impl LeaseKeeper {
             .heard(from, heartbeat.epoch, heartbeat.sent_ms, now);
         self.leases.on_grants(from, &grants_of(heartbeat));
         if !self.ended {
-            shared()
-                .lease_until_ms
-                .fetch_max(self.until(), Ordering::AcqRel);
+            shared().renew_lease(self.until());
         }
     }
 
@@ -131,7 +131,7 @@ impl LeaseKeeper {
     /// What heartbeats carry.
     pub fn extras(&self) -> impl Iterator<Item = Extra> {
         let grants: Vec<Grant> = self.leases.grants().collect();
-        let times = (self.times.send_ms, self.times.recv_ms);
+        let times = (self.times.send_ms, self.times.recv_ms, self.times.slow_ms);
         [
             extras::put(extras::GRANTS, &grants),
             extras::put(extras::TIMES, &times),
@@ -143,8 +143,12 @@ impl LeaseKeeper {
 
 /// The heartbeat times of the sender.
 pub fn times_of(heartbeat: &Heartbeat) -> Option<HeartbeatTimes> {
-    let (send_ms, recv_ms) = extras::get(heartbeat, extras::TIMES)?;
-    Some(HeartbeatTimes { send_ms, recv_ms })
+    let (send_ms, recv_ms, slow_ms) = extras::get(heartbeat, extras::TIMES)?;
+    Some(HeartbeatTimes {
+        send_ms,
+        recv_ms,
+        slow_ms,
+    })
 }
 
 fn duration(times: HeartbeatTimes) -> Millis {

@@ -1,6 +1,8 @@
 //! Links to the other nodes: what comes over them, which of them work, and what this node makes of that.
 
+use super::super::LOOK_AROUND;
 use super::super::event::MemberEvent;
+use super::super::net_config::NetSettings;
 use super::super::user_votes::UserTally;
 use super::extras;
 use super::main_link::{HeartbeatTimes, LogLevel};
@@ -16,6 +18,9 @@ use wire::frame::Heartbeat;
 
 /// Time for a good-bye to leave before the connections are closed.
 pub(super) const LEAVING_PAUSE: Duration = Duration::from_millis(60);
+
+/// A main thread that has missed so many of its looks around hangs, however little silence the settings allow between nodes.
+const LOOKS_MISSED: u32 = 5;
 
 fn view_of(heartbeat: &Heartbeat) -> NodeSet {
     NodeSet::from_bits(extras::get(heartbeat, extras::RECEIVING).unwrap_or_default())
@@ -74,7 +79,8 @@ impl Arbiter {
                 self.peer_views.insert(from, view_of(&heartbeat));
                 self.compare_times(from, &heartbeat);
                 self.leases.on_heartbeat(from, &heartbeat, &self.mesh);
-                self.stuck.hear(from, &heartbeat);
+                self.hear_stuck(from, &heartbeat);
+                self.hear_referee(&heartbeat);
                 self.hear_members(from, &heartbeat);
                 self.refresh_status();
                 self.leases.answer(from, &self.mesh);
@@ -146,7 +152,7 @@ impl Arbiter {
         });
     }
 
-    /// Heartbeat times that differ between nodes make one exclude the other earlier than it expects.
+    /// Times that differ between nodes make one exclude the other earlier than it expects.
     fn compare_times(&mut self, from: NodeId, heartbeat: &Heartbeat) {
         let theirs = lease::times_of(heartbeat);
         if theirs.is_some() && self.peer_times.insert(from, theirs) != Some(theirs) {
@@ -159,12 +165,14 @@ impl Arbiter {
         let ours = self.leases.times();
         if let Some(theirs) = theirs.filter(|theirs| *theirs != ours) {
             let text = format!(
-                "node {} has heartbeat_send_timeout {} ms and heartbeat_recv_timeout {} ms, this node {} ms and {} ms",
+                "node {} has heartbeat_send_timeout {} ms, heartbeat_recv_timeout {} ms and slow_node_timeout {} ms, this node {} ms, {} ms and {} ms",
                 from.get(),
                 theirs.send_ms,
                 theirs.recv_ms,
+                theirs.slow_ms,
                 ours.send_ms,
-                ours.recv_ms
+                ours.recv_ms,
+                ours.slow_ms
             );
             self.note(from, "unequal settings", &text, 0);
             self.main.log(LogLevel::Warning, text);
@@ -232,12 +240,20 @@ impl Arbiter {
         failpoint::hit_after_sending(after);
     }
 
-    pub(super) fn reconfigure(&self, times: HeartbeatTimes) {
+    /// The settings were read again. What cannot work is not taken, as a whole: promises and silence follow the same times as heartbeats.
+    pub(super) fn reconfigure(&mut self, settings: &NetSettings) {
+        let times = settings.times();
         if let Err(error) = self.mesh.reconfigure(times.send_ms, times.recv_ms) {
-            self.main.log(
-                LogLevel::Warning,
-                format!("the heartbeat settings were not taken: {error}"),
-            );
+            let text = format!("the heartbeat settings were not taken: {error}");
+            self.note(self.node, "settings refused", &text, 0);
+            return self.main.log(LogLevel::Warning, text);
+        }
+        self.stuck.set_timeout(times.slow_ms);
+        self.silence = silence(times);
+        self.leases.reconfigure(times);
+        self.publish();
+        for (peer, theirs) in self.peer_times.clone() {
+            self.tell_unequal(peer, theirs);
         }
     }
 
@@ -264,6 +280,7 @@ impl Arbiter {
                 .chain(self.members.needs_copy_extra())
                 .chain(self.members.lag_extra())
                 .chain(self.stuck.extra())
+                .chain(self.referee.extra())
                 .collect(),
             ..Heartbeat::default()
         };
@@ -277,6 +294,11 @@ impl Arbiter {
             );
         }
     }
+}
+
+/// How long this node goes on speaking without a sign of life of its main thread.
+pub(super) fn silence(times: HeartbeatTimes) -> Duration {
+    Duration::from_millis(times.recv_ms).max(LOOK_AROUND * LOOKS_MISSED)
 }
 
 fn unreachable_peer(peer: NodeId) -> Refusal {

@@ -41,11 +41,12 @@ pub enum LogLevel {
     Warning,
 }
 
-/// `multimaster.heartbeat_send_timeout` and `multimaster.heartbeat_recv_timeout`.
+/// `multimaster.heartbeat_send_timeout`, `multimaster.heartbeat_recv_timeout` and `multimaster.slow_node_timeout`, milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeartbeatTimes {
     pub send_ms: u64,
     pub recv_ms: u64,
+    pub slow_ms: u64,
 }
 
 /// What the main thread answers.

@@ -222,7 +222,8 @@ impl Arbiter {
             MembershipEffect::Open { generation } => self.open(generation),
             MembershipEffect::AskReferee(request) => {
                 // Who is not to come online by itself does not go on alone either.
-                if !self.members.failed && !self.members.needs_copy() {
+                let stays_out = self.members.failed || self.members.needs_copy();
+                if !stays_out && !self.referee.differs() {
                     referee::leave(request);
                     shared().arbiter.wake();
                     shared().referee.wake();
@@ -248,7 +249,7 @@ impl Arbiter {
         self.publish();
     }
 
-    fn beat_all(&self) {
+    pub(super) fn beat_all(&self) {
         for peer in self.configured.without(self.node).iter() {
             self.mesh.beat(peer);
         }
@@ -286,6 +287,8 @@ impl Arbiter {
 
     fn open(&mut self, generation: Generation) {
         self.members.opened = Some(generation.num);
+        let returned = self.members.durable.recovered_to == generation.num;
+        shared().service.begin(returned);
         // Nobody can go on without the only member.
         let alone = generation.members == NodeSet::default().with(self.node);
         self.leases.set_alone(alone);
@@ -381,13 +384,12 @@ impl Arbiter {
         }
     }
 
-    /// What the recovery or the referee says.
+    /// What the recovery says.
     pub(super) fn on_recovery(&mut self, event: &LocalEvent) {
         let input = match *event {
             LocalEvent::MarkerReached { from, num } => MembershipInput::MarkerReached { from, num },
             LocalEvent::RecoveryLevel { from, level } => MembershipInput::Level { from, level },
             LocalEvent::RecoveryLost { from } => MembershipInput::RecoveryLost { from },
-            LocalEvent::Refereed { answer } => MembershipInput::Referee(answer),
             _ => return,
         };
         self.member_input(input);

@@ -4,7 +4,7 @@ use super::Arbiter;
 use super::extras::{self, Extra};
 use super::health::{Idle, Matter, Sight, Watches};
 use super::main_link::LogLevel;
-use super::suspects::{Suspects, Verdict};
+use super::suspects::{Own, Suspects, Verdict};
 use crate::pg::clock;
 use crate::pg::shared::{self, outcome, shared, worker};
 use protocol::membership::{MembershipInput, Phase};
@@ -31,7 +31,7 @@ pub struct Stuck {
     switching_since: Option<Millis>,
     /// When the main thread gave its last sign of life.
     alive_at: Millis,
-    /// Where each peer's WAL ended when its stream had last caught up.
+    /// Where each peer's WAL ended when its stream was last found to have caught up, at a heartbeat.
     goals: BTreeMap<NodeId, u64>,
     suspects: Suspects,
     /// `multimaster.slow_node_timeout`.
@@ -69,34 +69,54 @@ impl Stuck {
     }
 
     /// What the heartbeat of a peer says about its database.
-    pub fn hear(&mut self, peer: NodeId, heartbeat: &Heartbeat) {
+    fn hear(&mut self, peer: NodeId, heartbeat: &Heartbeat) {
         let idle = extras::get(heartbeat, extras::IDLE);
         self.suspects.heard(peer, idle);
+        let node = shared().node(peer);
+        let flushed = node.flushed.load(Ordering::Relaxed);
+        let goal = self.goals.entry(peer).or_insert(flushed);
+        if node.streamed.load(Ordering::Relaxed) >= *goal {
+            *goal = flushed;
+        }
     }
 }
 
 impl Arbiter {
-    /// Looks at this server and at what the peers say.
+    /// Looks at this server, and at what the peers have said or no longer say.
     pub(super) fn tick_stuck(&mut self) {
         let now = self.now();
-        if now < self.stuck.looked_at + LOOK_EVERY {
-            return;
+        if now >= self.stuck.looked_at + LOOK_EVERY {
+            self.stuck.looked_at = now;
+            let found = self.sights(now);
+            self.stuck.idle = self.stuck.watches.look(now, found);
+            self.publish();
+            self.say_if_stuck();
         }
-        self.stuck.looked_at = now;
-        let found = self.sights(now);
-        self.stuck.idle = self.stuck.watches.look(now, found);
-        self.say_if_stuck();
-        self.publish();
+        self.judge_peers();
+    }
+
+    /// What the heartbeat of a peer says about its database. Whoever is found stuck holds up the others no longer than until it says so.
+    pub(super) fn hear_stuck(&mut self, peer: NodeId, heartbeat: &Heartbeat) {
+        self.stuck.hear(peer, heartbeat);
+        self.judge_peers();
+    }
+
+    fn judge_peers(&mut self) {
         let most = self.configured.len() - self.configured.majority();
-        let timeout = self.stuck.timeout;
-        for verdict in self.stuck.suspects.judge(now, timeout, most) {
+        let (now, timeout) = (self.now(), self.stuck.timeout);
+        let own = Own {
+            node: self.node,
+            idle: self.stuck.idle,
+            members: self.members.current(),
+        };
+        for verdict in self.stuck.suspects.judge(own, now, timeout, most) {
             self.on_verdict(verdict);
         }
     }
 
     fn on_verdict(&mut self, verdict: Verdict) {
         let Verdict { peer, stuck, idle } = verdict;
-        let (event, text) = match idle.filter(|_| stuck) {
+        let (event, text) = match idle {
             Some(idle) => ("stuck", text_of(idle)),
             None => ("gets on", "its database makes progress again".to_owned()),
         };
@@ -124,6 +144,7 @@ impl Arbiter {
         self.note(self.node, event, &text, 0);
         self.main
             .log(LogLevel::Warning, format!("this node {event}: {text}"));
+        self.beat_all();
     }
 
     /// Everything that should move.
@@ -145,7 +166,7 @@ impl Arbiter {
     }
 
     /// Streams of linked peers that have not come as far as their peer's WAL went when they had last done so. Those that are held on purpose are left out.
-    fn stream_sights(&mut self, waits: bool) -> Vec<(Matter, Sight)> {
+    fn stream_sights(&self, waits: bool) -> Vec<(Matter, Sight)> {
         let phase = shared().standing.get().phase;
         if !matches!(phase, Phase::Online | Phase::Outside) {
             return Vec::new();
@@ -154,16 +175,17 @@ impl Arbiter {
         for peer in self.linked.iter() {
             let node = shared().node(peer);
             let streamed = node.streamed.load(Ordering::Relaxed);
-            let flushed = node.flushed.load(Ordering::Relaxed);
-            let goal = self.stuck.goals.entry(peer).or_insert(flushed);
-            if streamed < *goal {
+            if self
+                .stuck
+                .goals
+                .get(&peer)
+                .is_some_and(|goal| streamed < *goal)
+            {
                 let sight = Sight {
                     waits,
                     ..thing(streamed)
                 };
                 found.push((Matter::Stream(peer), sight));
-            } else {
-                *goal = flushed;
             }
         }
         found

@@ -211,10 +211,7 @@ unsafe extern "C-unwind" fn commit_prepared(
 ) {
     // SAFETY: core's context and transaction, valid for this call.
     unsafe {
-        decoder(context).finish(&*transaction, true);
-        standby::await_flush(Lsn((*transaction).end_lsn));
-        hit(Failpoint::DecodeOutcome);
-        flush(context);
+        finish(context, transaction, true);
     }
 }
 
@@ -227,10 +224,7 @@ unsafe extern "C-unwind" fn rollback_prepared(
 ) {
     // SAFETY: core's context and transaction, valid for this call.
     unsafe {
-        decoder(context).finish(&*transaction, false);
-        standby::await_flush(Lsn((*transaction).end_lsn));
-        hit(Failpoint::DecodeOutcome);
-        flush(context);
+        finish(context, transaction, false);
     }
 }
 
@@ -265,8 +259,7 @@ unsafe extern "C-unwind" fn truncate(
 ) {
     // SAFETY: core's context, `count` open relations and a change of kind TRUNCATE, valid for this call.
     unsafe {
-        let relations = std::slice::from_raw_parts(relations, usize::try_from(count).unwrap_or(0));
-        decoder(context).truncate(relations, (*change).data.truncate.restart_seqs);
+        truncate_by(decoder(context), count, relations, change);
     }
 }
 
@@ -284,10 +277,7 @@ unsafe extern "C-unwind" fn message(
     unsafe {
         let decoder = decoder(context);
         let prefix = CStr::from_ptr(prefix);
-        let payload = match length {
-            0 => &[],
-            length => std::slice::from_raw_parts(payload.cast::<u8>(), length),
-        };
+        let payload = payload_of(payload, length);
         if transactional {
             decoder.transactional_message(prefix, payload, &*transaction);
         } else if decoder.lone_message(prefix, payload, Lsn(lsn)) {
@@ -389,9 +379,8 @@ unsafe extern "C-unwind" fn stream_truncate(
 ) {
     // SAFETY: core's context, `count` open relations and a change of kind TRUNCATE, valid for this call.
     unsafe {
-        let relations = std::slice::from_raw_parts(relations, usize::try_from(count).unwrap_or(0));
-        turn_to(context, (*(*change).txn).xid, true)
-            .truncate(relations, (*change).data.truncate.restart_seqs);
+        let decoder = turn_to(context, (*(*change).txn).xid, true);
+        truncate_by(decoder, count, relations, change);
     }
 }
 
@@ -411,10 +400,7 @@ unsafe extern "C-unwind" fn stream_message(
         if !transactional || !decode::is_ours(prefix) {
             return;
         }
-        let payload = match length {
-            0 => &[],
-            length => std::slice::from_raw_parts(payload.cast::<u8>(), length),
-        };
+        let payload = payload_of(payload, length);
         // Core does not say to which subtransaction a message belongs, but this is the one whose end it watches for while it decodes the message.
         let watched = pg_sys::CheckXidAlive;
         let sub = if watched == pg_sys::InvalidTransactionId {
@@ -423,6 +409,45 @@ unsafe extern "C-unwind" fn stream_message(
             watched
         };
         turn_to(context, sub, true).transactional_message(prefix, payload, &*transaction);
+    }
+}
+
+/// Sends how a prepared transaction ended, when whoever follows this server as a standby has it, too.
+///
+/// # Safety
+/// As [`flush`], with core's transaction.
+unsafe fn finish(context: Context, transaction: Transaction, commits: bool) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        decoder(context).finish(&*transaction, commits);
+        standby::await_flush(Lsn((*transaction).end_lsn));
+        hit(Failpoint::DecodeOutcome);
+        flush(context);
+    }
+}
+
+/// # Safety
+/// `count` open relations and a change of kind TRUNCATE.
+unsafe fn truncate_by(
+    decoder: &mut Decoder,
+    count: i32,
+    relations: *mut pg_sys::Relation,
+    change: *mut pg_sys::ReorderBufferChange,
+) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let relations = std::slice::from_raw_parts(relations, usize::try_from(count).unwrap_or(0));
+        decoder.truncate(relations, (*change).data.truncate.restart_seqs);
+    }
+}
+
+/// # Safety
+/// `length` bytes that live as long as the callback; without any the pointer means nothing.
+unsafe fn payload_of<'c>(payload: *const c_char, length: pg_sys::Size) -> &'c [u8] {
+    match length {
+        0 => &[],
+        // SAFETY: as the caller promises.
+        length => unsafe { std::slice::from_raw_parts(payload.cast::<u8>(), length) },
     }
 }
 

@@ -42,6 +42,11 @@ impl NodeStatus {
         }
     }
 
+    /// Whether a node in this state may serve reads and writes while its lease holds.
+    pub fn serves(self) -> bool {
+        matches!(self, NodeStatus::Online | NodeStatus::Degraded)
+    }
+
     /// The word users see.
     pub fn name(self) -> &'static str {
         match self {
