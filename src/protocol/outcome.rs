@@ -150,10 +150,14 @@ impl Txn {
     /// The local database has followed the decision.
     pub fn on_finished_here(&mut self, turn: &mut Turn) {
         let Some(decision) = self.record.decision else {
-            if !self.on_committed_on_votes(turn) {
-                turn.reject(turn.site.node(), "finished before it was decided");
+            if self.on_committed_on_votes(turn) {
+                return;
             }
-            return;
+            if self.own.is_some() && turn.site.may_have_ended_before(self.gid()) {
+                // An earlier core has told its session how it ended, and the log has that.
+                return self.look_up(turn);
+            }
+            return turn.reject(turn.site.node(), "finished before it was decided");
         };
         let first = self.local != Local::Finished;
         self.local = Local::Finished;

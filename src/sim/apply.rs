@@ -168,6 +168,8 @@ impl World {
         if refused {
             return self.vote(node, gid, lsn, Vote::No(refusal("it was refused before")));
         }
+        // The mark waits for it, whatever was said of it when it came before.
+        memory.dealt.remove(&(gid.coordinator, lsn));
         let applying = Applying {
             lsn,
             deps,

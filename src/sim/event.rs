@@ -92,6 +92,14 @@ pub(crate) enum Event {
     Restart {
         node: NodeId,
     },
+    /// The arbiter of a server that goes on.
+    ArbiterEnds {
+        node: NodeId,
+    },
+    ArbiterStarts {
+        node: NodeId,
+        life: u32,
+    },
     /// The link between the two breaks, or the stream alone.
     Cut {
         a: NodeId,

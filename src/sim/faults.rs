@@ -169,31 +169,33 @@ impl World {
         }
         let outage = self.rng.between(20, 1_500);
         if !stream_only {
-            let link = self.links.entry(pair(a, b)).or_default();
-            let was_up = std::mem::take(&mut link.up);
-            link.number += 1;
-            let link = link.number;
-            for (node, peer) in [(a, b), (b, a)] {
-                if was_up {
-                    let life = self.life(node);
-                    self.later(
-                        1,
-                        19,
-                        Event::LinkDown {
-                            node,
-                            life,
-                            peer,
-                            link,
-                        },
-                    );
-                }
-            }
+            self.cut_link(a, b);
             self.agenda.plan(self.now + outage, Event::Connect { a, b });
         }
         self.agenda
             .plan(self.now + outage, Event::ConnectStream { origin: a, to: b });
         self.agenda
             .plan(self.now + outage, Event::ConnectStream { origin: b, to: a });
+    }
+
+    /// Both notice it, each at its own moment.
+    pub fn cut_link(&mut self, a: NodeId, b: NodeId) {
+        let link = self.links.entry(pair(a, b)).or_default();
+        let was_up = std::mem::take(&mut link.up);
+        link.number += 1;
+        let link = link.number;
+        for (node, peer) in [(a, b), (b, a)] {
+            if was_up {
+                let life = self.life(node);
+                let event = Event::LinkDown {
+                    node,
+                    life,
+                    peer,
+                    link,
+                };
+                self.later(1, 19, event);
+            }
+        }
     }
 
     fn drop_stream(&mut self, origin: NodeId, to: NodeId) {
@@ -221,7 +223,7 @@ impl World {
     }
 
     pub fn connect(&mut self, a: NodeId, b: NodeId) {
-        let both_up = self.memory(a).is_some() && self.memory(b).is_some();
+        let both_up = self.has_arbiter(a) && self.has_arbiter(b);
         let link = self.links.entry(pair(a, b)).or_default();
         if link.up || !both_up {
             return;

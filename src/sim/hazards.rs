@@ -242,6 +242,8 @@ impl World {
             | Event::FindReferee { .. }
             | Event::Crash { .. }
             | Event::Restart { .. }
+            | Event::ArbiterEnds { .. }
+            | Event::ArbiterStarts { .. }
             | Event::Cut { .. }
             | Event::Strike(_)
             | Event::Silence { .. }

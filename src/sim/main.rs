@@ -1,5 +1,5 @@
 //! `sim seeds <nodes> <first> <last>`, `sim trace <nodes> <seed>`, the same for changing members as
-//! `sim members` and `sim trace-members`, `sim quick`, `sim model [<steps>]`.
+//! `sim members` and `sim trace-members`, and with arbiters that start again as `sim beside` and `sim trace-beside`, `sim quick`, `sim model [<steps>]`.
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;
@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use sim::model::{Findings, Scope, search};
 use sim::{ChangeScope, search_changes};
 
-const USAGE: &str = "usage: sim seeds <nodes> <first> <last> | sim trace <nodes> <seed> | sim members <nodes> <first> <last> | sim trace-members <nodes> <seed> | sim quick | sim model [<steps>]";
+const USAGE: &str = "usage: sim seeds <nodes> <first> <last> | sim trace <nodes> <seed> | sim members <nodes> <first> <last> | sim trace-members <nodes> <seed> | sim beside <nodes> <first> <last> | sim trace-beside <nodes> <seed> | sim users <first> <last> | sim quick | sim model [<steps>]";
 
 /// Steps that a search takes when none are given: more than any scope has.
 const MODEL_STEPS: usize = 100_000_000;
@@ -21,12 +21,25 @@ fn main() -> ExitCode {
         .collect();
     let holds = match (arguments.first().map(String::as_str), numbers.as_deref()) {
         (Some("seeds"), Some([nodes, first, last])) => seeds(*nodes as u8, *first, *last),
-        (Some("members"), Some([nodes, first, last])) => members(*nodes as u8, *first, *last),
+        (Some("members"), Some([nodes, first, last])) => {
+            storms(*nodes as u8, *first..*last, "members", &|seed, nodes| {
+                sim::run_harsh_seed(seed, nodes, None)
+            })
+        }
         (Some("trace-members"), Some([nodes, seed])) => {
             shown(sim::trace_harsh_seed(*seed, *nodes as u8))
         }
+        (Some("beside"), Some([nodes, first, last])) => {
+            storms(*nodes as u8, *first..*last, "beside", &|seed, nodes| {
+                sim::run_beside_seed(seed, nodes)
+            })
+        }
+        (Some("trace-beside"), Some([nodes, seed])) => {
+            shown(sim::trace_beside_seed(*seed, *nodes as u8))
+        }
         (Some("referee"), Some([first, last])) => refereed(*first, *last),
         (Some("trace-referee"), Some([seed])) => shown(sim::trace_refereed_seed(*seed)),
+        (Some("users"), Some([first, last])) => users(*first..*last),
         (Some("trace"), Some([nodes, seed])) => trace(*nodes as u8, *seed),
         (Some("quick"), Some([])) => quick(),
         (Some("model"), Some([])) => model(MODEL_STEPS),
@@ -62,24 +75,28 @@ fn seeds(nodes: u8, first: u64, last: u64) -> bool {
     }
 }
 
-fn members(nodes: u8, first: u64, last: u64) -> bool {
+type Storm = dyn Fn(u64, u8) -> Result<sim::Report, sim::SeedFailure>;
+
+/// Storms in which members change; `name` is that of the command which traces one.
+fn storms(nodes: u8, seeds: std::ops::Range<u64>, name: &str, storm: &Storm) -> bool {
+    let count = seeds.end.saturating_sub(seeds.start);
     let (mut committed, mut generations, mut recovered) = (0, 0, 0);
-    for seed in first..last {
-        match sim::run_harsh_seed(seed, nodes, None) {
+    for seed in seeds {
+        match storm(seed, nodes) {
             Ok(report) => {
                 committed += report.committed;
                 generations += report.generations;
                 recovered += report.recovered;
             }
             Err(failure) => {
-                println!("{failure}\nrepeat it with: sim trace-members {nodes} {seed}");
+                println!("{failure}\nrepeat it with: sim trace-{name} {nodes} {seed}");
                 return false;
             }
         }
     }
     println!(
         "{} seeds with {nodes} nodes: {committed} committed in {generations} generations, {recovered} recovered; all invariants hold",
-        last - first
+        count
     );
     true
 }
@@ -103,6 +120,17 @@ fn refereed(first: u64, last: u64) -> bool {
         "{} seeds with two nodes and a referee: {committed} committed, {alone} of them alone, {recovered} recovered; all invariants hold",
         last - first
     );
+    true
+}
+
+fn users(seeds: std::ops::Range<u64>) -> bool {
+    for seed in seeds.clone() {
+        if let Err(broken) = sim::run_users_seed(seed, None) {
+            println!("{broken}");
+            return false;
+        }
+    }
+    println!("{seeds:?} of users' prepared transactions: all rules hold");
     true
 }
 

@@ -9,6 +9,7 @@ use protocol::membership::{
 use protocol::{GenerationNum, Gid, Input, Leases, Message, Millis, NodeId, NodeSet, Vote};
 
 use crate::apply::refusal;
+use crate::arbiter::Told;
 use crate::event::{Beat, Event};
 use crate::referee::RefereeHost;
 use crate::server::{Applying, StreamItem};
@@ -22,6 +23,8 @@ const LEASE_MS: Millis = 240;
 pub(crate) struct Members {
     pub membership: Membership,
     leases: Leases,
+    /// Until when sessions may serve; outlives the arbiter.
+    lease: Millis,
     /// The record that is on its way to the disk, and what waits for it.
     storing: Option<MembershipRecord>,
     queue: VecDeque<MembershipEffect>,
@@ -40,6 +43,29 @@ pub(crate) struct Members {
 }
 
 impl Members {
+    /// The arbiter ends; gives back the record that it was writing.
+    pub fn die(&mut self) -> Option<MembershipRecord> {
+        self.queue.clear();
+        self.draining = None;
+        self.cursor = None;
+        self.storing.take()
+    }
+
+    /// Takes over from an earlier life of the arbiter what outlives it.
+    fn follow(self, before: Option<Self>) -> Self {
+        let Some(before) = before else {
+            return self;
+        };
+        Self {
+            lease: before.lease,
+            open: before.open,
+            recoveries: before.recoveries,
+            aside: before.aside,
+            fenced: before.fenced,
+            ..self
+        }
+    }
+
     /// Whether a PREPARE of this transaction may go on.
     pub fn applies(&self, gid: Gid) -> bool {
         self.open.is_some_and(|open| open.num == gid.generation)
@@ -70,6 +96,7 @@ impl World {
         let members = Members {
             membership: Membership::new(config, record, now, &mut out),
             leases: Leases::new(node, life, configured, LEASE_MS),
+            lease: 0,
             storing: None,
             queue: VecDeque::new(),
             open: None,
@@ -81,7 +108,8 @@ impl World {
             fenced: fenced.unwrap_or_default(),
         };
         if let Some(memory) = self.memory_mut(node) {
-            memory.members = Some(members);
+            let before = memory.members.take();
+            memory.members = Some(members.follow(before));
         }
         self.queue_effects(node, out);
         self.agenda.plan(self.now, Event::Beat { node, life });
@@ -121,6 +149,9 @@ impl World {
     pub fn members(&mut self, node: NodeId, input: MembershipInput) {
         let now = self.clock(node);
         let mut out = MembershipEffects::new();
+        let Some(Told::Members(input)) = self.hears(node, Told::Members(input)) else {
+            return;
+        };
         let Some(members) = self.members_mut(node) else {
             return;
         };
@@ -213,6 +244,7 @@ impl World {
         if let Some(members) = self.members_mut(node) {
             members.open = None;
             members.draining = None;
+            members.lease = members.leases.until();
         }
         self.set_aside_old(node);
         self.input(node, Input::Generation { generation });
@@ -405,6 +437,7 @@ impl World {
         if let Some(members) = self.members_mut(to) {
             members.leases.heard(from, beat.epoch, beat.sent, now);
             members.leases.on_grants(from, &beat.grants);
+            members.lease = members.lease.max(members.leases.until());
             if presence.leaving {
                 members.leases.released_by(from);
             }
@@ -441,7 +474,7 @@ impl World {
             let now = self.clock(*node);
             let alone = self.is_alone(*node);
             let holds = |members: &Members| {
-                members.open.is_some() && !members.left && (alone || members.leases.until() > now)
+                members.open.is_some() && !members.left && (alone || members.lease > now)
             };
             !self.is_paused(*node) && self.members_of(*node).is_some_and(holds)
         };

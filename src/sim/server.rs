@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use crate::arbiter::Told;
 use crate::checker::Checker;
 use crate::members::Members;
 use protocol::membership::MembershipRecord;
@@ -96,6 +97,14 @@ pub(crate) struct Memory {
     /// Up to where each origin's stream has been received, and which PREPAREs in it have been dealt with.
     pub received: BTreeMap<NodeId, Lsn>,
     pub dealt: BTreeSet<(NodeId, Lsn)>,
+    /// Orders to finish that a process has not carried out yet.
+    pub orders: usize,
+    /// While there is no arbiter: what its next life will hear.
+    pub unheard: Option<VecDeque<Told>>,
+    /// What it is about to hear.
+    pub told: VecDeque<Told>,
+    /// The epoch in which the server was started; later ones are those of its arbiter.
+    pub born: u32,
     /// Membership and what belongs to it; none when all nodes are members for ever.
     pub members: Option<Members>,
 }
@@ -136,23 +145,8 @@ impl Server {
         now: Millis,
         out: &mut Effects,
     ) {
-        let gids: BTreeSet<Gid> = self
-            .disk
-            .records
-            .keys()
-            .chain(&self.disk.prepared)
-            .copied()
-            .collect();
-        let recovered = gids
-            .into_iter()
-            .map(|gid| Recovered {
-                gid,
-                record: self.disk.records.get(&gid).copied(),
-                prepared: self.disk.prepared.contains(&gid),
-            })
-            .collect();
         self.memory = Some(Memory {
-            core: Core::new(config, recovered, now, out),
+            core: Core::new(config, self.recovered(), now, out),
             gates: BTreeMap::new(),
             sessions: BTreeMap::new(),
             handed: BTreeMap::new(),
@@ -161,8 +155,39 @@ impl Server {
             locks,
             received: BTreeMap::new(),
             dealt: BTreeSet::new(),
+            orders: 0,
+            unheard: None,
+            told: VecDeque::new(),
+            born: self.disk.epoch,
             members: None,
         });
+    }
+
+    /// Starts another core beside what goes on.
+    pub fn restart_core(&mut self, config: Config, now: Millis, out: &mut Effects) {
+        let recovered = self.recovered();
+        if let Some(memory) = &mut self.memory {
+            memory.core = Core::new(config, recovered, now, out);
+            memory.told = memory.unheard.take().unwrap_or_default();
+        }
+    }
+
+    /// What a core finds when it starts.
+    fn recovered(&self) -> Vec<Recovered> {
+        let gids: BTreeSet<Gid> = self
+            .disk
+            .records
+            .keys()
+            .chain(&self.disk.prepared)
+            .copied()
+            .collect();
+        gids.into_iter()
+            .map(|gid| Recovered {
+                gid,
+                record: self.disk.records.get(&gid).copied(),
+                prepared: self.disk.prepared.contains(&gid),
+            })
+            .collect()
     }
 
     /// Loses memory, and WAL behind the first `kept` unflushed items.

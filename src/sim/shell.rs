@@ -25,6 +25,11 @@ impl World {
             Event::Client { node } => self.begin(node),
             Event::Crash { node } => self.crash(node),
             Event::Restart { node } => self.restart(node),
+            Event::ArbiterEnds { node } => self.end_arbiter(node),
+            Event::ArbiterStarts { node, life } if self.life(node) == life => {
+                self.start_arbiter(node);
+            }
+            Event::ArbiterStarts { .. } => {}
             Event::Cut { a, b, stream_only } => self.cut(a, b, stream_only),
             Event::Connect { a, b } => self.connect(a, b),
             Event::ConnectStream { origin, to } => self.connect_stream(origin, to),
@@ -67,7 +72,7 @@ impl World {
             | Event::MarkStored { node, life, .. }
             | Event::Judge { node, life, .. }
             | Event::LinkDown { node, life, .. } => {
-                if self.is_alive(node, life) {
+                if self.is_alive(node, life, &event) {
                     self.happen_on(node, event);
                 }
             }
@@ -102,7 +107,12 @@ impl World {
             Event::Beat { .. } => self.beat(node, true),
             Event::Recover { from, number, .. } => self.recover_step(node, from, number),
             Event::Session { gid, step, .. } => self.on_session(node, gid, step),
-            Event::Finish { gid, decision, .. } => self.finish(node, gid, decision),
+            Event::Finish { gid, decision, .. } => {
+                if let Some(memory) = self.memory_mut(node) {
+                    memory.orders -= 1;
+                }
+                self.finish(node, gid, decision);
+            }
             Event::LookUp { gid, .. } => self.look_up(node, gid),
             Event::Apply {
                 gid,

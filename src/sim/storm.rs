@@ -185,6 +185,32 @@ pub fn trace_harsh_seed(seed: u64, nodes: u8) -> (Vec<String>, Result<Report, Se
     harsh(seed, nodes, None, true)
 }
 
+/// Like [`run_harsh_seed`], with arbiters that start again beside living sessions. Two nodes have a referee.
+pub fn run_beside_seed(seed: u64, nodes: u8) -> Result<Report, SeedFailure> {
+    beside(seed, nodes, false).1
+}
+
+/// Like [`trace_seed`], with all that can go wrong, and arbiters that start again beside living sessions.
+pub fn trace_beside_seed(seed: u64, nodes: u8) -> (Vec<String>, Result<Report, SeedFailure>) {
+    beside(seed, nodes, true)
+}
+
+fn beside(seed: u64, nodes: u8, log: bool) -> (Vec<String>, Result<Report, SeedFailure>) {
+    let mut world = if nodes == 2 {
+        refereed(seed, None, log)
+    } else {
+        changing(seed, nodes, None, log)
+    };
+    world.plan_hazards(seed, STORM_MS);
+    world.plan_arbiters(seed, STORM_MS);
+    let result = run(&mut world).map_err(|violation| SeedFailure {
+        seed,
+        nodes,
+        violation,
+    });
+    (world.log.unwrap_or_default(), result)
+}
+
 fn harsh(
     seed: u64,
     nodes: u8,

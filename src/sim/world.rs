@@ -9,6 +9,7 @@ use protocol::{
     Source,
 };
 
+use crate::arbiter::Told;
 use crate::checker::{Checker, Evidence};
 use crate::event::{Agenda, Event};
 use crate::faults::Climate;
@@ -145,8 +146,13 @@ impl World {
         }
     }
 
-    pub fn is_alive(&self, node: NodeId, life: u32) -> bool {
-        self.memory(node).is_some() && self.life(node) == life
+    /// Whether the event is of a life that goes on: the server's, or its arbiter's.
+    pub fn is_alive(&self, node: NodeId, life: u32, event: &Event) -> bool {
+        let current = self.life(node);
+        self.memory(node).is_some_and(|memory| {
+            life == current && memory.unheard.is_none()
+                || life >= memory.born && Self::outlives(event)
+        })
     }
 
     pub fn life(&self, node: NodeId) -> u32 {
@@ -172,6 +178,9 @@ impl World {
     pub fn input(&mut self, node: NodeId, input: Input) {
         let now = self.clock(node);
         let mut out = Effects::new();
+        let Some(Told::Core(input)) = self.hears(node, Told::Core(input)) else {
+            return;
+        };
         let Some(memory) = self.memory_mut(node) else {
             return;
         };
@@ -266,16 +275,21 @@ impl World {
                 }
             }
             Effect::Settled { .. } => self.start_applies(node),
-            Effect::Finish { gid, decision } => self.later(
-                1,
-                10,
-                Event::Finish {
-                    node,
-                    life,
-                    gid,
-                    decision,
-                },
-            ),
+            Effect::Finish { gid, decision } => {
+                if let Some(memory) = self.memory_mut(node) {
+                    memory.orders += 1;
+                }
+                self.later(
+                    1,
+                    10,
+                    Event::Finish {
+                        node,
+                        life,
+                        gid,
+                        decision,
+                    },
+                );
+            }
             Effect::Reply { gid, outcome } => self.on_reply(node, gid, outcome),
             Effect::PeersFinished { .. } => {}
             Effect::LookUp { gid } => self.later(0, 5, Event::LookUp { node, life, gid }),

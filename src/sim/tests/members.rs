@@ -1,7 +1,7 @@
 //! Storms in which members change: who is lost is left out, who comes back recovers and is taken in.
 
 use protocol::membership::MembershipFault;
-use sim::{Report, SeedFailure, run_changing_seed, run_harsh_seed};
+use sim::{Report, SeedFailure, run_beside_seed, run_changing_seed, run_harsh_seed};
 
 type Storm = fn(u64, u8, Option<MembershipFault>) -> Result<Report, SeedFailure>;
 
@@ -42,6 +42,14 @@ fn five_nodes_change_members() {
 fn seven_nodes_change_members() {
     storms_hold(run_changing_seed, 7, 6);
     storms_hold(run_harsh_seed, 7, 30);
+}
+
+/// An arbiter starts again beside living sessions, workers and receivers.
+#[test]
+fn arbiters_start_again_beside_sessions() {
+    for (nodes, seeds) in [(2, 150), (3, 150), (5, 50)] {
+        storms_hold(|seed, nodes, _| run_beside_seed(seed, nodes), nodes, seeds);
+    }
 }
 
 /// Seeds that once broke an invariant, each for a reason of its own.
