@@ -337,7 +337,6 @@ impl Core {
             txn.watch_coordinator(&mut turn);
             txn.resolve_if_cut_off(&mut turn);
             txn.choose(&mut turn, false);
-            txn.report_peers(&mut turn);
         }
     }
 

@@ -264,11 +264,13 @@ impl Txn {
         }
     }
 
-    /// Releases the client that waits for its peers. A peer that cannot be reached is not waited for: it serves nobody either.
+    /// Releases the client that waits for its peers. A member that cannot be reached is waited for until it is one no longer: it may serve reads for as long as its lease holds, and not have heard
+    /// the outcome.
     pub fn report_peers(&mut self, turn: &mut Turn) {
-        let site = &turn.site;
-        let serving = site.links.intersection(site.config.members);
-        let awaited = self.announced.unacked.intersection(serving);
+        let awaited = self
+            .announced
+            .unacked
+            .intersection(turn.site.config.members);
         let gid = self.gid();
         let committed = self.record.decision == Some(Decision::Commit);
         if let Some(own) = &mut self.own

@@ -11,7 +11,9 @@
 //! call of `raw`. What needs allocation is done in functions of its own that return plain data.
 
 use super::process::{self, Wait};
-use super::refusal::{lost_a_conflict, raise, raise_refusal, raise_refusal_at, raise_unknown};
+use super::refusal::{
+    lost_a_conflict, raise, raise_refusal, raise_refusal_at, raise_unconfirmed, raise_unknown,
+};
 use super::session_work::{SessionWork, detach_from_session};
 use super::shared::{self, outcome, stage};
 use super::{
@@ -160,10 +162,17 @@ pub unsafe fn commit_globally() {
         let session = prepare_under(gid, name.as_ptr(), Preparing::Commit, || {
             UNFINISHED.set(Some(gid));
         });
+        // A session whose temporary schema is new takes it for undone after an error.
+        let level = if session.new_temp_schema {
+            PgLogLevel::FATAL
+        } else {
+            PgLogLevel::ERROR
+        };
         latencies.note(Phase::Prepare, begun.elapsed());
         hit_in_backend(Failpoint::BackendAfterPrepare);
         announce(gid, wait_peers, fast);
         hit_in_backend(Failpoint::BackendAfterAnnouncing);
+        let mut is_known = true;
         match await_outcome(gid) {
             outcome::COMMIT => {
                 hit_in_backend(Failpoint::BackendBeforeCommit);
@@ -179,7 +188,7 @@ pub unsafe fn commit_globally() {
                 shared::my_backend().gid.set(None);
                 submit(&LocalEvent::Finished { gid });
                 if wait_peers {
-                    await_peers(gid, life);
+                    is_known = await_peers(gid, life);
                     latencies.note(Phase::PeerCommit, finished.elapsed());
                 }
                 latencies.note(Phase::Total, begun.elapsed());
@@ -206,11 +215,7 @@ pub unsafe fn commit_globally() {
                     .aborts
                     .fetch_add(1, Ordering::Relaxed);
                 leave();
-                raise_refusal_at(if session.new_temp_schema {
-                    PgLogLevel::FATAL
-                } else {
-                    PgLogLevel::ERROR
-                });
+                raise_refusal_at(level);
             }
             _ => {
                 UNFINISHED.set(None);
@@ -228,6 +233,9 @@ pub unsafe fn commit_globally() {
         if session.notified {
             // The signal of the first NOTIFY came while the transaction was still in progress: signal the listeners again from the empty one.
             raw::Async_Notify(c"multimaster".as_ptr(), c"".as_ptr());
+        }
+        if !is_known {
+            raise_unconfirmed(name.as_ptr(), level);
         }
     }
 }
@@ -446,18 +454,25 @@ fn await_outcome(gid: Gid) -> u32 {
     result
 }
 
-/// Waits until every member has finished the transaction too. An interrupt ends this wait, and so does the end of the arbiter's `life` in which
-/// the commit began, since the next one does not know who waits: the commit is done either way.
-fn await_peers(gid: Gid, life: u32) {
+/// Waits until every member has finished the transaction too, and says whether it is known. An interrupt ends this wait: the commit is done either way.
+///
+/// A member that was just lost may serve reads until it is excluded, and not have heard the outcome. So it is waited for until this node goes on without it. If it is this node that is excluded
+/// or cut off, or if its arbiter ends, which alone knows who waits (`life`), nobody can tell.
+fn await_peers(gid: Gid, life: u32) -> bool {
     let (slot, shared) = (shared::my_backend(), shared::shared());
-    while !slot.have_peers_finished(gid.xid) && !process::interrupt_pending() {
-        if shared.status() != shared::NodeStatus::Online
-            || shared.epoch.load(Ordering::Acquire) != life
-        {
+    while !slot.have_peers_finished(gid.xid) {
+        if process::interrupt_pending() {
             break;
+        }
+        let standing = shared.standing.get();
+        let was_away = !standing.current.members.contains(gid.coordinator)
+            || standing.recovered_to > gid.generation;
+        if was_away || !gate::may_serve() || shared.epoch.load(Ordering::Acquire) != life {
+            return false;
         }
         process::wait_latch(LOOK_AROUND, Wait::PeerCommits);
     }
+    true
 }
 
 /// Step 6.

@@ -291,6 +291,11 @@ unsafe fn await_service(reads_only: bool) -> bool {
     true
 }
 
+/// Whether this node serves, or is so likely to in a moment that it is worth waiting for.
+pub fn may_serve() -> bool {
+    serves() || lease_may_return()
+}
+
 /// Whether enough nodes are there to renew the lease, or it has ended so short a time ago that they may only be slow. A node that has been cut off
 /// for longer refuses at once.
 fn lease_may_return() -> bool {

@@ -90,6 +90,31 @@ pub unsafe fn raise_unknown(name: *const c_char) {
     };
 }
 
+/// Raises the error of a transaction that is committed, of which it cannot be told whether other nodes that serve show it. `level`: FATAL ends the session.
+///
+/// # Safety
+/// As [`raise_unknown`].
+pub unsafe fn raise_unconfirmed(name: *const c_char, level: PgLogLevel) {
+    let mut message = FixedText::<512>::new();
+    // SAFETY: a zero-terminated name of at most 199 bytes.
+    let shown = unsafe { CStr::from_ptr(name) };
+    let _ = write!(
+        message,
+        "transaction \"{}\" is not known to be committed on every node yet",
+        shown.to_str().unwrap_or("?")
+    );
+    // SAFETY: as raise_refusal.
+    unsafe {
+        raise_at(
+            level,
+            pgrx::PgSqlErrorCode::ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN as i32,
+            message.as_c_str(),
+            c"This node has committed it, but has lost the others before they had told that they show it. It will be committed on every node.",
+            c"Ask mtm.transaction_status() before running it again.",
+        )
+    };
+}
+
 /// Raises an error with all its parts. Does not return.
 ///
 /// # Safety
