@@ -12,7 +12,10 @@ use xtask::{command, extension, host};
 use crate::failover::{LOAD, Load, PATIENCE, await_online, check_rows, create};
 
 pub fn cases() -> Vec<OwnCase> {
-    cases![a_lost_disk_is_replaced_by_a_copy]
+    cases![
+        a_lost_disk_is_replaced_by_a_copy,
+        an_old_directory_that_comes_back_is_refused
+    ]
 }
 
 /// Node (from 0) that loses its disk, and the one that it is copied from.
@@ -47,7 +50,57 @@ fn a_lost_disk_is_replaced_by_a_copy(installation: &Installation) -> Result<()> 
     })
 }
 
-/// Where the configuration of the lost node is kept; gone when dropped.
+/// Somebody starts what the copy has replaced.
+fn an_old_directory_that_comes_back_is_refused(installation: &Installation) -> Result<()> {
+    let mtm = extension::build_command_line(installation)?;
+    with_cluster(installation, 3, |cluster| {
+        create(cluster)?;
+        let load = Load::start(cluster, &[0, 1]);
+        std::thread::sleep(LOAD);
+        cluster.nodes[LOST].kill()?;
+        await_members(cluster, "{1,2}")?;
+        let keep = Kept::new()?;
+        let old = replace_by_a_copy(cluster, &mtm, &keep)?;
+        cluster.nodes[LOST].start()?;
+        await_online(cluster, LOST)?;
+        std::thread::sleep(LOAD);
+        cluster.nodes[LOST].stop()?;
+        cluster.nodes[LOST].exchange_data(&old.0)?;
+        cluster.nodes[LOST].start()?;
+        wait_for("the old directory to be refused", PATIENCE, || {
+            Ok(cluster.nodes[LOST]
+                .log_text()
+                .contains("an old copy of its node"))
+        })?;
+        std::thread::sleep(LOAD);
+        let mut stranger = Session::new(cluster.connect(LOST)?);
+        stranger.refused_with("57P03", "SELECT count(*) FROM line")?;
+        await_members(cluster, "{1,2}")?;
+        cluster.nodes[LOST].stop()?;
+        cluster.nodes[LOST].exchange_data(&old.0)?;
+        cluster.nodes[LOST].start()?;
+        let online = await_online(cluster, LOST);
+        let commits = load.stop()?;
+        online?;
+        check_rows(cluster, &commits)
+    })
+}
+
+/// Moves the directory of the lost node, which is stopped, away, as its operator would, and makes a copy in its place. Returns where the old one is.
+pub fn replace_by_a_copy(cluster: &Cluster, mtm: &Path, keep: &Kept) -> Result<Kept> {
+    let node = &cluster.nodes[LOST];
+    let old = Kept(node.data_dir().with_extension("old"));
+    for name in ["postgresql.conf", "pg_hba.conf"] {
+        let kept = keep.0.join(name);
+        std::fs::copy(node.data_dir().join(name), &kept)?;
+        host::give_to_server(&kept)?;
+    }
+    node.exchange_data(&old.0)?;
+    succeed(&clone(cluster, mtm, Some(&keep.0))?)?;
+    Ok(old)
+}
+
+/// A directory that is gone when dropped: where the configuration of the lost node is kept.
 pub struct Kept(pub PathBuf);
 
 impl Kept {

@@ -13,6 +13,7 @@ use xtask::installation::Installation;
 use xtask::{command, extension, host};
 
 use crate::failover::{PATIENCE, await_online};
+use crate::stuck::{SLOW_MS, set_everywhere};
 
 pub fn cases() -> Vec<OwnCase> {
     cases![the_pages_of_operations_are_true]
@@ -25,7 +26,7 @@ struct Page {
     after: fn(&mut Cluster) -> Result<()>,
 }
 
-const PAGES: [Page; 5] = [
+const PAGES: [Page; 6] = [
     Page {
         title: "A node is lost",
         before: lose_third,
@@ -40,6 +41,11 @@ const PAGES: [Page; 5] = [
         title: "A node needs a copy",
         before: lose_disk,
         after: start_third,
+    },
+    Page {
+        title: "A node is slow",
+        before: stop_workers,
+        after: let_workers_go_on,
     },
     Page {
         title: "A transaction in doubt",
@@ -302,6 +308,34 @@ fn lose_disk(cluster: &mut Cluster) -> Result<()> {
     let keep = kept();
     host::create_dir(&keep)?;
     cluster.nodes[2].lose_data(&keep)
+}
+
+/// Process ids of the third node's apply workers.
+fn workers_of_third(cluster: &Cluster) -> Result<Vec<i32>> {
+    let sql = "SELECT string_agg(pid::text, ' ') FROM pg_stat_activity WHERE backend_type LIKE 'multimaster apply worker%'";
+    let pids = Session::new(cluster.connect(2)?).text(sql)?;
+    let pids: Result<Vec<i32>, _> = pids.split_whitespace().map(str::parse).collect();
+    pids.context("a process has a number")
+}
+
+/// The third node applies nothing any more, and its arbiter answers.
+fn stop_workers(cluster: &mut Cluster) -> Result<()> {
+    set_everywhere(cluster, "multimaster.slow_node_timeout", SLOW_MS)?;
+    for pid in workers_of_third(cluster)? {
+        cluster.nodes[2].freeze_process(pid)?;
+    }
+    // It commits when the others go on without the third.
+    Session::new(cluster.connect(0)?)
+        .run("SET statement_timeout = 0; INSERT INTO account VALUES (2, 0)")
+        .or_else(|_| await_members(cluster, "{1,2}"))?;
+    await_members(cluster, "{1,2}")
+}
+
+fn let_workers_go_on(cluster: &mut Cluster) -> Result<()> {
+    for pid in workers_of_third(cluster)? {
+        cluster.nodes[2].thaw_process(pid)?;
+    }
+    start_third(cluster)
 }
 
 fn restart_all(cluster: &mut Cluster) -> Result<()> {

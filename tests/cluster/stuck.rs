@@ -1,13 +1,16 @@
 //! Nodes that answer heartbeats and do not get on, nodes that leave in good order, nodes that are away for too long.
 
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use multimaster_tests::{OwnCase, Session, cases, with_cluster};
 use xtask::cluster::{Cluster, wait_for};
+use xtask::extension;
 use xtask::installation::Installation;
 use xtask::server::settings;
 
+use crate::clone::{Kept, replace_by_a_copy};
 use crate::failover::{LOAD, LOST, Load, PATIENCE, await_online, check_rows, create, longest_gap};
 
 pub fn cases() -> Vec<OwnCase> {
@@ -146,8 +149,9 @@ fn await_status(cluster: &Cluster, node: usize, expected: &str) -> Result<()> {
     )
 }
 
-/// The disks of the others do not fill, and the node does not go on with a gap, whatever is started again.
+/// The disks of the others do not fill, and the node does not go on with a gap, whatever is started again. A copy takes its place.
 fn a_node_away_for_too_long_needs_a_copy(installation: &Installation) -> Result<()> {
+    let mtm = extension::build_command_line(installation)?;
     with_cluster(installation, 3, |cluster| {
         set_everywhere(cluster, "multimaster.max_recovery_lag", "1MB")?;
         create(cluster)?;
@@ -178,8 +182,27 @@ fn a_node_away_for_too_long_needs_a_copy(installation: &Installation) -> Result<
         let mut first = Session::new(cluster.connect(0)?);
         ensure!(first.text(SLOT_OF_LOST)? == "1", "the slot was made again");
         first.run("INSERT INTO line VALUES (9, 0)")?;
-        await_members(cluster, "{1,2}")
+        await_members(cluster, "{1,2}")?;
+        become_a_copy(cluster, &mtm)
     })
+}
+
+/// What the operator does then, while the others work.
+fn become_a_copy(cluster: &mut Cluster, mtm: &Path) -> Result<()> {
+    let load = Load::start(cluster, &[0, 1]);
+    let keep = Kept::new()?;
+    let _old = replace_by_a_copy(cluster, mtm, &keep)?;
+    cluster.nodes[LOST].start()?;
+    let online = await_online(cluster, LOST);
+    let commits = load.stop()?;
+    online?;
+    for node in 0..3 {
+        let mut session = Session::new(cluster.connect(node)?);
+        wait_for("nobody to need a copy", PATIENCE, || {
+            Ok(session.text("SELECT count(*) FROM mtm.needs_copy")? == "0")
+        })?;
+    }
+    check_rows(cluster, &commits)
 }
 
 /// What a node says and does belongs to the generation that it would know after a crash.

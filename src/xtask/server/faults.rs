@@ -128,6 +128,21 @@ impl Server {
         Ok(place.join(BALLAST))
     }
 
+    /// Moves the data directory of a stopped server to `place`, and what is there to where it was; an empty directory if that is nothing.
+    ///
+    /// # Errors
+    /// When a directory cannot be moved.
+    pub fn exchange_data(&self, place: &Path) -> Result<()> {
+        let between = place.with_extension("between");
+        fs::rename(&self.data, &between).context("cannot move the data directory")?;
+        if place.exists() {
+            fs::rename(place, &self.data).context("cannot move the other directory")?;
+        } else {
+            self.make_data_dir()?;
+        }
+        fs::rename(&between, place).context("cannot move the data directory")
+    }
+
     /// Loses everything that a stopped server had on its disk but for its configuration, which is moved to `keep`.
     ///
     /// # Errors
@@ -139,6 +154,10 @@ impl Server {
             host::give_to_server(&keep.join(name))?;
         }
         fs::remove_dir_all(&self.data)?;
+        self.make_data_dir()
+    }
+
+    fn make_data_dir(&self) -> Result<()> {
         fs::create_dir(&self.data)?;
         fs::set_permissions(&self.data, fs::Permissions::from_mode(0o700))?;
         host::give_to_server(&self.data)
