@@ -81,9 +81,21 @@ const FAST: &[Moment] = &[
     at("apply-before-prepare", Participant, &[Heard::Unknown]),
     at("before-vote", Participant, &[Heard::Unknown]),
     // All votes are in: its COMMIT PREPARED is the decision, whoever listens.
-    at("backend-before-commit", Coordinator, &[Heard::Committed]),
-    at("backend-after-commit", Coordinator, &[Heard::Committed]),
-    at("before-decided", Coordinator, &[Heard::Committed]),
+    at(
+        "backend-before-commit",
+        Coordinator,
+        &[Heard::Unknown, Heard::Committed],
+    ),
+    at(
+        "backend-after-commit",
+        Coordinator,
+        &[Heard::Unknown, Heard::Committed],
+    ),
+    at(
+        "before-decided",
+        Coordinator,
+        &[Heard::Unknown, Heard::Committed],
+    ),
 ];
 
 const E3PC: &[Moment] = &[
@@ -99,7 +111,11 @@ const E3PC: &[Moment] = &[
         Participant,
         &[Heard::Unknown, Heard::Committed],
     ),
-    at("before-decided", Coordinator, &[Heard::Committed]),
+    at(
+        "before-decided",
+        Coordinator,
+        &[Heard::Unknown, Heard::Committed],
+    ),
 ];
 
 const fn at(name: &'static str, side: Side, hears: &'static [Heard]) -> Moment {

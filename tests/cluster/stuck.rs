@@ -189,6 +189,10 @@ fn a_node_away_for_too_long_needs_a_copy(installation: &Installation) -> Result<
 
 /// What the operator does then, while the others work.
 fn become_a_copy(cluster: &mut Cluster, mtm: &Path) -> Result<()> {
+    // The load must not leave the copy behind, too.
+    for node in 0..LOST {
+        set_on(cluster, node, "multimaster.max_recovery_lag", "1GB")?;
+    }
     let load = Load::start(cluster, &[0, 1]);
     let keep = Kept::new()?;
     let _old = replace_by_a_copy(cluster, mtm, &keep)?;

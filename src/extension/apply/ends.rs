@@ -48,10 +48,9 @@ impl Ends {
     }
 }
 
-/// Asks the peer, as of now. The error says why it did not answer.
-pub fn ends_of(conninfo: &str, slot: &str) -> Result<Ends, String> {
-    let connection = Connection::open(conninfo, "multimaster receiver", POSITION_PATIENCE)
-        .map_err(|error| error.0)?;
+/// Asks the peer, as of now, and frees its slot for a new stream. The error says why it did not answer.
+pub fn take_over(conninfo: &str, slot: &str) -> Result<Ends, String> {
+    let connection = connect(conninfo)?;
     // A walsender of an earlier connection that broke without telling still has the slot.
     let free = format!(
         "SELECT pg_catalog.pg_terminate_backend(active_pid, {})::pg_catalog.text FROM pg_catalog.pg_replication_slots \
@@ -59,6 +58,19 @@ pub fn ends_of(conninfo: &str, slot: &str) -> Result<Ends, String> {
         POSITION_PATIENCE.as_millis()
     );
     connection.query(&free, 1).map_err(|error| error.0)?;
+    ask(&connection, slot)
+}
+
+/// The same, beside a stream that may use the slot.
+pub fn ends_of(conninfo: &str, slot: &str) -> Result<Ends, String> {
+    ask(&connect(conninfo)?, slot)
+}
+
+fn connect(conninfo: &str) -> Result<Connection, String> {
+    Connection::open(conninfo, "multimaster receiver", POSITION_PATIENCE).map_err(|error| error.0)
+}
+
+fn ask(connection: &Connection, slot: &str) -> Result<Ends, String> {
     // Slot names are made of digits, letters and underscores.
     let sql = format!(
         "SELECT (pg_catalog.pg_current_wal_flush_lsn() - '0/0'::pg_catalog.pg_lsn)::pg_catalog.text, \

@@ -5,7 +5,7 @@ mod mark;
 
 use self::admission::{Answer, generation_over, names_of_users};
 use self::mark::STATUS_INTERVAL;
-use super::ends::ends_of;
+use super::ends::take_over;
 use super::feed::{self, Feed};
 use super::progress::{Fences, Progress, Sections, mark_in};
 use super::stream_message::{DATA_HEADER_BYTES, number};
@@ -108,7 +108,7 @@ pub fn main(peer: NodeId) {
     };
     let mut receiver = Receiver::recover(peer, node);
     let slot = slot_name(identity.tag, identity.node_id);
-    let ends = match process::in_transaction(|| ends_of(&target.conninfo, &slot)) {
+    let ends = match process::in_transaction(|| take_over(&target.conninfo, &slot)) {
         Ok(ends) => ends,
         Err(error) => {
             return pgrx::log!("multimaster receiver of node {}: {error}", peer.get());

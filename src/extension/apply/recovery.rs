@@ -24,6 +24,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use wire::stream::{Marker, Message, StreamFrame};
 
+use super::ends::{Mismatch, ends_of};
 use super::stream_message::{DATA_HEADER_BYTES, number, status_message};
 
 /// How often the donor hears from us.
@@ -130,9 +131,16 @@ fn run(order: RecoveryOrder) -> Result<(), RecoveryError> {
         let mark = Lsn(number_in(&marks.read_all()[donor.get() as usize]));
         (mark, recovered::names())
     });
+    let slot = slot_name(identity.tag, identity.node_id);
+    // A copy of the slot begins where the slot stands: an old copy of this node would miss what lies before.
+    process::in_transaction(|| ends_of(&target.conninfo, &slot))?
+        .check(mark)
+        .map_err(|mismatch| match mismatch {
+            Mismatch::OldCopyHere { .. } => RecoveryError::Replay(mismatch.to_string()),
+            Mismatch::OldCopyThere { .. } => RecoveryError::Stream(mismatch.to_string()),
+        })?;
     let name = format!("multimaster node {} recovers", identity.node_id.get());
     let mut stream = Stream::connect(&target.conninfo, &name).map_err(|error| error.to_string())?;
-    let slot = slot_name(identity.tag, identity.node_id);
     let copy = format!("{slot}_recovery_{}", std::process::id());
     stream
         .copy_slot(&slot, &copy)

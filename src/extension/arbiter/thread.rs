@@ -69,6 +69,8 @@ pub struct Arbiter {
     to_self: VecDeque<Message>,
     finishing: Finishing,
     linked: NodeSet,
+    /// The latest life of each peer that has been heard of.
+    newest_epochs: BTreeMap<NodeId, u32>,
     peer_views: BTreeMap<NodeId, NodeSet>,
     leases: lease::LeaseKeeper,
     members: members::Members,
@@ -135,6 +137,7 @@ impl Arbiter {
             to_self: VecDeque::new(),
             finishing: Finishing::default(),
             linked: NodeSet::default(),
+            newest_epochs: BTreeMap::new(),
             peer_views: BTreeMap::new(),
             leases,
             members,

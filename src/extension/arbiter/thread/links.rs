@@ -11,7 +11,7 @@ use crate::failpoint::{self, hit_in_thread};
 use crate::pg::shared::shared;
 use mesh::MeshEvent;
 use protocol::membership::MembershipInput;
-use protocol::{Decision, Input, Message, NodeId, NodeSet, Refusal};
+use protocol::{Decision, Input, Lsn, Message, NodeId, NodeSet, Refusal};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use wire::frame::Heartbeat;
@@ -26,9 +26,29 @@ fn view_of(heartbeat: &Heartbeat) -> NodeSet {
     NodeSet::from_bits(extras::get(heartbeat, extras::RECEIVING).unwrap_or_default())
 }
 
+/// So far a heartbeat's word on its sender's WAL is never behind what we have of it: an old one by a few seconds at most.
+const BEHIND_BYTES_MAX: u64 = 1 << 30;
+
+/// Whether the peer's WAL ends long before what we have had of it. The WAL of a new copy of a node begins 64 GB above that of the old one.
+fn is_far_behind(peer: NodeId, heartbeat: &Heartbeat) -> bool {
+    let had = shared().node(peer).mark.load(Ordering::Acquire);
+    heartbeat.flushed > Lsn::ZERO && heartbeat.flushed.0.saturating_add(BEHIND_BYTES_MAX) < had
+}
+
 impl Arbiter {
     pub(super) fn on_mesh(&mut self, event: MeshEvent) {
         match event {
+            MeshEvent::Up { peer, epoch, .. } if self.is_older(peer, epoch) => {
+                self.tell_old_copy(peer);
+            }
+            // Of a link that does not count.
+            MeshEvent::Down { peer, .. } if !self.linked.contains(peer) => {}
+            MeshEvent::Messages { from, .. } | MeshEvent::Heartbeat { from, .. }
+                if !self.linked.contains(from) => {}
+            MeshEvent::Heartbeat { from, heartbeat } if is_far_behind(from, &heartbeat) => {
+                self.tell_old_copy(from);
+                self.lose(from, "it is an old copy of its node");
+            }
             MeshEvent::Up { peer, epoch, .. } => {
                 self.linked.insert(peer);
                 self.link_changed(peer, true, "its arbiter answers");
@@ -39,22 +59,7 @@ impl Arbiter {
                 self.input(Input::LinkUp { peer, epoch });
                 self.member_input(MembershipInput::LinkUp { peer });
             }
-            MeshEvent::Down { peer, reason } => {
-                self.linked.remove(peer);
-                shared().node(peer).losses.fetch_add(1, Ordering::AcqRel);
-                self.peer_views.remove(&peer);
-                self.stuck.lost(peer);
-                self.link_changed(peer, false, &reason.to_string());
-                self.main.log(
-                    LogLevel::Warning,
-                    format!("arbiter lost node {}: {reason}", peer.get()),
-                );
-                for gid in self.user_votes.lose(peer) {
-                    self.answer_user(gid, UserTally::Refused(unreachable_peer(peer)));
-                }
-                self.input(Input::LinkDown { peer });
-                self.member_input(MembershipInput::LinkDown { peer });
-            }
+            MeshEvent::Down { peer, reason } => self.lose(peer, &reason.to_string()),
             MeshEvent::Messages { from, batch } => {
                 for msg in batch {
                     if let Message::Membership(msg) = msg {
@@ -109,6 +114,39 @@ impl Arbiter {
                 self.main.log(LogLevel::Warning, text);
             }
         }
+    }
+
+    /// The peer cannot be heard any more, or must not be.
+    fn lose(&mut self, peer: NodeId, reason: &str) {
+        self.linked.remove(peer);
+        shared().node(peer).losses.fetch_add(1, Ordering::AcqRel);
+        self.peer_views.remove(&peer);
+        self.stuck.lost(peer);
+        self.link_changed(peer, false, reason);
+        self.main.log(
+            LogLevel::Warning,
+            format!("arbiter lost node {}: {reason}", peer.get()),
+        );
+        for gid in self.user_votes.lose(peer) {
+            self.answer_user(gid, UserTally::Refused(unreachable_peer(peer)));
+        }
+        self.input(Input::LinkDown { peer });
+        self.member_input(MembershipInput::LinkDown { peer });
+    }
+
+    /// Whether the peer has started more often before: what answers now does not know what its node has promised since. Notes the newest life of each.
+    fn is_older(&mut self, peer: NodeId, epoch: u32) -> bool {
+        let newest = self.newest_epochs.entry(peer).or_default();
+        *newest = epoch.max(*newest);
+        epoch < *newest
+    }
+
+    /// An old copy of a node has no say: nothing it says is heard, and it is promised nothing (membership.md, "A node is its memory").
+    fn tell_old_copy(&self, peer: NodeId) {
+        let text = "it is an old copy of its node, and is not listened to";
+        self.note(peer, "old copy", text, 0);
+        self.main
+            .log(LogLevel::Warning, format!("node {}: {text}", peer.get()));
     }
 
     fn on_protocol_message(&mut self, from: NodeId, msg: Message) {
@@ -262,7 +300,7 @@ impl Arbiter {
         let mut heartbeat = Heartbeat {
             generation: shared().generation(),
             online_generation: shared().online_in(),
-            flushed: protocol::Lsn(shared().node(self.node).flushed.load(Ordering::Relaxed)),
+            flushed: Lsn(shared().node(self.node).flushed.load(Ordering::Relaxed)),
             received: self
                 .configured
                 .iter()
