@@ -17,8 +17,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::CloneOptions;
-use crate::nodes::{self, Nodes, Position};
+use crate::nodes::{Nodes, Position};
 use crate::server::{Limits, Programs, replayed_to, values};
+use crate::session::column;
 
 /// Room in the numbering of WAL between what others have seen of the lost node and what the copy writes, bytes: more than it can have written unseen.
 const WAL_GAP: u64 = 1 << 36;
@@ -55,11 +56,12 @@ const VERSION_FILE: &str = "PG_VERSION";
 pub fn run(options: &CloneOptions) -> Result<()> {
     let programs = Programs::find(options.bindir.as_deref())?;
     let target = Target::new(&options.pgdata)?;
-    let mut nodes = Nodes::connect(&options.from, options.node)?;
+    let mut nodes = Nodes::connect(&programs, &options.from, options.node)?;
     nodes.lock()?;
     say("looking at the other nodes");
     let position = nodes.position()?;
     let limits = limits(&mut nodes)?;
+    programs.demand_release(limits.release)?;
     let number = nodes.begin()?;
     target.clear()?;
     say("making slots");
@@ -72,6 +74,9 @@ pub fn run(options: &CloneOptions) -> Result<()> {
             .arg(&options.from)
             .arg("--pgdata")
             .arg(&target.work);
+        for mapping in &options.tablespace_mapping {
+            command.arg("--tablespace-mapping").arg(mapping);
+        }
     })?;
     // Whoever the lost node was, it must not have come back meanwhile.
     nodes.position()?;
@@ -248,30 +253,24 @@ impl Plan<'_> {
 }
 
 fn limits(nodes: &mut Nodes) -> Result<Limits> {
-    let row = nodes
-        .donor()?
-        .query_one(
-            "SELECT current_setting('max_prepared_transactions'), current_database()::text",
-            &[],
-        )
-        .map_err(nodes::explain)?;
+    let row = nodes.donor()?.row(
+        "SELECT current_setting('max_prepared_transactions'), current_database(), current_setting('server_version_num')::int / 10000",
+    )?;
     Ok(Limits {
-        max_prepared_transactions: row.get(0),
-        database: row.get(1),
+        max_prepared_transactions: column(&row, 0)?,
+        database: column(&row, 1)?,
+        release: column(&row, 2)?,
     })
 }
 
 /// Name of the WAL file with which the copy goes on.
 fn segment_after(nodes: &mut Nodes, mark: i64) -> Result<String> {
-    let row = nodes
-        .donor()?
-        .query_one(
-            "SELECT (pg_current_wal_lsn() - '0/0')::bigint, pg_size_bytes(current_setting('wal_segment_size')), \
-                    (SELECT timeline_id FROM pg_control_checkpoint())",
-            &[],
-        )
-        .map_err(nodes::explain)?;
-    let (end, size, timeline): (i64, i64, i32) = (row.get(0), row.get(1), row.get(2));
+    let row = nodes.donor()?.row(
+        "SELECT (pg_current_wal_lsn() - '0/0')::bigint, pg_size_bytes(current_setting('wal_segment_size')), \
+                (SELECT timeline_id FROM pg_control_checkpoint())",
+    )?;
+    let (end, size, timeline): (i64, i64, i32) =
+        (column(&row, 0)?, column(&row, 1)?, column(&row, 2)?);
     let (end, size) = (u64::try_from(end.max(mark))?, u64::try_from(size)?);
     if size == 0 {
         bail!("WAL segments without a size");

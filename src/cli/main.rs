@@ -5,6 +5,7 @@
 mod clone;
 mod nodes;
 mod server;
+mod session;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -42,6 +43,9 @@ pub struct CloneOptions {
     /// Where postgresql.conf and the like of the lost node are kept; they replace those of the node that is copied from.
     #[arg(long, value_name = "DIR")]
     config: Option<PathBuf>,
+    /// Another place for a tablespace, which otherwise comes to lie where it does on the node that is copied from. As often as needed.
+    #[arg(long, value_name = "OLDDIR=NEWDIR")]
+    tablespace_mapping: Vec<String>,
     /// Where PostgreSQL's programs are; otherwise `pg_config` is asked.
     #[arg(long, value_name = "DIR")]
     bindir: Option<PathBuf>,

@@ -1,7 +1,9 @@
 //! The other nodes: are they in a state in which one can be replaced, and what they have to do for it.
 
 use anyhow::{Context, Result, bail, ensure};
-use postgres::{Client, NoTls};
+
+use crate::server::Programs;
+use crate::session::{Session, column};
 
 /// Bytes of the fixed row in which a node keeps its membership.
 pub const RECORD_BYTES: usize = 64;
@@ -9,7 +11,7 @@ pub const RECORD_BYTES: usize = 64;
 /// A working node.
 pub struct Node {
     pub id: i32,
-    client: Client,
+    session: Session,
 }
 
 /// The nodes that stay.
@@ -34,21 +36,21 @@ pub struct Position {
 
 impl Nodes {
     /// Connects to the donor, and from what it says to all nodes but the lost one.
-    pub fn connect(from: &str, lost: i32) -> Result<Nodes> {
-        let mut donor = connect(from)?;
-        let row = donor
-            .query_opt("SELECT node_id, tag FROM mtm.cluster", &[])
-            .map_err(explain)
-            .context("the server to copy from is no node")?
-            .context("the server to copy from belongs to no cluster")?;
-        let (donor_id, tag): (i32, String) = (row.get(0), row.get(1));
+    pub fn connect(programs: &Programs, from: &str, lost: i32) -> Result<Nodes> {
+        let mut donor = Session::connect(programs, from).context("the node to copy from")?;
         let rows = donor
-            .query(
-                "SELECT node_id, conninfo FROM mtm.cluster_nodes ORDER BY node_id",
-                &[],
-            )
-            .map_err(explain)?;
-        let known: Vec<(i32, String)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+            .query("SELECT node_id, tag FROM mtm.cluster")
+            .context("the server to copy from does not say which node it is (a superuser of the cluster's database is needed)")?;
+        let row = rows
+            .first()
+            .context("the server to copy from belongs to no cluster")?;
+        let (donor_id, tag): (i32, String) = (column(row, 0)?, column(row, 1)?);
+        let rows =
+            donor.query("SELECT node_id, conninfo FROM mtm.cluster_nodes ORDER BY node_id")?;
+        let known: Vec<(i32, String)> = rows
+            .iter()
+            .map(|row| Ok((column(row, 0)?, column(row, 1)?)))
+            .collect::<Result<_>>()?;
         ensure!(
             known.iter().any(|(id, _)| *id == lost),
             "the cluster has no node {lost}"
@@ -58,8 +60,10 @@ impl Nodes {
         let mut all = Vec::new();
         for (id, conninfo) in known.into_iter().filter(|(id, _)| *id != lost) {
             let conninfo = if id == donor_id { from } else { &conninfo };
-            let client = connect(conninfo).with_context(|| format!("node {id}"))?;
-            all.push(Node { id, client });
+            let session = Session::connect(programs, conninfo).with_context(|| {
+                format!("node {id} (all nodes but the lost one have to be there)")
+            })?;
+            all.push(Node { id, session });
         }
         Ok(Nodes {
             all,
@@ -74,29 +78,22 @@ impl Nodes {
         format!("mtm_{}_n{}", self.tag, self.lost)
     }
 
-    pub fn donor(&mut self) -> Result<&mut Client> {
+    pub fn donor(&mut self) -> Result<&mut Session> {
         let donor = self.donor;
         let node = self.all.iter_mut().find(|node| node.id == donor);
         Ok(&mut node
             .context("the node to copy from is not connected")?
-            .client)
+            .session)
     }
 
     /// Keeps a second copy from being made at the same time, for as long as this program is connected.
     pub fn lock(&mut self) -> Result<()> {
         let lost = self.lost;
         for node in &mut self.all {
-            let row = node
-                .client
-                .query_one(
-                    "SELECT pg_try_advisory_lock(hashtext('multimaster clone'), $1)",
-                    &[&lost],
-                )
-                .map_err(explain)?;
-            ensure!(
-                row.get::<_, bool>(0),
-                "another mtm clone of node {lost} is at work"
-            );
+            let row = node.session.row(&format!(
+                "SELECT pg_try_advisory_lock(hashtext('multimaster clone'), {lost})"
+            ))?;
+            ensure!(row == ["t"], "another mtm clone of node {lost} is at work");
         }
         Ok(())
     }
@@ -108,16 +105,18 @@ impl Nodes {
         let mut found: Option<Position> = None;
         for node in &mut self.all {
             let row = node
-                .client
-                .query_one("SELECT * FROM mtm.copy_state($1)", &[&lost])
-                .map_err(explain)
+                .session
+                .row(&format!(
+                    "SELECT obstacle, generation, mark, encode(record, 'hex') FROM mtm.copy_state({lost})"
+                ))
                 .with_context(|| format!("node {}", node.id))?;
-            if let Some(obstacle) = row.get::<_, Option<String>>("obstacle") {
+            let obstacle: String = column(&row, 0)?;
+            if !obstacle.is_empty() {
                 obstacles.push(format!("node {}: {obstacle}", node.id));
                 continue;
             }
-            let generation = row.get("generation");
-            let (record, mark): (Vec<u8>, i64) = (row.get("record"), row.get("mark"));
+            let (generation, mark): (i64, i64) = (column(&row, 1)?, column(&row, 2)?);
+            let record = bytes(&column::<String>(&row, 3)?)?;
             ensure!(record.len() == RECORD_BYTES, "a record of unknown layout");
             match &mut found {
                 None => {
@@ -153,11 +152,10 @@ impl Nodes {
         let mut number = 0;
         for node in &mut self.all {
             let row = node
-                .client
-                .query_one("SELECT mtm.begin_copy($1)", &[&lost])
-                .map_err(explain)
+                .session
+                .row(&format!("SELECT mtm.begin_copy({lost})"))
                 .with_context(|| format!("node {}", node.id))?;
-            number = number.max(row.get(0));
+            number = number.max(column(&row, 0)?);
         }
         Ok(number)
     }
@@ -176,33 +174,19 @@ impl Nodes {
 
 impl Node {
     fn make_slot(&mut self, slot: &str) -> Result<i64> {
-        self.client
-            .execute(
-                "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = $1",
-                &[&slot],
-            )
-            .map_err(explain)?;
-        let row = self
-            .client
-            .query_one(
-                "SELECT (lsn - '0/0')::bigint FROM pg_create_logical_replication_slot($1, 'multimaster', false, true)",
-                &[&slot],
-            )
-            .map_err(explain)?;
-        Ok(row.get(0))
+        self.session.query(&format!(
+            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = '{slot}'"
+        ))?;
+        let row = self.session.row(&format!(
+            "SELECT (lsn - '0/0')::bigint FROM pg_create_logical_replication_slot('{slot}', 'multimaster', false, true)"
+        ))?;
+        column(&row, 0)
     }
 }
 
-fn connect(conninfo: &str) -> Result<Client> {
-    let mut config: postgres::Config = conninfo.parse().context("a connection string")?;
-    config.application_name("mtm clone");
-    config.connect(NoTls).map_err(explain)
-}
-
-/// What the server said, without the client's words around it.
-pub fn explain(error: postgres::Error) -> anyhow::Error {
-    match error.as_db_error() {
-        Some(said) => anyhow::anyhow!("{}", said.message()),
-        None => error.into(),
-    }
+/// Bytes from hexadecimal digits.
+fn bytes(digits: &str) -> Result<Vec<u8>> {
+    let pairs = digits.as_bytes().chunks(2);
+    let bytes = pairs.map(|pair| Ok(u8::from_str_radix(std::str::from_utf8(pair)?, 16)?));
+    bytes.collect()
 }

@@ -4,12 +4,14 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 /// Settings of the node that was copied which a copy needs to start at all.
 pub struct Limits {
     pub max_prepared_transactions: String,
     pub database: String,
+    /// Major release of its server.
+    pub release: u32,
 }
 
 /// PostgreSQL's programs.
@@ -39,6 +41,23 @@ impl Programs {
         let mut command = Command::new(self.bindir.join(name));
         command.env("LC_ALL", "C").env("PGAPPNAME", "mtm clone");
         command
+    }
+
+    /// The copy would be complete before `postgres` says that it is the wrong one.
+    pub fn demand_release(&self, wanted: u32) -> Result<()> {
+        let output = self
+            .command("postgres")
+            .arg("--version")
+            .output()
+            .with_context(|| format!("cannot run postgres of {}", self.bindir.display()))?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        ensure!(
+            release(&said) == Some(wanted),
+            "the programs in {} are of another release: {}; the node to copy from has PostgreSQL {wanted} (--bindir)",
+            self.bindir.display(),
+            said.trim()
+        );
+        Ok(())
     }
 
     /// Runs a program to its end; what it says is shown.
@@ -113,6 +132,13 @@ impl Programs {
     }
 }
 
+/// The major release in what `postgres --version` prints.
+fn release(said: &str) -> Option<u32> {
+    let version = said.split("(PostgreSQL) ").nth(1)?;
+    let digits = version.split(|sign: char| !sign.is_ascii_digit()).next()?;
+    digits.parse().ok()
+}
+
 /// Where the last record begins that the server has replayed.
 pub fn replayed_to(said: &str) -> Option<u64> {
     let line = said.lines().find(|line| line.contains("redo done at "))?;
@@ -139,6 +165,14 @@ mod tests {
         let said = "LOG:  redo starts at 0/2000060\nLOG:  redo done at 1/20000A0 system usage: CPU: user: 0.00 s\n";
         assert_eq!(replayed_to(said), Some(0x1_0200_00A0));
         assert_eq!(replayed_to("LOG:  ready"), None);
+    }
+
+    #[test]
+    fn the_release_is_read() {
+        let said = "postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)\n";
+        assert_eq!(release(said), Some(15));
+        assert_eq!(release("postgres (PostgreSQL) 17devel\n"), Some(17));
+        assert_eq!(release(""), None);
     }
 
     #[test]

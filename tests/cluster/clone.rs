@@ -1,7 +1,7 @@
 //! A node that has lost its disk is replaced by a copy of another one while the others work.
 
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
 use multimaster_tests::{OwnCase, Session, cases, with_cluster};
@@ -30,19 +30,23 @@ fn a_lost_disk_is_replaced_by_a_copy(installation: &Installation) -> Result<()> 
         let load = Load::start(cluster, &[0, 1]);
         std::thread::sleep(LOAD);
         refuse_a_living_node(cluster, &mtm)?;
+        refuse_mistakes(cluster, &mtm)?;
+        let tablespace = Tablespace::new(cluster)?;
         cluster.nodes[LOST].kill()?;
         let keep = Kept::new()?;
         cluster.nodes[LOST].lose_data(&keep.0)?;
         await_members(cluster, "{1,2}")?;
         refuse_a_full_directory(cluster, &mtm)?;
         interrupt(cluster)?;
-        succeed(&clone(cluster, &mtm, Some(&keep.0))?)?;
+        let mut program = clone_command(cluster, &mtm, LOST, Some(&keep.0))?;
+        succeed(&command::run(program.args(tablespace.mapping()))?)?;
         cluster.nodes[LOST].start()?;
         let online = await_online(cluster, LOST);
         std::thread::sleep(LOAD);
         let commits = load.stop()?;
         online?;
         check_rows(cluster, &commits)?;
+        tablespace.check(cluster)?;
         check_old_name(cluster, &old)?;
         check_sequences(cluster)?;
         go_on_without_the_donor(cluster)?;
@@ -129,18 +133,31 @@ pub fn copy(
     lost: usize,
     configuration: Option<&Path>,
 ) -> Result<Output> {
+    command::run(&mut clone_command(cluster, mtm, lost, configuration)?)
+}
+
+fn clone_command(
+    cluster: &Cluster,
+    mtm: &Path,
+    lost: usize,
+    configuration: Option<&Path>,
+) -> Result<Command> {
     let mut program = host::server_command(mtm)?;
+    // Whatever libpq knows may be in a connection string.
+    let from = format!(
+        "{} passfile=/nowhere sslmode=prefer",
+        cluster.nodes[DONOR].conninfo()
+    );
     program
-        .args(["clone", "--node", &(lost + 1).to_string(), "--from"])
-        .arg(cluster.nodes[DONOR].conninfo())
-        .arg("--pgdata")
+        .args(["clone", "--node", &(lost + 1).to_string()])
+        .args(["--from", &from, "--pgdata"])
         .arg(cluster.nodes[lost].data_dir())
         .arg("--bindir")
         .arg(mtm.parent().context("a program lies in a directory")?);
     if let Some(directory) = configuration {
         program.arg("--config").arg(directory);
     }
-    command::run(&mut program)
+    Ok(program)
 }
 
 pub fn succeed(output: &Output) -> Result<()> {
@@ -165,6 +182,74 @@ fn refuse_a_living_node(cluster: &Cluster, mtm: &Path) -> Result<()> {
         .args(["clone", "--node", "3", "--pgdata", &elsewhere, "--from"])
         .arg(cluster.nodes[DONOR].conninfo());
     fail_with(&command::run(&mut program)?, "node 3 is connected")
+}
+
+/// What an operator may get wrong; nothing is changed by it, here or there.
+fn refuse_mistakes(cluster: &Cluster, mtm: &Path) -> Result<()> {
+    let elsewhere = format!("{}-elsewhere", cluster.nodes[LOST].data_dir().display());
+    let from = cluster.nodes[DONOR].conninfo();
+    let refused = |node: &str, from: &str, words: &str| {
+        let mut program = host::server_command(mtm)?;
+        program.args([
+            "clone", "--pgdata", &elsewhere, "--node", node, "--from", from,
+        ]);
+        fail_with(&command::run(&mut program)?, words)
+            .with_context(|| format!("node {node} from {from}"))
+    };
+    refused("9", &from, "the cluster has no node 9")?;
+    refused("1", &from, "node 1 cannot be copied from itself")?;
+    refused("3", &format!("{from} port=1"), "port 1 failed")?;
+    refused("3", &format!("{from} nonsense=1"), "nonsense")?;
+    let other = from.replace("dbname=postgres", "dbname=template1");
+    refused("3", &other, "does not say which node it is")?;
+    ensure!(!Path::new(&elsewhere).exists(), "{elsewhere} was made");
+    let mut program = host::server_command(mtm)?;
+    let output = command::run(program.args(["clone", "--nonsense"]))?;
+    ensure!(output.status.code() == Some(2), "{}", output.status);
+    let slots = "SELECT count(*) FROM pg_replication_slots WHERE NOT active";
+    let idle = Session::new(cluster.connect(DONOR)?).text(slots)?;
+    ensure!(idle == "0", "{idle} slots were left");
+    Ok(())
+}
+
+/// A tablespace of the donor that cannot lie at the same place on the lost node, since both are on one machine here.
+struct Tablespace {
+    donors: Kept,
+    copys: Kept,
+}
+
+impl Tablespace {
+    fn new(cluster: &Cluster) -> Result<Tablespace> {
+        let place = |node: usize| Kept(cluster.nodes[node].data_dir().with_extension("space"));
+        let tablespace = Tablespace {
+            donors: place(DONOR),
+            copys: place(LOST),
+        };
+        for directory in [&tablespace.donors.0, &tablespace.copys.0] {
+            host::create_dir(directory)?;
+            host::give_to_server(directory)?;
+        }
+        let place = tablespace.donors.0.display();
+        Session::new(cluster.connect(DONOR)?)
+            .run(&format!("CREATE TABLESPACE apart LOCATION '{place}'"))?;
+        Ok(tablespace)
+    }
+
+    fn mapping(&self) -> [String; 2] {
+        let (from, to) = (self.donors.0.display(), self.copys.0.display());
+        ["--tablespace-mapping".to_owned(), format!("{from}={to}")]
+    }
+
+    fn check(&self, cluster: &Cluster) -> Result<()> {
+        let place = Session::new(cluster.connect(LOST)?).text(
+            "SELECT pg_tablespace_location(oid) FROM pg_tablespace WHERE spcname = 'apart'",
+        )?;
+        ensure!(
+            Path::new(&place) == self.copys.0,
+            "the tablespace lies at {place}"
+        );
+        Ok(())
+    }
 }
 
 /// Somebody's files are not touched.
