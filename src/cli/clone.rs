@@ -37,13 +37,20 @@ const CONFIGURATION: [&str; 4] = [
 /// Files that say how the copied server was started or followed.
 const LEFT_OVER: [&str; 2] = ["standby.signal", "postmaster.opts"];
 
-/// The lost node has used values of its share that the donor's sequences know nothing of; those in columns that own a sequence can be found.
+/// The lost node has used values of its share that the donor's sequences know nothing of. Those in columns that own a sequence, or whose default uses one, can be found.
+/// What lies outside of the sequence's range was not drawn from it; temporary and unlogged tables are not the cluster's.
 const PASS_USED_VALUES: &str = "DO $$ DECLARE s record; used bigint; BEGIN \
-FOR s IN SELECT d.objid::regclass AS name, d.refobjid::regclass AS owner, a.attname, q.seqincrement > 0 AS rises \
-FROM pg_depend d JOIN pg_sequence q ON q.seqrelid = d.objid JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid \
-WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i') LOOP \
-EXECUTE format('SELECT CASE WHEN %L THEN max(%I) ELSE min(%I) END::bigint FROM %s', s.rises, s.attname, s.attname, s.owner) INTO used; \
-EXECUTE format('SELECT setval(%L, %L) FROM %s WHERE CASE WHEN %L THEN last_value < %L ELSE last_value > %L END', \
+FOR s IN SELECT q.seqrelid::regclass AS name, a.attrelid::regclass AS owner, a.attname, q.seqincrement > 0 AS rises, q.seqmin, q.seqmax \
+FROM (SELECT objid AS sequence, refobjid AS owner, refobjsubid AS number FROM pg_depend \
+WHERE classid = 'pg_class'::regclass AND refclassid = 'pg_class'::regclass AND deptype IN ('a', 'i') \
+UNION SELECT d.refobjid, e.adrelid, e.adnum FROM pg_depend d JOIN pg_attrdef e ON e.oid = d.objid \
+WHERE d.classid = 'pg_attrdef'::regclass AND d.refclassid = 'pg_class'::regclass) AS uses \
+JOIN pg_sequence q ON q.seqrelid = uses.sequence JOIN pg_attribute a ON a.attrelid = uses.owner AND a.attnum = uses.number \
+JOIN pg_class c ON c.oid = a.attrelid AND c.relkind IN ('r', 'p') AND c.relpersistence = 'p' \
+WHERE a.atttypid IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype) LOOP \
+EXECUTE format('SELECT CASE WHEN %L THEN max(%I) ELSE min(%I) END::bigint FROM %s WHERE %I BETWEEN %L AND %L', \
+s.rises, s.attname, s.attname, s.owner, s.attname, s.seqmin, s.seqmax) INTO used; \
+EXECUTE format('SELECT setval(%L, %L) FROM %s WHERE CASE WHEN %L THEN last_value <= %L ELSE last_value >= %L END', \
 s.name, used, s.name, s.rises, used, used); \
 END LOOP; END $$";
 

@@ -32,6 +32,9 @@ fn a_lost_disk_is_replaced_by_a_copy(installation: &Installation) -> Result<()> 
         refuse_a_living_node(cluster, &mtm)?;
         refuse_mistakes(cluster, &mtm)?;
         let tablespace = Tablespace::new(cluster)?;
+        // What its session alone may read is in the backup's catalogs.
+        let mut temporary = Session::new(cluster.connect(DONOR)?);
+        temporary.run("CREATE TEMPORARY TABLE own (id serial)")?;
         cluster.nodes[LOST].kill()?;
         let keep = Kept::new()?;
         cluster.nodes[LOST].lose_data(&keep.0)?;
@@ -45,6 +48,7 @@ fn a_lost_disk_is_replaced_by_a_copy(installation: &Installation) -> Result<()> 
         std::thread::sleep(LOAD);
         let commits = load.stop()?;
         online?;
+        drop(temporary);
         check_rows(cluster, &commits)?;
         tablespace.check(cluster)?;
         check_old_name(cluster, &old)?;
@@ -280,6 +284,13 @@ fn await_members(cluster: &Cluster, members: &str) -> Result<()> {
 fn committed_by_lost(cluster: &Cluster) -> Result<String> {
     let mut session = Session::new(cluster.connect(LOST)?);
     session.run("CREATE TABLE numbered (id serial PRIMARY KEY, node int)")?;
+    session.run("CREATE SEQUENCE drawn")?;
+    session.run(
+        "CREATE TABLE by_default (id bigint PRIMARY KEY DEFAULT nextval('drawn'), node int)",
+    )?;
+    for _ in 0..3 {
+        session.run("INSERT INTO by_default (node) VALUES (3)")?;
+    }
     session.run("BEGIN; INSERT INTO numbered (node) VALUES (3)")?;
     let gid = session.text("SELECT mtm.current_gid()")?;
     session.run("COMMIT")?;
@@ -307,6 +318,10 @@ fn check_sequences(cluster: &Cluster) -> Result<()> {
         for _ in 0..3 {
             session.run(&format!(
                 "INSERT INTO numbered (node) VALUES ({})",
+                node + 1
+            ))?;
+            session.run(&format!(
+                "INSERT INTO by_default (node) VALUES ({})",
                 node + 1
             ))?;
         }
