@@ -13,6 +13,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -54,7 +55,7 @@ EXECUTE format('SELECT setval(%L, %L) FROM %s WHERE CASE WHEN %L THEN last_value
 s.name, used, s.name, s.rises, used, used); \
 END LOOP; END $$";
 
-/// Where the copy is made, within the data directory.
+/// Where copies are made, within the data directory.
 const WORK: &str = "multimaster-copy";
 /// Without this file no server starts.
 const VERSION_FILE: &str = "PG_VERSION";
@@ -133,16 +134,25 @@ fn say(text: &str) {
 /// The data directory. The copy is made in a directory within, which tells an interrupted run from somebody's data.
 struct Target {
     pgdata: PathBuf,
+    /// Holds the directories of all runs.
+    works: PathBuf,
+    /// Another one in each run: a program that an interrupted run has left behind may still write to its own.
     work: PathBuf,
 }
 
 impl Target {
     fn new(pgdata: &Path) -> Result<Target> {
         let pgdata = std::path::absolute(pgdata).context("the data directory")?;
-        let work = pgdata.join(WORK);
-        let target = Target { pgdata, work };
+        let works = pgdata.join(WORK);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+        let work = works.join(format!("{}-{}", now.as_nanos(), std::process::id()));
+        let target = Target {
+            pgdata,
+            works,
+            work,
+        };
         ensure!(
-            target.work.exists() || target.entries()?.is_empty(),
+            target.works.exists() || target.entries()?.is_empty(),
             "{} is not empty; move away what is left of the lost node",
             target.pgdata.display()
         );
@@ -164,8 +174,8 @@ impl Target {
         let rest = self
             .entries()?
             .into_iter()
-            .filter(|path| *path != self.work);
-        for path in rest.chain(self.work.exists().then(|| self.work.clone())) {
+            .filter(|path| *path != self.works);
+        for path in rest.chain(self.works.exists().then(|| self.works.clone())) {
             let removed = if path.is_dir() && !path.is_symlink() {
                 fs::remove_dir_all(&path)
             } else {
@@ -173,9 +183,10 @@ impl Target {
             };
             removed.with_context(|| format!("cannot remove {}", path.display()))?;
         }
+        let private = |path: &Path| fs::set_permissions(path, Permissions::from_mode(0o700));
         fs::create_dir_all(&self.work)
-            .and_then(|()| fs::set_permissions(&self.pgdata, Permissions::from_mode(0o700)))
-            .and_then(|()| fs::set_permissions(&self.work, Permissions::from_mode(0o700)))
+            .and_then(|()| private(&self.pgdata))
+            .and_then(|()| private(&self.work))
             .with_context(|| format!("cannot make {}", self.work.display()))
     }
 
@@ -193,7 +204,9 @@ impl Target {
             move_up(name)?;
         }
         move_up(OsStr::new(VERSION_FILE))?;
-        fs::remove_dir(&self.work).with_context(|| format!("cannot remove {}", self.work.display()))
+        fs::remove_dir(&self.work)
+            .and_then(|()| fs::remove_dir(&self.works))
+            .with_context(|| format!("cannot remove {}", self.works.display()))
     }
 }
 

@@ -1,7 +1,8 @@
 //! A node that has lost its disk is replaced by a copy of another one while the others work.
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use multimaster_tests::{OwnCase, Session, cases, with_cluster};
@@ -14,7 +15,8 @@ use crate::failover::{LOAD, Load, PATIENCE, await_online, check_rows, create};
 pub fn cases() -> Vec<OwnCase> {
     cases![
         a_lost_disk_is_replaced_by_a_copy,
-        an_old_directory_that_comes_back_is_refused
+        an_old_directory_that_comes_back_is_refused,
+        an_interrupted_copy_is_made_again
     ]
 }
 
@@ -32,6 +34,7 @@ fn a_lost_disk_is_replaced_by_a_copy(installation: &Installation) -> Result<()> 
         refuse_a_living_node(cluster, &mtm)?;
         refuse_mistakes(cluster, &mtm)?;
         let tablespace = Tablespace::new(cluster)?;
+        let encrypted = serve_tls(cluster)?;
         // What its session alone may read is in the backup's catalogs.
         let mut temporary = Session::new(cluster.connect(DONOR)?);
         temporary.run("CREATE TEMPORARY TABLE own (id serial)")?;
@@ -41,7 +44,7 @@ fn a_lost_disk_is_replaced_by_a_copy(installation: &Installation) -> Result<()> 
         await_members(cluster, "{1,2}")?;
         refuse_a_full_directory(cluster, &mtm)?;
         interrupt(cluster)?;
-        let mut program = clone_command(cluster, &mtm, LOST, Some(&keep.0))?;
+        let mut program = clone_command(cluster, &mtm, LOST, Some(&keep.0), &encrypted)?;
         succeed(&command::run(program.args(tablespace.mapping()))?)?;
         cluster.nodes[LOST].start()?;
         let online = await_online(cluster, LOST);
@@ -94,6 +97,76 @@ fn an_old_directory_that_comes_back_is_refused(installation: &Installation) -> R
     })
 }
 
+/// What a run says at each step that can be interrupted.
+const STEPS: [&str; 5] = [
+    "looking at the other nodes",
+    "making slots",
+    "copying node",
+    "replaying what",
+    "making it node",
+];
+
+/// The command line is killed at each step; what it has started may go on for a while.
+fn an_interrupted_copy_is_made_again(installation: &Installation) -> Result<()> {
+    let mtm = extension::build_command_line(installation)?;
+    with_cluster(installation, 3, |cluster| {
+        create(cluster)?;
+        let load = Load::start(cluster, &[0, 1]);
+        std::thread::sleep(LOAD);
+        cluster.nodes[LOST].kill()?;
+        let keep = Kept::new()?;
+        cluster.nodes[LOST].lose_data(&keep.0)?;
+        await_members(cluster, "{1,2}")?;
+        refuse_a_second_run(cluster, &mtm)?;
+        for step in STEPS {
+            println!("  killed at {step:?}");
+            kill_at(cluster, &mtm, step)?;
+            await_unlocked(cluster)?;
+        }
+        succeed(&clone(cluster, &mtm, Some(&keep.0))?)?;
+        cluster.nodes[LOST].start()?;
+        let online = await_online(cluster, LOST);
+        let commits = load.stop()?;
+        online?;
+        check_rows(cluster, &commits)
+    })
+}
+
+/// A run holds a lock on every node for as long as it works; here a session holds it on one.
+fn refuse_a_second_run(cluster: &Cluster, mtm: &Path) -> Result<()> {
+    let mut first = Session::new(cluster.connect(DONOR)?);
+    first.run("SELECT pg_advisory_lock(hashtext('multimaster clone'), 3)")?;
+    let second = clone(cluster, mtm, None)?;
+    fail_with(&second, "another mtm clone of node 3 is at work")
+}
+
+/// Kills a run when it says that it begins the step.
+fn kill_at(cluster: &Cluster, mtm: &Path, step: &str) -> Result<()> {
+    let mut program = clone_command(cluster, mtm, LOST, None, "")?;
+    program.stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut run = program.spawn()?;
+    let output = run.stdout.take().context("a run without output")?;
+    let mut lines = BufReader::new(output).lines();
+    let reached = lines.any(|line| line.is_ok_and(|line| line.contains(step)));
+    run.kill()?;
+    run.wait()?;
+    ensure!(reached, "a run ended before {step:?}");
+    Ok(())
+}
+
+/// The sessions of a run end with it, those that make a slot when they have made it.
+fn await_unlocked(cluster: &Cluster) -> Result<()> {
+    wait_for("the lock of the interrupted run", PATIENCE, || {
+        for node in [0, 1] {
+            let locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'";
+            if Session::new(cluster.connect(node)?).text(locks)? != "0" {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    })
+}
+
 /// Moves the directory of the lost node, which is stopped, away, as its operator would, and makes a copy in its place. Returns where the old one is.
 pub fn replace_by_a_copy(cluster: &Cluster, mtm: &Path, keep: &Kept) -> Result<Kept> {
     let node = &cluster.nodes[LOST];
@@ -137,7 +210,15 @@ pub fn copy(
     lost: usize,
     configuration: Option<&Path>,
 ) -> Result<Output> {
-    command::run(&mut clone_command(cluster, mtm, lost, configuration)?)
+    // Whatever libpq knows may be in a connection string.
+    let options = "passfile=/nowhere sslmode=prefer";
+    command::run(&mut clone_command(
+        cluster,
+        mtm,
+        lost,
+        configuration,
+        options,
+    )?)
 }
 
 fn clone_command(
@@ -145,13 +226,10 @@ fn clone_command(
     mtm: &Path,
     lost: usize,
     configuration: Option<&Path>,
+    options: &str,
 ) -> Result<Command> {
     let mut program = host::server_command(mtm)?;
-    // Whatever libpq knows may be in a connection string.
-    let from = format!(
-        "{} passfile=/nowhere sslmode=prefer",
-        cluster.nodes[DONOR].conninfo()
-    );
+    let from = format!("{} {options}", cluster.nodes[DONOR].conninfo());
     program
         .args(["clone", "--node", &(lost + 1).to_string()])
         .args(["--from", &from, "--pgdata"])
@@ -214,6 +292,33 @@ fn refuse_mistakes(cluster: &Cluster, mtm: &Path) -> Result<()> {
     let idle = Session::new(cluster.connect(DONOR)?).text(slots)?;
     ensure!(idle == "0", "{idle} slots were left");
     Ok(())
+}
+
+/// Gives the donor a certificate; returns what a connection string says to demand it.
+fn serve_tls(cluster: &Cluster) -> Result<String> {
+    let node = &cluster.nodes[DONOR];
+    let certificate = node.data_dir().join("server.crt");
+    let mut openssl = host::server_command(Path::new("openssl"))?;
+    openssl
+        .args(["req", "-new", "-x509", "-nodes", "-days", "2"])
+        .args(["-subj", "/CN=donor", "-addext"])
+        .arg(format!("subjectAltName=IP:{}", node.address))
+        .arg("-keyout")
+        .arg(node.data_dir().join("server.key"))
+        .arg("-out")
+        .arg(&certificate);
+    command::capture(&mut openssl)?;
+    let demand = format!("sslmode=verify-full sslrootcert={}", certificate.display());
+    let mut session = Session::new(node.connect()?);
+    session.run("ALTER SYSTEM SET ssl = on")?;
+    session.run("SELECT pg_reload_conf()")?;
+    let conninfo = format!("{} {demand}", node.conninfo());
+    wait_for("the donor to serve TLS", PATIENCE, || {
+        let mut psql = node.client_program("psql");
+        let output = command::run(psql.args(["-X", "-c", "SELECT 1", &conninfo]))?;
+        Ok(output.status.success())
+    })?;
+    Ok(demand)
 }
 
 /// A tablespace of the donor that cannot lie at the same place on the lost node, since both are on one machine here.
