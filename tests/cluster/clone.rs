@@ -16,7 +16,8 @@ pub fn cases() -> Vec<OwnCase> {
     cases![
         a_lost_disk_is_replaced_by_a_copy,
         an_old_directory_that_comes_back_is_refused,
-        an_interrupted_copy_is_made_again
+        an_interrupted_copy_is_made_again,
+        two_lost_disks_of_five_wait_for_one_of_them
     ]
 }
 
@@ -129,6 +130,33 @@ fn an_interrupted_copy_is_made_again(installation: &Installation) -> Result<()> 
         let commits = load.stop()?;
         online?;
         check_rows(cluster, &commits)
+    })
+}
+
+/// Each of the others has to say that nothing depends on the lost node; one that is lost, too, says nothing.
+fn two_lost_disks_of_five_wait_for_one_of_them(installation: &Installation) -> Result<()> {
+    const FOURTH: usize = 3;
+    const FIFTH: usize = 4;
+    let mtm = extension::build_command_line(installation)?;
+    with_cluster(installation, 5, |cluster| {
+        create(cluster)?;
+        cluster.nodes[FOURTH].kill()?;
+        cluster.nodes[FIFTH].kill()?;
+        await_members(cluster, "{1,2,3}")?;
+        let keep = Kept::new()?;
+        cluster.nodes[FIFTH].lose_data(&keep.0)?;
+        let refused = copy(cluster, &mtm, FIFTH, Some(&keep.0))?;
+        fail_with(
+            &refused,
+            "node 4 (all nodes but the lost one have to be there)",
+        )?;
+        cluster.nodes[FOURTH].start()?;
+        await_online(cluster, FOURTH)?;
+        await_members(cluster, "{1,2,3,4}")?;
+        succeed(&copy(cluster, &mtm, FIFTH, Some(&keep.0))?)?;
+        cluster.nodes[FIFTH].start()?;
+        await_online(cluster, FIFTH)?;
+        xtask::checks::whole(cluster, PATIENCE)
     })
 }
 
