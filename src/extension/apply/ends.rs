@@ -31,17 +31,23 @@ pub enum Mismatch {
 impl Ends {
     /// A server that was restored from a backup lacks what its node had promised or committed since; going on would be divergence.
     pub fn check(&self, mark: Lsn) -> Result<(), Mismatch> {
+        self.check_here(mark)?;
+        if self.wal < mark {
+            return Err(Mismatch::OldCopyThere {
+                mark,
+                end: self.wal,
+            });
+        }
+        Ok(())
+    }
+
+    /// The part that concerns this server. `mark` may have been read later than the slot: it is stored before it is confirmed.
+    pub fn check_here(&self, mark: Lsn) -> Result<(), Mismatch> {
         // Before the first mark the slot stands where it was created; so does one that was made anew.
         if mark > Lsn::ZERO && self.confirmed > mark && !self.made_anew {
             return Err(Mismatch::OldCopyHere {
                 mark,
                 confirmed: self.confirmed,
-            });
-        }
-        if self.wal < mark {
-            return Err(Mismatch::OldCopyThere {
-                mark,
-                end: self.wal,
             });
         }
         Ok(())

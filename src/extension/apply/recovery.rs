@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use wire::stream::{Marker, Message, StreamFrame};
 
-use super::ends::{Mismatch, ends_of};
+use super::ends::ends_of;
 use super::stream_message::{DATA_HEADER_BYTES, number, status_message};
 
 /// How often the donor hears from us.
@@ -126,19 +126,17 @@ fn run(order: RecoveryOrder) -> Result<(), RecoveryError> {
     let Some(target) = identity.nodes.iter().find(|node| node.id == donor) else {
         return Ok(());
     };
+    let slot = slot_name(identity.tag, identity.node_id);
+    // Before the mark is read: a receiver may be running beside this process.
+    let ends = process::in_transaction(|| ends_of(&target.conninfo, &slot))?;
     let (mark, known) = process::in_transaction(|| {
         let marks = DurableTable::open(c"marks", MARK_ROWS);
         let mark = Lsn(number_in(&marks.read_all()[donor.get() as usize]));
         (mark, recovered::names())
     });
-    let slot = slot_name(identity.tag, identity.node_id);
     // A copy of the slot begins where the slot stands: an old copy of this node would miss what lies before.
-    process::in_transaction(|| ends_of(&target.conninfo, &slot))?
-        .check(mark)
-        .map_err(|mismatch| match mismatch {
-            Mismatch::OldCopyHere { .. } => RecoveryError::Replay(mismatch.to_string()),
-            Mismatch::OldCopyThere { .. } => RecoveryError::Stream(mismatch.to_string()),
-        })?;
+    ends.check_here(mark)
+        .map_err(|mismatch| RecoveryError::Replay(mismatch.to_string()))?;
     let name = format!("multimaster node {} recovers", identity.node_id.get());
     let mut stream = Stream::connect(&target.conninfo, &name).map_err(|error| error.to_string())?;
     let copy = format!("{slot}_recovery_{}", std::process::id());
