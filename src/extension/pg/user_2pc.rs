@@ -97,7 +97,7 @@ unsafe fn raise_not_ready(behind: Option<NodeId>) {
             pgrx::PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE as i32,
             message.as_c_str(),
             c"",
-            c"It is still prepared: try again, on another node if need be; mtm.nodes() shows whose streams are not received.",
+            c"It is still prepared: try again, on another node if need be; mtm.get_nodes_state() shows whose streams have no receiver.",
         );
     }
 }
