@@ -11,7 +11,7 @@ use xtask::suite::Size;
 
 use crate::crash::{arm, dice, with_quick_cluster};
 use crate::failover::{LOST, PATIENCE, await_online, create};
-use crate::kill::signal_kill;
+use crate::kill::{process, signal_kill};
 use crate::ledger::Dice;
 use crate::stuck::{await_members, set_everywhere};
 
@@ -21,6 +21,7 @@ pub fn cases() -> Vec<OwnCase> {
         a_finish_waits_for_a_stream_that_may_bring_its_prepare_again,
         a_finish_by_another_node_is_not_undone_by_a_crash,
         a_finish_that_is_read_before_its_prepare_is_recovered_is_not_lost,
+        of_many_finishes_read_before_a_recovery_none_is_lost,
         users_prepared_transactions_are_finished_once_whatever_starts_anew,
     ]
 }
@@ -237,11 +238,22 @@ fn a_finish_by_another_node_is_not_undone_by_a_crash(installation: &Installation
     })
 }
 
-/// Node 3 recovers from node 1, which is late with what node 2 has finished and has not done so before its marker. So the finish comes by the stream of node 2 only, and there before
-/// the recovery has brought the PREPARE.
+/// More than a receiver of the library with failpoints remembers.
+const MANY: u64 = 60;
+
 fn a_finish_that_is_read_before_its_prepare_is_recovered_is_not_lost(
     installation: &Installation,
 ) -> Result<()> {
+    finish_before_recovery(installation, 0)
+}
+
+fn of_many_finishes_read_before_a_recovery_none_is_lost(installation: &Installation) -> Result<()> {
+    finish_before_recovery(installation, MANY)
+}
+
+/// Node 3 recovers from node 1, which is late with what node 2 has finished, and has not done so before its marker. So that comes by the stream of node 2 only, and there, behind
+/// so many others, before the recovery has brought the PREPARE.
+fn finish_before_recovery(installation: &Installation, others: u64) -> Result<()> {
     with_cluster(installation, 3, |cluster| {
         create(cluster)?;
         set_everywhere(cluster, "multimaster.slow_node_timeout", "0")?;
@@ -251,13 +263,16 @@ fn a_finish_that_is_read_before_its_prepare_is_recovered_is_not_lost(
             await_online(cluster, node)?;
         }
         let mut first = Session::new(cluster.connect(0)?);
+        let mut second = Session::new(cluster.connect(1)?);
+        for n in 0..others {
+            let name = format!("other {n}");
+            prepare(&mut first, &name, 1, n)?;
+            second.run(&format!("COMMIT PREPARED '{name}'"))?;
+        }
         prepare(&mut first, "late", 0, 0)?;
         prepare(&mut first, "undone late", 0, 1)?;
-        let late = first
-            .text("SELECT receiver_pid FROM mtm.get_nodes_state() WHERE id = 2")?
-            .parse()?;
+        let late = receiver(&mut first, 1)?;
         cluster.nodes[0].freeze_process(late)?;
-        let mut second = Session::new(cluster.connect(1)?);
         second.run("SET multimaster.wait_peer_commits = off")?;
         second.run("COMMIT PREPARED 'late'")?;
         second.run("ROLLBACK PREPARED 'undone late'")?;
@@ -283,10 +298,34 @@ fn a_finish_that_is_read_before_its_prepare_is_recovered_is_not_lost(
         cluster.nodes[0].thaw_process(late)?;
         online?;
         settle(cluster)?;
-        let rows = Session::new(cluster.connect(LOST)?).text("SELECT client, n FROM line")?;
-        ensure!(rows == "0|0", "{rows}");
+        let rows = Session::new(cluster.connect(LOST)?)
+            .text("SELECT client, count(*) FROM line GROUP BY client ORDER BY client")?;
+        let expected = if others > 0 {
+            format!("0|1\n1|{others}")
+        } else {
+            "0|1".to_owned()
+        };
+        ensure!(rows == expected, "{rows}");
+        let again = log_counts(cluster, "finished while this node was away");
+        ensure!(
+            (again > 0) == (others > 0),
+            "the stream was read again {again} times"
+        );
         Ok(())
     })
+}
+
+/// Starts node 3, which recovers from the first node that it is connected with: from node 1.
+fn start_with_donor(cluster: &mut Cluster) -> Result<()> {
+    let arbiter = process(cluster, 1, "multimaster arbiter")?;
+    cluster.nodes[1].freeze_process(arbiter)?;
+    let chosen = cluster.nodes[LOST].start().and_then(|()| {
+        wait_for("a recovery from node 1", PATIENCE, || {
+            Ok(log_counts(cluster, "recovers: from node 1") > 0)
+        })
+    });
+    cluster.nodes[1].thaw_process(arbiter)?;
+    chosen
 }
 
 /// Transactions that are prepared and finished in the storm, and how often something starts anew.
@@ -329,6 +368,10 @@ fn users_prepared_transactions_are_finished_once_whatever_starts_anew(
             cluster.nodes[LOST].start()?;
         }
         settle(cluster)?;
+        for node in &cluster.nodes {
+            let taken_for_old = node.log_text().contains("old copy of its node");
+            ensure!(!taken_for_old, "{} lacks WAL", node.name);
+        }
         let rows = Session::new(cluster.connect(LOST)?)
             .text("SELECT count(*), count(DISTINCT n) FROM line")?;
         println!("  {committed} of {transactions} committed");

@@ -326,7 +326,7 @@ impl Receiver {
         }
         match &self.current {
             Current::None => return self.outside_transaction(&message),
-            Current::Feeding(feed) => self.pass_on(feed, bytes),
+            Current::Feeding(_) => self.pass_on(bytes),
             Current::Skipping { .. } => {}
         }
         if message.ends() {
@@ -391,9 +391,14 @@ impl Receiver {
         }
     }
 
-    fn pass_on(&self, feed: &Feed, bytes: &[u8]) {
-        // A worker that is gone has voted no: the rest of the transaction is not wanted.
-        let _ = feed.write_message(bytes);
+    fn pass_on(&mut self, bytes: &[u8]) {
+        if let Current::Feeding(feed) = std::mem::replace(&mut self.current, Current::None) {
+            // A worker that is gone has voted no: the rest of the transaction is not wanted.
+            let _ = feed.write_message(bytes, || {
+                self.write_wanted_mark();
+            });
+            self.current = Current::Feeding(feed);
+        }
     }
 
     fn end(&mut self, at: Lsn) {

@@ -4,7 +4,7 @@ use super::users::Met;
 use super::{Receiver, Wait, process};
 use crate::pg::shared::shared;
 use protocol::membership::Admission;
-use protocol::{Gid, Refusal};
+use protocol::{GenerationNum, Gid, Refusal};
 use std::time::Duration;
 use wire::stream::Begin;
 
@@ -51,10 +51,6 @@ impl Receiver {
             ..gid
         };
         let answer = self.admit(gid);
-        if answer.is_none() {
-            // They come before it, and may have waited for the same.
-            self.finish_users();
-        }
         let Ok(name) = std::str::from_utf8(name) else {
             return answer;
         };
@@ -63,6 +59,7 @@ impl Receiver {
             self.users.expect(name);
             return Some(Answer::Nothing);
         }
+        let standing = shared().standing.get();
         match answer {
             None if met == Met::Namesake || !self.pass_namesake(name) => Some(Answer::NoToNamesake),
             None => {
@@ -70,8 +67,13 @@ impl Receiver {
                 None
             }
             Some(Answer::No) => Some(Answer::NoToUser),
-            Some(Answer::SetAside | Answer::Nothing) => {
-                self.users.forget_namesake(name);
+            // It comes, or came, through a donor, and so did the end of an earlier one.
+            Some(Answer::SetAside) => {
+                self.users.forget_namesake(name, standing.online_in);
+                answer
+            }
+            Some(Answer::Nothing) if gid.generation < standing.recovered_to => {
+                self.users.forget_namesake(name, GenerationNum(0));
                 answer
             }
             answer => answer,
@@ -84,7 +86,11 @@ impl Receiver {
     fn admit(&mut self, gid: Gid) -> Option<Answer> {
         loop {
             match shared().admit(gid) {
-                Admission::Apply => return None,
+                Admission::Apply => {
+                    // It may build on what was set aside until a moment ago.
+                    self.finish_users();
+                    return None;
+                }
                 Admission::Refuse => return Some(Answer::No),
                 Admission::Skip => return Some(Answer::Nothing),
                 Admission::SetAside => return Some(Answer::SetAside),

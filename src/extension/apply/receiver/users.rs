@@ -17,8 +17,12 @@ use std::time::Duration;
 pub(super) const MARK_PAUSE: Duration = Duration::from_millis(1);
 /// How often one that another process has in its hands is tried again.
 const BUSY_PAUSE: Duration = Duration::from_millis(5);
-/// Finishes that are remembered while this node is not online. With more of them the stream is read once more when it is.
-const ASIDE_MAX: usize = 10_000;
+/// Finishes that are remembered while this node is not online. With more of them the stream is read once more when it is. Few where tests are to come to that.
+const ASIDE_MAX: usize = if cfg!(feature = "failpoints") {
+    50
+} else {
+    10_000
+};
 
 /// A COMMIT or ROLLBACK PREPARED that was read and not carried out.
 struct Finish {
@@ -96,9 +100,10 @@ impl Users {
         Met::Nothing
     }
 
-    /// The stream has come to a later PREPARE of this name, which this node gets, or got, through a donor, with the end of the earlier one before it.
-    pub(super) fn forget_namesake(&mut self, name: &str) {
-        self.aside.retain(|finish| finish.name != name);
+    /// A later PREPARE of this name has come: drops finishes of generations beyond this one.
+    pub(super) fn forget_namesake(&mut self, name: &str, beyond: GenerationNum) {
+        self.aside
+            .retain(|finish| finish.name != name || finish.generation <= beyond);
     }
 
     /// The transaction that is being received is a user's, and is here or will be.
@@ -156,6 +161,9 @@ impl Receiver {
     /// Carries out what was set aside and nothing stands against any more. True when the stream should wait for the rest of it, which takes no longer than the writing of
     /// a mark.
     pub(super) fn finish_users(&mut self) -> bool {
+        if self.users.aside.is_empty() && self.users.overflow.is_none() {
+            return false;
+        }
         if self.users.is_to_be_read_again(shared().standing.get()) {
             pgrx::log!(
                 "multimaster receiver of node {}: starts anew, to find all prepared transactions of users that were finished while this node was away",
