@@ -278,7 +278,7 @@ fn finish_before_recovery(installation: &Installation, others: u64) -> Result<()
         second.run("ROLLBACK PREPARED 'undone late'")?;
         let finished = second.text("SELECT pg_current_wal_insert_lsn()")?;
         arm(&cluster.nodes[0], &format!("{DECODE}=hold"))?;
-        cluster.nodes[LOST].start()?;
+        start_with_donor(cluster)?;
         wait_for(
             "the recovery to be held, and the finish to be sent",
             PATIENCE,
