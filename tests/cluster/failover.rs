@@ -152,10 +152,32 @@ fn survivors_of_a_killed_node_go_on(installation: &Installation) -> Result<()> {
             ensure!(after > 0, "node {} has committed nothing since", client + 1);
         }
         ensure!(members == "{1,2}", "the members are {members}");
+        for node in [0, 1] {
+            let cause = why_excluded(cluster, node, LOST)?;
+            ensure!(
+                !cause.contains("nothing was heard"),
+                "node {} has waited although the connection was closed: {cause}",
+                node + 1
+            );
+        }
         cluster.nodes[LOST].start()?;
         await_online(cluster, LOST)?;
+        let away = Session::new(cluster.connect(0)?).text(
+            "SELECT CASE WHEN lasted > '0' THEN lasted::text END FROM mtm.events WHERE event = 'admitted' AND node_id = 3",
+        )?;
+        ensure!(!away.is_empty(), "nobody knows how long it was away");
+        println!("  node {} was no member for {away}", LOST + 1);
         check_rows(cluster, &commits)
     })
+}
+
+/// Why a node says that another one (both from 0) was excluded last.
+pub fn why_excluded(cluster: &Cluster, node: usize, lost: usize) -> Result<String> {
+    let sql = format!(
+        "SELECT reason FROM mtm.events WHERE event = 'excluded' AND node_id = {} ORDER BY happened_at DESC LIMIT 1",
+        lost + 1
+    );
+    Session::new(cluster.connect(node)?).text(&sql)
 }
 
 /// Nodes (from 0) of five that stay, each with a client of its number.

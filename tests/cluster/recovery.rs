@@ -183,12 +183,21 @@ fn what_cannot_be_replayed_stops_the_node(installation: &Installation) -> Result
                 .and_then(|client| Session::new(client).run("INSERT INTO once VALUES (7)"));
             Ok(written.is_ok())
         })?;
+        let generation = |cluster: &Cluster| {
+            Session::new(cluster.connect(0)?).text("SELECT gen_num::text FROM mtm.status()")
+        };
+        let before = generation(cluster)?;
         cluster.nodes[AWAY].start()?;
         wait_for("the node to give up", PATIENCE, || {
             let status =
                 Session::new(cluster.connect(AWAY)?).text("SELECT status FROM mtm.status()")?;
             Ok(status == "failed")
         })?;
+        // A member that retries would be waited for.
+        ensure!(
+            generation(cluster)? == before,
+            "the node became a member although it could not apply what it had missed"
+        );
         let error = Session::new(cluster.connect(AWAY)?).text("SELECT error FROM mtm.recovery")?;
         ensure!(error.contains("once_pkey"), "the status says {error}");
         println!("  {error}");

@@ -22,6 +22,7 @@ pub fn cases() -> Vec<OwnCase> {
         a_finish_by_another_node_is_not_undone_by_a_crash,
         a_finish_that_is_read_before_its_prepare_is_recovered_is_not_lost,
         of_many_finishes_read_before_a_recovery_none_is_lost,
+        a_receiver_that_starts_anew_right_behind_a_marker_votes,
         users_prepared_transactions_are_finished_once_whatever_starts_anew,
     ]
 }
@@ -326,6 +327,31 @@ fn start_with_donor(cluster: &mut Cluster) -> Result<()> {
     });
     cluster.nodes[1].thaw_process(arbiter)?;
     chosen
+}
+
+/// Node 3 is back and nothing has happened since, so that its mark is right behind the marker of the generation. A receiver that starts there does not read the marker, and has
+/// to know its generation all the same.
+fn a_receiver_that_starts_anew_right_behind_a_marker_votes(
+    installation: &Installation,
+) -> Result<()> {
+    with_quick_cluster(installation, |cluster| {
+        create(cluster)?;
+        cluster.nodes[LOST].kill()?;
+        await_members(cluster, "{1,2}")?;
+        cluster.nodes[LOST].start()?;
+        for node in 0..cluster.nodes.len() {
+            await_online(cluster, node)?;
+        }
+        for (round, node) in [0, 1].into_iter().enumerate() {
+            let mut session = Session::new(cluster.connect(node)?);
+            session.run("SET statement_timeout = '20s'")?;
+            terminate_receiver(cluster, node)?;
+            let name = format!("behind the marker {round}");
+            prepare(&mut session, &name, 0, node as u64)?;
+            session.run(&format!("COMMIT PREPARED '{name}'"))?;
+        }
+        settle(cluster)
+    })
 }
 
 /// Transactions that are prepared and finished in the storm, and how often something starts anew.

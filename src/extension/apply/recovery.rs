@@ -57,6 +57,11 @@ struct Recovery {
     pending: Vec<Vec<u8>>,
     seen: Lsn,
     told_at: Instant,
+    /// How far the donor's WAL went at the beginning. Before it has come that far, this node does not ask to be a member: the others would wait for a transaction
+    /// that cannot be applied.
+    backlog: Lsn,
+    /// A transaction failed and is tried again.
+    retries: bool,
     was_level: bool,
     /// When the rate was last worked out, and how far the recovery was then.
     rated_at: Instant,
@@ -159,6 +164,8 @@ fn run(order: RecoveryOrder) -> Result<(), RecoveryError> {
         pending: Vec::new(),
         seen: mark,
         told_at: Instant::now(),
+        backlog: ends.wal,
+        retries: false,
         was_level: false,
         rated_at: Instant::now(),
         rated: mark,
@@ -264,12 +271,15 @@ impl Recovery {
                     self.known.extend(applied);
                     let done = &shared().recovery_progress.transactions;
                     done.fetch_add(1, Ordering::Relaxed);
+                    self.retries = false;
                     return Ok(());
                 }
                 Err(failure) => {
                     rows::forget_all();
                     process::abort_transaction();
                     tries += 1;
+                    self.retries = true;
+                    self.measure();
                     let retries = &shared().recovery_progress.retries;
                     retries.fetch_add(1, Ordering::Relaxed);
                     pgrx::warning!(
@@ -355,7 +365,7 @@ impl Recovery {
         let end = shared().node(self.donor).flushed.load(Ordering::Relaxed);
         let lag = end.saturating_sub(self.seen.0);
         self.show(end);
-        let level = end > 0 && lag <= guc::min_recovery_lag();
+        let level = self.seen >= self.backlog && !self.retries && lag <= guc::min_recovery_lag();
         if level != self.was_level {
             self.was_level = level;
             submit(&LocalEvent::RecoveryLevel {

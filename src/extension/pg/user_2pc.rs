@@ -6,7 +6,7 @@
 use super::fixed_text::FixedText;
 use super::process::{self, Wait};
 use super::shared::Clearance;
-use super::{commit, gate, raw, refusal, shared};
+use super::{commit_wait, gate, raw, refusal, shared};
 use crate::guc;
 use pgrx::pg_sys;
 use protocol::NodeId;
@@ -136,7 +136,7 @@ pub unsafe fn after_command(statement: *mut pg_sys::TransactionStmt) {
         pg_sys::XLogFlush(lsn);
         if commit && guc::wait_peer_commits() {
             await_peers(begins);
-            commit::forget_late_cancel();
+            commit_wait::forget_late_cancel();
         }
     }
 }
