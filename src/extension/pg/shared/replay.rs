@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// PREPAREs of users between the mark and what has been read that are remembered one by one. Of more than these the place of the last is, so that finishes wait
 /// for longer than they need.
-const PREPARES: usize = 64;
+const PREPARES: usize = 1024;
 
 /// A user's PREPARE that was read and is prepared here, or about to be.
 #[repr(C)]
