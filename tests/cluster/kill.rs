@@ -258,7 +258,7 @@ pub fn process(cluster: &Cluster, node: usize, kind: &str) -> Result<i32> {
     Ok(processes(cluster, node, kind)?[0].parse()?)
 }
 
-fn signal_kill(pid: &str) -> Result<()> {
+pub fn signal_kill(pid: &str) -> Result<()> {
     command::capture(Command::new("kill").args(["-KILL", pid])).map(drop)
 }
 

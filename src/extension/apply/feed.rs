@@ -126,10 +126,10 @@ impl Feed {
         }
     }
 
-    /// Sends a message, with its length before it.
-    pub fn write_message(&self, message: &[u8]) -> bool {
+    /// Sends a message, with its length before it. `idle` is called while it waits for room.
+    pub fn write_message(&self, message: &[u8], idle: impl FnMut()) -> bool {
         let length = (message.len() as u32).to_le_bytes();
-        self.write(&[&length, message], || ())
+        self.write(&[&length, message], idle)
     }
 
     /// Sends as many bytes as there is room for, and returns their number. The worker wakes this process when it has made room.

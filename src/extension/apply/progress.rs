@@ -57,6 +57,11 @@ impl Progress {
         self.passed = self.passed.max(end);
     }
 
+    /// Up to where the stream has been read; what comes next begins there or later.
+    pub fn passed(&self) -> Lsn {
+        self.passed
+    }
+
     /// Moves the mark over everything that is done; `done(worker)` is the number of jobs that the worker has completed.
     pub fn advance(&mut self, done: impl Fn(usize) -> u64) -> Lsn {
         while let Some(first) = self.under_way.front() {

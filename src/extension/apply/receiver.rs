@@ -1,10 +1,13 @@
-//! The receiver: reads one peer's stream, hands transactions to apply workers (whether at all: [`admission`]), confirms what is safe ([`mark`]).
+//! The receiver: reads one peer's stream, hands transactions to apply workers (whether at all: [`admission`]), confirms what is safe ([`mark`]), finishes
+//! users' prepared transactions ([`users`]).
 
 mod admission;
 mod mark;
+mod users;
 
-use self::admission::{Answer, generation_over, names_of_users};
+use self::admission::{Answer, generation_over, name_in_use};
 use self::mark::STATUS_INTERVAL;
+use self::users::{MARK_PAUSE, Users};
 use super::ends::take_over;
 use super::feed::{self, Feed};
 use super::progress::{Fences, Progress, Sections, mark_in};
@@ -16,13 +19,12 @@ use crate::cluster::{Identity, slot_name};
 use crate::failpoint::{Failpoint, hit};
 use crate::guc;
 use crate::pg::process::{self, SocketWait, Wait};
-use crate::pg::records::DurableTable;
+use crate::pg::records::{self, DurableTable};
 use crate::pg::shared::{self, NodeShared, shared};
-use crate::pg::twophase;
 use crate::pg::walreceiver::{Received, Stream};
 use crate::pg::{locks, senders};
 use protocol::membership::Phase;
-use protocol::{Decision, GenerationNum, Gid, Lsn, NodeId, Record, Vote};
+use protocol::{Decision, Gid, Lsn, NodeId, Record, Vote};
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -62,9 +64,10 @@ struct Receiver {
     /// Transactions of this peer that this server knows already; what is not in here and comes is new.
     prepared: BTreeSet<Gid>,
     ended: BTreeSet<Gid>,
-    /// Names of users' prepared transactions found at the start, or when this node had last recovered; nobody knows them by gid.
-    of_users: BTreeSet<String>,
-    recovered_to: GenerationNum,
+    /// Nobody knows these by gid.
+    users: Users,
+    /// Where the peer's WAL ended when this process started: up to there its stream may bring again what is here.
+    again: Lsn,
     /// The generations that the peer's WAL is in, as its markers say.
     sections: Sections,
     stored_at: Instant,
@@ -119,6 +122,7 @@ pub fn main(peer: NodeId) {
         return process::pause_ms(REFUSED_PAUSE_MS);
     }
     node.peer_end.store(ends.wal.0, Ordering::Release);
+    receiver.again = ends.wal;
     let mut stream = match Stream::connect(
         &target.conninfo,
         &format!("multimaster node {}", identity.node_id.get()),
@@ -141,6 +145,7 @@ fn leave() {
     if let Some(peer) = NodeId::new(RECEIVED_FROM.load(Ordering::Relaxed) as u8) {
         let node = shared().node(peer);
         node.receiving.store(false, Ordering::Release);
+        node.replay.end();
         feed::break_off();
         node.receiver.release();
         shared().wake_arbiter_thread();
@@ -151,6 +156,7 @@ fn leave() {
 impl Receiver {
     fn recover(peer: NodeId, node: &'static NodeShared) -> Receiver {
         // In this order: finishes go on meanwhile, and each writes its record first. What is no longer prepared has its record by then.
+        let users = Users::new();
         let names = locks::prepared_names();
         let prepared: BTreeSet<Gid> = names
             .into_values()
@@ -171,7 +177,10 @@ impl Receiver {
                 .collect();
             (marks, stored, generation, ended)
         });
+        // The one before may have written it for a finish that was not flushed yet, and it is about to be confirmed.
+        records::flush_all();
         node.mark.store(stored.0, Ordering::Release);
+        node.replay.begin(stored);
         Receiver {
             peer,
             node,
@@ -183,8 +192,8 @@ impl Receiver {
             streams: Streams::default(),
             prepared,
             ended,
-            of_users: names_of_users(),
-            recovered_to: shared().standing.get().recovered_to,
+            users,
+            again: Lsn(u64::MAX),
             sections: Sections::new(generation),
             stored_at: Instant::now(),
             told_at: Instant::now(),
@@ -229,6 +238,13 @@ impl Receiver {
                 );
                 return;
             }
+            self.note_level();
+            self.write_wanted_mark();
+            if self.finish_users() {
+                process::wait_latch(MARK_PAUSE, Wait::Stream);
+                self.tell_in_time(stream);
+                continue;
+            }
             match stream.receive() {
                 Received::Message(message) => self.on_message(message),
                 Received::Nothing { socket } => {
@@ -248,9 +264,7 @@ impl Receiver {
                     return;
                 }
             }
-            if self.confirm_now || self.told_at.elapsed() >= STATUS_INTERVAL {
-                self.tell(stream);
-            }
+            self.tell_in_time(stream);
             if self.looked_at.elapsed() >= LOOK_INTERVAL {
                 self.looked_at = Instant::now();
                 senders::wake_if_behind();
@@ -313,7 +327,7 @@ impl Receiver {
         }
         match &self.current {
             Current::None => return self.outside_transaction(&message),
-            Current::Feeding(feed) => self.pass_on(feed, bytes),
+            Current::Feeding(_) => self.pass_on(bytes),
             Current::Skipping { .. } => {}
         }
         if message.ends() {
@@ -364,7 +378,10 @@ impl Receiver {
                 false
             }
             (None, None) => {
-                self.current = Current::Feeding(Feed::claim(|| ()));
+                let feed = Feed::claim(|| {
+                    self.write_wanted_mark();
+                });
+                self.current = Current::Feeding(feed);
                 false
             }
             (None, Some(streamed)) => {
@@ -375,12 +392,20 @@ impl Receiver {
         }
     }
 
-    fn pass_on(&self, feed: &Feed, bytes: &[u8]) {
-        // A worker that is gone has voted no: the rest of the transaction is not wanted.
-        let _ = feed.write_message(bytes);
+    fn pass_on(&mut self, bytes: &[u8]) {
+        if let Current::Feeding(feed) = std::mem::replace(&mut self.current, Current::None) {
+            // A worker that is gone has voted no: the rest of the transaction is not wanted.
+            let _ = feed.write_message(bytes, || {
+                self.write_wanted_mark();
+            });
+            self.current = Current::Feeding(feed);
+        }
     }
 
     fn end(&mut self, at: Lsn) {
+        if let Some(name) = self.users.take_expected() {
+            self.node.replay.note(name.as_bytes(), at);
+        }
         match std::mem::replace(&mut self.current, Current::None) {
             Current::Feeding(feed) => {
                 self.progress.hand(at, feed.index, feed.job);
@@ -394,6 +419,11 @@ impl Receiver {
                     Answer::No => Some(Vote::No(generation_over())),
                     Answer::NoToUser => {
                         let vote = Vote::No(generation_over());
+                        submit(&LocalEvent::UserVoted { gid, vote });
+                        None
+                    }
+                    Answer::NoToNamesake => {
+                        let vote = Vote::No(name_in_use());
                         submit(&LocalEvent::UserVoted { gid, vote });
                         None
                     }
@@ -425,8 +455,7 @@ impl Receiver {
                 Ok(StreamFrame::FinishUser(finish)) => {
                     // The message begins there: only a mark beyond it says that this was done.
                     let beyond = Lsn(finish.lsn.0 + 1);
-                    self.finish_user(finish.name.as_bytes(), finish.commit, beyond);
-                    self.confirm_now = true;
+                    self.on_finish(finish.name.as_bytes(), finish.commit, beyond, true);
                 }
                 Ok(StreamFrame::Marker(marker)) => {
                     self.sections.mark(marker.lsn, marker.generation);
@@ -447,37 +476,11 @@ impl Receiver {
     /// The outcome travels by message; the stream is the fallback while the link is down.
     fn on_outcome(&mut self, gid: Gid, name: &[u8], decision: Decision, end: Lsn) {
         if !name.starts_with(b"mtm-") {
-            return self.finish_user(name, shared::is_commit(decision), end);
+            return self.on_finish(name, shared::is_commit(decision), end, false);
         }
         if !self.node.linked.load(Ordering::Acquire) {
             submit(&LocalEvent::StreamOutcome { gid, decision });
         }
-        self.progress.pass(end);
-    }
-
-    /// A user's COMMIT or ROLLBACK PREPARED. Its PREPARE came earlier in some stream; where that is still under way, it is waited for.
-    ///
-    /// Such transactions have no record. Instead the mark behind the PREPARE precedes the finish in WAL, so that it does not come again.
-    fn finish_user(&mut self, name: &[u8], commit: bool, end: Lsn) {
-        let mut mark = self.advance();
-        while !self.progress.is_idle() {
-            process::wait_latch(Duration::from_millis(5), Wait::Worker);
-            process::check_interrupts();
-            mark = self.advance();
-        }
-        hit(Failpoint::UserBeforeMark);
-        if mark > self.stored {
-            let row = self.row_of(mark);
-            process::in_transaction(|| self.marks.write(&mut [row]));
-        }
-        hit(Failpoint::UserBeforeFinish);
-        if let Ok(name) = std::str::from_utf8(name) {
-            while twophase::finish(name, commit) == twophase::Finished::Busy {
-                process::wait_latch(Duration::from_millis(5), Wait::Work);
-                process::check_interrupts();
-            }
-        }
-        hit(Failpoint::UserAfterFinish);
         self.progress.pass(end);
     }
 }

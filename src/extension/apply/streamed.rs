@@ -135,7 +135,7 @@ impl Streamed {
         if let Ahead::Runs { feed, given } = ahead {
             let boundary = self.boundary_from(given)?;
             self.feed(&feed, given, boundary)?;
-            feed.write_message(message);
+            feed.write_message(message, || ());
             if feed.await_begin(may) {
                 self.feed(&feed, boundary, self.spool.end())?;
                 return Ok(feed);
@@ -143,7 +143,7 @@ impl Streamed {
             feed.break_off();
         }
         let feed = Feed::claim(|| ());
-        feed.write_message(message);
+        feed.write_message(message, || ());
         self.feed(&feed, 0, self.spool.end())?;
         Ok(feed)
     }

@@ -439,7 +439,7 @@ unsafe fn run_transaction_command(statement: *mut pg_sys::TransactionStmt) -> bo
             }
             TRANS_STMT_COMMIT_PREPARED | TRANS_STMT_ROLLBACK_PREPARED => {
                 user_2pc::check_name((*statement).gid);
-                gate::check_finish();
+                user_2pc::before_command((*statement).gid);
                 false
             }
             _ => false,

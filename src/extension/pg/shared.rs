@@ -10,6 +10,7 @@ mod backend;
 mod cells;
 mod process;
 mod recovery;
+mod replay;
 mod segment;
 mod service;
 mod status;
@@ -19,6 +20,7 @@ pub use backend::{BackendSlot, outcome, stage};
 pub use cells::{GidCell, RefusalCell, StandingCell};
 pub use process::{ProcCell, my_backend_index, wake_proc};
 pub use recovery::RecoveryProgress;
+pub use replay::{Clearance, Replay};
 pub(super) use segment::{area, backend_count};
 pub use segment::{backends, exists, my_backend, register, ring, shared, wake_fd, workers};
 pub use status::NodeStatus;
@@ -58,6 +60,8 @@ pub struct NodeShared {
     pub receiver: ProcCell,
     /// Stored mark of this node's stream: confirmed to its slot.
     pub mark: AtomicU64,
+    /// What its stream may bring again; for users' prepared transactions.
+    pub replay: Replay,
     /// End of its WAL when our receiver last connected: everything this server knew by then lies before it.
     pub peer_end: AtomicU64,
     /// End of its flushed WAL, as its last heartbeat said; this node's own for this node.

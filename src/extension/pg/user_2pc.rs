@@ -3,13 +3,16 @@
 //! PREPARE is a global vote; the outcome stays the user's duty, on any node. It reaches the other nodes as a message in the stream, because
 //! the commit record of a transaction that was prepared by apply is not decoded.
 
+use super::fixed_text::FixedText;
 use super::process::{self, Wait};
-use super::{commit_wait, raw, refusal, shared};
+use super::shared::Clearance;
+use super::{commit_wait, gate, raw, refusal, shared};
 use crate::guc;
 use pgrx::pg_sys;
 use protocol::NodeId;
 use std::ffi::{CStr, c_char};
-use std::time::Duration;
+use std::fmt::Write;
+use std::time::{Duration, Instant};
 
 /// Prefix of the names that multimaster gives to prepared transactions.
 const RESERVED: &[u8] = b"mtm-";
@@ -19,6 +22,11 @@ const FINISH_PREFIX: &CStr = c"mtm-finish";
 
 /// How often a backend looks whether the peers have confirmed. Nobody wakes it: a walsender does not know who waits.
 const CONFIRMED_PAUSE: Duration = Duration::from_millis(2);
+
+/// How often a backend looks whether the streams are ready for what it is about to finish.
+const STREAMS_PAUSE: Duration = Duration::from_millis(1);
+/// How long it waits for them. A member whose stream does not come is excluded long before, unless it is stuck in a way that nobody notices.
+const STREAMS_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Raises an error when a user's gid lies in our name space.
 ///
@@ -35,6 +43,62 @@ pub unsafe fn check_name(gid: *const c_char) {
                 c"Transactions of multimaster are finished by the cluster itself; see mtm.transactions.",
             );
         }
+    }
+}
+
+/// COMMIT or ROLLBACK PREPARED of a user's transaction is about to run: waits until no stream would bring the PREPARE again after a restart (`docs/membership.md`, *Users'
+/// prepared transactions*). Returns when this node serves; an interrupt ends the wait as any statement's.
+///
+/// # Safety
+/// As [`check_name`].
+pub unsafe fn before_command(gid: *const c_char) {
+    // SAFETY: as check_name; what this frame owns has no destructor. Inside of a block the command is core's error.
+    unsafe {
+        gate::check_finish();
+        if raw::IsTransactionBlock() {
+            return;
+        }
+        let begun = Instant::now();
+        loop {
+            let behind = match shared::shared().clearance(CStr::from_ptr(gid).to_bytes(), None) {
+                Clearance::Clear => return,
+                Clearance::Soon => None,
+                Clearance::Behind(node) => Some(node),
+            };
+            if begun.elapsed() >= STREAMS_PATIENCE {
+                raise_not_ready(behind);
+            }
+            process::wait_latch(STREAMS_PAUSE, Wait::PeerCommits);
+            raw::check_for_interrupts();
+            gate::check_finish();
+        }
+    }
+}
+
+/// Raises that the transaction cannot be finished now.
+///
+/// # Safety
+/// As [`check_name`].
+unsafe fn raise_not_ready(behind: Option<NodeId>) {
+    let mut message = FixedText::<256>::new();
+    let _ = match behind {
+        Some(node) => write!(
+            message,
+            "cannot finish a prepared transaction before this node has read what node {} had sent it before",
+            node.get()
+        ),
+        None => message.write_str(
+            "cannot finish a prepared transaction before what was prepared ahead of it is stored",
+        ),
+    };
+    // SAFETY: as the caller promises; the text is a plain array.
+    unsafe {
+        refusal::raise(
+            pgrx::PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE as i32,
+            message.as_c_str(),
+            c"",
+            c"It is still prepared: try again, on another node if need be; mtm.get_nodes_state() shows whose streams have no receiver.",
+        );
     }
 }
 

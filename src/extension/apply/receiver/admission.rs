@@ -1,11 +1,10 @@
 //! Whether what a peer sends is applied here, and what is said when it is not (docs/membership.md, "What an apply does with a PREPARE").
 
+use super::users::Met;
 use super::{Receiver, Wait, process};
-use crate::pg::locks;
 use crate::pg::shared::shared;
 use protocol::membership::Admission;
-use protocol::{Gid, Refusal};
-use std::collections::BTreeSet;
+use protocol::{GenerationNum, Gid, Refusal};
 use std::time::Duration;
 use wire::stream::Begin;
 
@@ -21,6 +20,8 @@ pub(super) enum Answer {
     No,
     /// The same, to a user's own PREPARE TRANSACTION.
     NoToUser,
+    /// An earlier one of its name is still to be finished here.
+    NoToNamesake,
     Nothing,
     /// It comes through a donor: the mark stays before it.
     SetAside,
@@ -50,15 +51,31 @@ impl Receiver {
             ..gid
         };
         let answer = self.admit(gid);
-        let recovered_to = shared().standing.get().recovered_to;
-        if self.recovered_to != recovered_to {
-            self.recovered_to = recovered_to;
-            self.of_users = names_of_users();
+        let Ok(name) = std::str::from_utf8(name) else {
+            return answer;
+        };
+        let met = self.users.meet(name);
+        if met == Met::Itself {
+            self.users.expect(name);
+            return Some(Answer::Nothing);
         }
-        let is_here = std::str::from_utf8(name).is_ok_and(|name| self.of_users.remove(name));
+        let standing = shared().standing.get();
         match answer {
-            _ if is_here => Some(Answer::Nothing),
+            None if met == Met::Namesake || !self.pass_namesake(name) => Some(Answer::NoToNamesake),
+            None => {
+                self.users.expect(name);
+                None
+            }
             Some(Answer::No) => Some(Answer::NoToUser),
+            // It comes, or came, through a donor, and so did the end of an earlier one.
+            Some(Answer::SetAside) => {
+                self.users.forget_namesake(name, standing.online_in);
+                answer
+            }
+            Some(Answer::Nothing) if gid.generation < standing.recovered_to => {
+                self.users.forget_namesake(name, GenerationNum(0));
+                answer
+            }
             answer => answer,
         }
     }
@@ -66,15 +83,21 @@ impl Receiver {
     /// Waits until it is known what to do with a transaction that is new here; none when it is to be applied.
     ///
     /// Without the peer's arbiter it may never be known. The stream then ends with this process; it comes again.
-    fn admit(&self, gid: Gid) -> Option<Answer> {
+    fn admit(&mut self, gid: Gid) -> Option<Answer> {
         loop {
             match shared().admit(gid) {
-                Admission::Apply => return None,
+                Admission::Apply => {
+                    // It may build on what was set aside until a moment ago.
+                    self.finish_users();
+                    return None;
+                }
                 Admission::Refuse => return Some(Answer::No),
                 Admission::Skip => return Some(Answer::Nothing),
                 Admission::SetAside => return Some(Answer::SetAside),
                 Admission::Hold if self.has_lost_peer() => process::exit_to_restart(),
                 Admission::Hold => {
+                    self.write_wanted_mark();
+                    self.finish_users();
                     process::wait_latch(HOLD_PAUSE, Wait::Stream);
                     process::check_interrupts();
                 }
@@ -83,15 +106,16 @@ impl Receiver {
     }
 }
 
-/// Names of the prepared transactions that are users' own.
-pub(super) fn names_of_users() -> BTreeSet<String> {
-    let names = locks::prepared_names().into_values();
-    names.filter(|name| Gid::parse(name).is_none()).collect()
-}
-
 pub(super) fn generation_over() -> Refusal {
     Refusal::retry(
         "the set of working nodes changed while the transaction was on its way",
+        "",
+    )
+}
+
+pub(super) fn name_in_use() -> Refusal {
+    Refusal::retry(
+        "an earlier prepared transaction of this name is still being finished on another node",
         "",
     )
 }

@@ -44,7 +44,8 @@ impl Receiver {
                 self.stored
             );
         }
-        self.fences.limit(mark, shared().standing.get())
+        let mark = self.fences.limit(mark, shared().standing.get());
+        self.users.limit(mark)
     }
 
     /// Stores the mark if it has moved, and tells the peer.
@@ -71,6 +72,13 @@ impl Receiver {
         self.reply_wanted = false;
         self.told_too_much = false;
         self.told_at = Instant::now();
+    }
+
+    /// The same when the peer has not heard for a while, or somebody waits for it to hear.
+    pub(super) fn tell_in_time(&mut self, stream: &mut Stream) {
+        if self.confirm_now || self.told_at.elapsed() >= STATUS_INTERVAL {
+            self.tell(stream);
+        }
     }
 
     /// How old the stored mark may become.
@@ -102,6 +110,7 @@ impl Receiver {
         self.stored_at = Instant::now();
         self.progress.stored();
         self.node.mark.store(mark.0, Ordering::Release);
+        self.node.replay.wrote(mark);
         submit(&LocalEvent::MarkStored {
             node: self.peer,
             lsn: mark,

@@ -267,7 +267,7 @@ unsafe extern "C-unwind" fn truncate(
 unsafe extern "C-unwind" fn message(
     context: Context,
     transaction: Transaction,
-    lsn: pg_sys::XLogRecPtr,
+    _end: pg_sys::XLogRecPtr,
     transactional: bool,
     prefix: *const c_char,
     length: pg_sys::Size,
@@ -280,8 +280,12 @@ unsafe extern "C-unwind" fn message(
         let payload = payload_of(payload, length);
         if transactional {
             decoder.transactional_message(prefix, payload, &*transaction);
-        } else if decoder.lone_message(prefix, payload, Lsn(lsn)) {
-            flush(context);
+        } else {
+            // Where the message begins, which is what decides whether it comes again.
+            let begins = Lsn((*(*context).reader).ReadRecPtr);
+            if decoder.lone_message(prefix, payload, begins) {
+                flush(context);
+            }
         }
     }
 }
