@@ -44,20 +44,34 @@ pub fn main() {
         _ => Vec::new(),
     });
     for name in names {
-        process::in_transaction(|| make(&name));
+        process::in_transaction(|| {
+            make(&name);
+            remember(&name);
+        });
         pgrx::log!("multimaster has made the replication slot \"{name}\" again");
     }
     shared().slots_missing.store(false, Ordering::Release);
 }
 
-/// Makes the slot and notes where it begins, so that the peer does not take it for one that it has confirmed itself.
+/// Before the transaction writes anything: a slot cannot be made later.
 fn make(name: &str) {
     // Slot names are made of digits, letters and underscores.
     let sql = format!(
-        "INSERT INTO mtm.slots_made SELECT slot_name, lsn FROM pg_catalog.pg_create_logical_replication_slot('{name}', 'multimaster', false, true) \
-          ON CONFLICT (slot_name) DO UPDATE SET made_at = excluded.made_at"
+        "SELECT pg_catalog.pg_create_logical_replication_slot('{name}', 'multimaster', false, true)"
+    );
+    let made = Spi::connect(|client| client.select(&sql, None, &[]).map(|rows| rows.len()));
+    if let Err(error) = made {
+        pgrx::error!("multimaster cannot make the replication slot \"{name}\": {error}");
+    }
+}
+
+/// Notes where the new slot stands, so that the peer does not take it for one that it has confirmed itself.
+fn remember(name: &str) {
+    let sql = format!(
+        "INSERT INTO mtm.slots_made SELECT slot_name, confirmed_flush_lsn FROM pg_catalog.pg_replication_slots \
+          WHERE slot_name = '{name}' ON CONFLICT (slot_name) DO UPDATE SET made_at = excluded.made_at"
     );
     if let Err(error) = Spi::run(&sql) {
-        pgrx::error!("multimaster cannot make the replication slot \"{name}\": {error}");
+        pgrx::error!("multimaster cannot note the replication slot \"{name}\": {error}");
     }
 }

@@ -181,7 +181,7 @@ pub fn recover(identity: &Identity) -> RecoveredState {
     );
     let (membership, copied) = process::in_transaction(|| (read_membership(), copy::load()));
     publish(identity, membership);
-    load_marks(identity);
+    load_marks(identity, epoch);
     repeat_marks(identity.node_id);
     let config = config(identity, membership, copied, epoch, first_xid);
     let tuples = Tuples::new(found.iter().map(|(gid, (tuple, _))| (*gid, *tuple)));
@@ -218,10 +218,15 @@ fn await_committing_backends() {
 }
 
 /// The first heartbeats say what this node holds already: its marks and its WAL.
-fn load_marks(identity: &Identity) {
+fn load_marks(identity: &Identity, epoch: u32) {
     let marks = process::in_transaction(|| DurableTable::open(c"marks", MARK_ROWS).read_all());
     for peer in identity.peers() {
         let (node, stored) = (shared().node(peer.id), &marks[usize::from(peer.id.get())]);
+        if epoch == 1 {
+            // What is there is of another cluster, which this server has belonged to before.
+            node.mark.store(0, Ordering::Release);
+            node.held.store(0, Ordering::Release);
+        }
         node.mark.fetch_max(mark_in(stored).0.0, Ordering::AcqRel);
         node.held.fetch_max(held_in(stored).0, Ordering::AcqRel);
     }
