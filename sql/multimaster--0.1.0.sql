@@ -63,7 +63,7 @@ CREATE TABLE mtm.slots_made (
     slot_name  name PRIMARY KEY,
     made_at    pg_lsn NOT NULL
 );
-COMMENT ON TABLE mtm.slots_made IS 'replication slots that this server had to make again after the cluster was formed, and where they began';
+COMMENT ON TABLE mtm.slots_made IS 'replication slots that this server has made for its peers, and where they began';
 
 CREATE TABLE mtm.recovered (gid text NOT NULL);
 COMMENT ON TABLE mtm.recovered IS 'transactions that this node has applied while it recovers; empty when it is online';

@@ -24,6 +24,7 @@ mod lists;
 mod load;
 mod minority;
 mod nemesis;
+mod old_copies;
 mod open_sessions;
 mod operations;
 mod preload;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         large::cases(),
         failover::cases(),
         clone::cases(),
+        old_copies::cases(),
         operations::cases(),
         recovery::cases(),
         minority::cases(),

@@ -1,25 +1,25 @@
 //! Whether this node and a peer go on where they were, or one of them is an old copy.
 
 use crate::pg::remote::Connection;
-use protocol::Lsn;
+use crate::pg::shared::shared;
+use protocol::{Lsn, NodeId};
 use std::time::Duration;
 
 /// How long the peer is given to tell the end of its WAL.
 const POSITION_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Where the peer's WAL ends, and up to where its slot for this node has been confirmed.
+/// Where the peer's WAL ends, and up to where this node has held it once: by the slot, unless nothing was confirmed since that was made (see
+/// `arbiter::slots`), and by what the peer has noted. PostgreSQL 15 forgets at a shutdown what a slot was confirmed last.
 pub struct Ends {
     pub wal: Lsn,
     pub confirmed: Lsn,
-    /// The slot still stands where the peer has made it anew (see `arbiter::slots`).
-    pub made_anew: bool,
 }
 
 /// Why this node and a peer do not fit together.
 #[derive(Debug, thiserror::Error)]
 pub enum Mismatch {
     #[error(
-        "this server has forgotten what it had confirmed: its mark is {mark}, the slot's {confirmed}. It seems to be an old copy of its node and must not take part"
+        "this server has forgotten what it had confirmed: its mark is {mark}, the peer knows of {confirmed}. It seems to be an old copy of its node and must not take part"
     )]
     OldCopyHere { mark: Lsn, confirmed: Lsn },
     #[error(
@@ -41,10 +41,9 @@ impl Ends {
         Ok(())
     }
 
-    /// The part that concerns this server. `mark` may have been read later than the slot: it is stored before it is confirmed.
+    /// The part that concerns this server. `mark` may have been read later than the peer was asked: it is stored before it is told.
     pub fn check_here(&self, mark: Lsn) -> Result<(), Mismatch> {
-        // Before the first mark the slot stands where it was created; so does one that was made anew.
-        if mark > Lsn::ZERO && self.confirmed > mark && !self.made_anew {
+        if self.confirmed > mark {
             return Err(Mismatch::OldCopyHere {
                 mark,
                 confirmed: self.confirmed,
@@ -77,25 +76,22 @@ fn connect(conninfo: &str) -> Result<Connection, String> {
 }
 
 fn ask(connection: &Connection, slot: &str) -> Result<Ends, String> {
+    let own = shared().node_id().map_or(0, NodeId::get);
     // Slot names are made of digits, letters and underscores.
     let sql = format!(
         "SELECT (pg_catalog.pg_current_wal_flush_lsn() - '0/0'::pg_catalog.pg_lsn)::pg_catalog.text, \
-                (s.confirmed_flush_lsn - '0/0'::pg_catalog.pg_lsn)::pg_catalog.text, \
-                (m.made_at IS NOT DISTINCT FROM s.confirmed_flush_lsn)::pg_catalog.text \
+                greatest(CASE WHEN m.made_at IS DISTINCT FROM s.confirmed_flush_lsn THEN s.confirmed_flush_lsn - '0/0'::pg_catalog.pg_lsn END, \
+                         (SELECT b2 FROM mtm.marks WHERE id = {own}), 0)::pg_catalog.text \
            FROM pg_catalog.pg_replication_slots s LEFT JOIN mtm.slots_made m USING (slot_name) \
           WHERE slot_name = '{slot}'"
     );
-    let rows = connection.query(&sql, 3).map_err(|error| error.0)?;
+    let rows = connection.query(&sql, 2).map_err(|error| error.0)?;
     let row = rows
         .first()
         .ok_or_else(|| format!("the peer has no slot \"{slot}\""))?;
     let number = |column: usize| row.get(column)?.as_deref()?.parse().ok().map(Lsn);
     match (number(0), number(1)) {
-        (Some(wal), Some(confirmed)) => Ok(Ends {
-            wal,
-            confirmed,
-            made_anew: row[2].as_deref() == Some("true"),
-        }),
+        (Some(wal), Some(confirmed)) => Ok(Ends { wal, confirmed }),
         _ => Err("the peer did not tell where its WAL ends".to_owned()),
     }
 }

@@ -154,6 +154,9 @@ impl Sections {
 /// Bytes of a mark's row that hold its generation; before them is its position.
 const GENERATION: std::ops::Range<usize> = 8..12;
 
+/// Bytes that hold up to where the peer held this node's stream when the mark was stored (`apply::ends` reads them as column `b2`).
+const HELD: std::ops::Range<usize> = 16..24;
+
 /// A mark and its generation as they are stored.
 pub fn mark_in(body: &Body) -> (Lsn, GenerationNum) {
     let mut generation = [0; 4];
@@ -162,10 +165,18 @@ pub fn mark_in(body: &Body) -> (Lsn, GenerationNum) {
     (Lsn(number_in(body)), generation)
 }
 
-/// What [`mark_in`] reads.
-pub fn body_of_mark(mark: Lsn, generation: GenerationNum) -> Body {
+/// Up to where the peer held this node's stream.
+pub fn held_in(body: &Body) -> Lsn {
+    let mut held = [0; 8];
+    held.copy_from_slice(&body[HELD]);
+    Lsn(u64::from_le_bytes(held))
+}
+
+/// What [`mark_in`] and [`held_in`] read.
+pub fn body_of_mark(mark: Lsn, generation: GenerationNum, held: Lsn) -> Body {
     let mut body = body_of(mark.0);
     body[GENERATION].copy_from_slice(&generation.0.to_le_bytes());
+    body[HELD].copy_from_slice(&held.0.to_le_bytes());
     body
 }
 
@@ -218,7 +229,8 @@ mod tests {
 
     #[test]
     fn a_mark_is_stored_with_its_generation() {
-        let body = body_of_mark(Lsn(u64::MAX - 1), GenerationNum(7));
+        let body = body_of_mark(Lsn(u64::MAX - 1), GenerationNum(7), Lsn(9));
+        assert_eq!(held_in(&body), Lsn(9));
         assert_eq!(mark_in(&body), (Lsn(u64::MAX - 1), GenerationNum(7)));
         assert_eq!(mark_in(&body_of(5)), (Lsn(5), GenerationNum(0)));
     }

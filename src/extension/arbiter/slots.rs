@@ -44,13 +44,16 @@ pub fn main() {
         _ => Vec::new(),
     });
     for name in names {
-        process::in_transaction(|| make(&name));
-        process::in_transaction(|| remember(&name));
+        process::in_transaction(|| {
+            make(&name);
+            remember(&name);
+        });
         pgrx::log!("multimaster has made the replication slot \"{name}\" again");
     }
     shared().slots_missing.store(false, Ordering::Release);
 }
 
+/// Before the transaction writes anything: a slot cannot be made later.
 fn make(name: &str) {
     // Slot names are made of digits, letters and underscores.
     let sql = format!(

@@ -6,6 +6,7 @@ use super::event::{self, LocalEvent};
 use super::net_config::{NetSettings, millis, start_mesh};
 use super::thread::{Arbiter, FromMain, MainLink};
 use super::{referee, retention, slots};
+use crate::apply::progress::{held_in, mark_in};
 use crate::cluster::Identity;
 use crate::cluster::copy::{self, Copied};
 use crate::cluster::identity::ClusterState;
@@ -180,6 +181,7 @@ pub fn recover(identity: &Identity) -> RecoveredState {
     );
     let (membership, copied) = process::in_transaction(|| (read_membership(), copy::load()));
     publish(identity, membership);
+    load_marks(identity, epoch);
     repeat_marks(identity.node_id);
     let config = config(identity, membership, copied, epoch, first_xid);
     let tuples = Tuples::new(found.iter().map(|(gid, (tuple, _))| (*gid, *tuple)));
@@ -213,6 +215,23 @@ fn await_committing_backends() {
         process::wait_latch(Duration::from_millis(5), Wait::Work);
         process::check_interrupts();
     }
+}
+
+/// The first heartbeats say what this node holds already: its marks and its WAL.
+fn load_marks(identity: &Identity, epoch: u32) {
+    let marks = process::in_transaction(|| DurableTable::open(c"marks", MARK_ROWS).read_all());
+    for peer in identity.peers() {
+        let (node, stored) = (shared().node(peer.id), &marks[usize::from(peer.id.get())]);
+        if epoch == 1 {
+            // What is there is of another cluster, which this server has belonged to before.
+            node.mark.store(0, Ordering::Release);
+            node.held.store(0, Ordering::Release);
+        }
+        node.mark.fetch_max(mark_in(stored).0.0, Ordering::AcqRel);
+        node.held.fetch_max(held_in(stored).0, Ordering::AcqRel);
+    }
+    let own = &shared().node(identity.node_id).flushed;
+    own.store(records::flushed().0, Ordering::Relaxed);
 }
 
 /// Receivers that outlived the last arbiter tell their marks when they move; this one has to know them now.

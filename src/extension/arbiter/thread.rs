@@ -13,6 +13,7 @@ mod lease;
 mod links;
 mod main_link;
 mod members;
+mod newcomers;
 mod referee_watch;
 mod stuck;
 mod suspects;
@@ -70,6 +71,8 @@ pub struct Arbiter {
     to_self: VecDeque<Message>,
     finishing: Finishing,
     linked: NodeSet,
+    /// Peers with links that do not count yet.
+    newcomers: BTreeMap<NodeId, newcomers::Newcomer>,
     /// The latest life of each peer that has been heard of.
     newest_epochs: BTreeMap<NodeId, u32>,
     peer_views: BTreeMap<NodeId, NodeSet>,
@@ -139,6 +142,7 @@ impl Arbiter {
             to_self: VecDeque::new(),
             finishing: Finishing::default(),
             linked: NodeSet::default(),
+            newcomers: BTreeMap::new(),
             newest_epochs: BTreeMap::new(),
             peer_views: BTreeMap::new(),
             leases,

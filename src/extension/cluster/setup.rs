@@ -103,7 +103,7 @@ fn node_row(node: &PlannedNode) -> String {
     )
 }
 
-/// Makes one slot for each peer of the node.
+/// Makes one slot for each peer of the node, and notes where it begins (see `arbiter::slots`).
 pub fn create_slots(member: &Member, plan: &Plan) -> Result<(), Problem> {
     let peers = plan
         .nodes
@@ -113,7 +113,8 @@ pub fn create_slots(member: &Member, plan: &Plan) -> Result<(), Problem> {
     for peer in peers {
         let name = quote_literal(slot_name(plan.tag, peer));
         let sql = format!(
-            "SELECT slot_name FROM pg_catalog.pg_create_logical_replication_slot({name}, '{LIBRARY}', false, true)"
+            "INSERT INTO mtm.slots_made SELECT slot_name, lsn FROM pg_catalog.pg_create_logical_replication_slot({name}, '{LIBRARY}', false, true) \
+             ON CONFLICT (slot_name) DO UPDATE SET made_at = excluded.made_at RETURNING slot_name"
         );
         member
             .query(&sql, 1)

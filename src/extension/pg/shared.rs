@@ -62,6 +62,8 @@ pub struct NodeShared {
     pub mark: AtomicU64,
     /// What its stream may bring again; for users' prepared transactions.
     pub replay: Replay,
+    /// Up to where it holds this node's own stream durably, as it has said: an old copy of it holds less.
+    pub held: AtomicU64,
     /// End of its WAL when our receiver last connected: everything this server knew by then lies before it.
     pub peer_end: AtomicU64,
     /// End of its flushed WAL, as its last heartbeat said; this node's own for this node.

@@ -96,7 +96,9 @@ impl Receiver {
     /// The durable row of a mark.
     pub(super) fn row_of(&mut self, mark: Lsn) -> (u32, Body) {
         let generation = self.sections.at(mark);
-        (u32::from(self.peer.get()), body_of_mark(mark, generation))
+        let held = Lsn(self.node.held.load(Ordering::Acquire));
+        let body = body_of_mark(mark, generation, held);
+        (u32::from(self.peer.get()), body)
     }
 
     fn store(&mut self, mark: Lsn) {

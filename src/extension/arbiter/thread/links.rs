@@ -21,6 +21,12 @@ pub(super) const LEAVING_PAUSE: Duration = Duration::from_millis(60);
 /// A main thread that has missed so many of its looks around hangs, however little silence the settings allow between nodes.
 const LOOKS_MISSED: u32 = 5;
 
+/// Up to where the sender holds a node's stream.
+pub(super) fn mark_of(heartbeat: &Heartbeat, of: NodeId) -> Option<Lsn> {
+    let found = heartbeat.received.iter().find(|(node, _)| *node == of)?;
+    Some(found.1)
+}
+
 fn view_of(heartbeat: &Heartbeat) -> NodeSet {
     NodeSet::from_bits(extras::get(heartbeat, extras::RECEIVING).unwrap_or_default())
 }
@@ -36,59 +42,27 @@ fn is_far_behind(peer: NodeId, heartbeat: &Heartbeat) -> bool {
 
 impl Arbiter {
     pub(super) fn on_mesh(&mut self, event: MeshEvent) {
+        let Some(event) = self.hear_newcomer(event) else {
+            return;
+        };
         match event {
             MeshEvent::Up { peer, epoch, .. } if self.is_older(peer, epoch) => {
                 self.tell_old_copy(peer);
             }
+            MeshEvent::Up { peer, epoch, .. } => self.meet(peer, epoch),
             // Of a link that does not count.
-            MeshEvent::Down { peer, .. } if !self.linked.contains(peer) => {}
+            MeshEvent::Down { peer, .. } if !self.linked.contains(peer) => {
+                self.newcomers.remove(&peer);
+            }
             MeshEvent::Messages { from, .. } | MeshEvent::Heartbeat { from, .. }
                 if !self.linked.contains(from) => {}
             MeshEvent::Heartbeat { from, heartbeat } if is_far_behind(from, &heartbeat) => {
                 self.tell_old_copy(from);
                 self.lose(from, "it is an old copy of its node");
             }
-            MeshEvent::Up { peer, epoch, .. } => {
-                self.linked.insert(peer);
-                self.link_changed(peer, true, "its arbiter answers");
-                self.main.log(
-                    LogLevel::Info,
-                    format!("arbiter connected to node {}", peer.get()),
-                );
-                self.input(Input::LinkUp { peer, epoch });
-                self.member_input(MembershipInput::LinkUp { peer });
-            }
             MeshEvent::Down { peer, reason } => self.lose(peer, &reason.to_string()),
-            MeshEvent::Messages { from, batch } => {
-                for msg in batch {
-                    if let Message::Membership(msg) = msg {
-                        self.member_input(MembershipInput::Message { from, msg });
-                        continue;
-                    }
-                    self.trace_message(&msg, "from", from);
-                    self.note_delay(from, &msg);
-                    self.stop_hopeless_apply(&msg);
-                    match self.user_votes.count(from, &msg) {
-                        Some((gid, tally)) => self.answer_user(gid, tally),
-                        None => self.on_protocol_message(from, msg),
-                    }
-                }
-            }
-            MeshEvent::Heartbeat { from, heartbeat } => {
-                let node = shared().node(from);
-                node.heartbeats.fetch_add(1, Ordering::Relaxed);
-                node.flushed.store(heartbeat.flushed.0, Ordering::Relaxed);
-                node.connectivity
-                    .store(u32::from(heartbeat.connected.bits()), Ordering::Relaxed);
-                self.peer_views.insert(from, view_of(&heartbeat));
-                self.compare_times(from, &heartbeat);
-                self.leases.on_heartbeat(from, &heartbeat, &self.mesh);
-                self.hear_stuck(from, &heartbeat);
-                self.hear_referee(&heartbeat);
-                self.hear_members(from, &heartbeat);
-                self.refresh_status();
-                self.leases.answer(from, &self.mesh);
-            }
+            MeshEvent::Messages { from, batch } => self.on_messages(from, batch),
+            MeshEvent::Heartbeat { from, heartbeat } => self.on_heartbeat(from, &heartbeat),
             MeshEvent::Refused {
                 peer: Some(peer),
                 reason,
@@ -115,6 +89,54 @@ impl Arbiter {
         }
     }
 
+    /// The link counts from now on.
+    pub(super) fn count_link(&mut self, peer: NodeId, epoch: u32) {
+        // Not before: an old copy can have started more often than its node.
+        self.newest_epochs.insert(peer, epoch);
+        self.linked.insert(peer);
+        self.link_changed(peer, true, "its arbiter answers");
+        self.main.log(
+            LogLevel::Info,
+            format!("arbiter connected to node {}", peer.get()),
+        );
+        self.input(Input::LinkUp { peer, epoch });
+        self.member_input(MembershipInput::LinkUp { peer });
+    }
+
+    pub(super) fn on_messages(&mut self, from: NodeId, batch: Vec<Message>) {
+        for msg in batch {
+            if let Message::Membership(msg) = msg {
+                self.member_input(MembershipInput::Message { from, msg });
+                continue;
+            }
+            self.trace_message(&msg, "from", from);
+            self.note_delay(from, &msg);
+            self.stop_hopeless_apply(&msg);
+            match self.user_votes.count(from, &msg) {
+                Some((gid, tally)) => self.answer_user(gid, tally),
+                None => self.on_protocol_message(from, msg),
+            }
+        }
+    }
+
+    pub(super) fn on_heartbeat(&mut self, from: NodeId, heartbeat: &Heartbeat) {
+        let node = shared().node(from);
+        node.heartbeats.fetch_add(1, Ordering::Relaxed);
+        node.flushed.store(heartbeat.flushed.0, Ordering::Relaxed);
+        let held = mark_of(heartbeat, self.node).unwrap_or_default();
+        node.held.fetch_max(held.0, Ordering::AcqRel);
+        node.connectivity
+            .store(u32::from(heartbeat.connected.bits()), Ordering::Relaxed);
+        self.peer_views.insert(from, view_of(heartbeat));
+        self.compare_times(from, heartbeat);
+        self.leases.on_heartbeat(from, heartbeat, &self.mesh);
+        self.hear_stuck(from, heartbeat);
+        self.hear_referee(heartbeat);
+        self.hear_members(from, heartbeat);
+        self.refresh_status();
+        self.leases.answer(from, &self.mesh);
+    }
+
     /// The peer cannot be heard any more, or must not be.
     fn lose(&mut self, peer: NodeId, reason: &str) {
         self.linked.remove(peer);
@@ -133,15 +155,15 @@ impl Arbiter {
         self.member_input(MembershipInput::LinkDown { peer });
     }
 
-    /// Whether the peer has started more often before: what answers now does not know what its node has promised since. Notes the newest life of each.
-    fn is_older(&mut self, peer: NodeId, epoch: u32) -> bool {
-        let newest = self.newest_epochs.entry(peer).or_default();
-        *newest = epoch.max(*newest);
-        epoch < *newest
+    /// Whether the peer has started more often before: what answers now does not know what its node has promised since.
+    fn is_older(&self, peer: NodeId, epoch: u32) -> bool {
+        self.newest_epochs
+            .get(&peer)
+            .is_some_and(|newest| epoch < *newest)
     }
 
     /// An old copy of a node has no say: nothing it says is heard, and it is promised nothing (membership.md, "A node is its memory").
-    fn tell_old_copy(&self, peer: NodeId) {
+    pub(super) fn tell_old_copy(&self, peer: NodeId) {
         let text = "it is an old copy of its node, and is not listened to";
         self.note(peer, "old copy", text, None);
         self.main
