@@ -83,7 +83,7 @@ impl Arbiter {
                     .store(u32::from(heartbeat.connected.bits()), Ordering::Relaxed);
                 self.peer_views.insert(from, view_of(&heartbeat));
                 self.compare_times(from, &heartbeat);
-                self.leases.on_heartbeat(from, &heartbeat, &self.mesh);
+                self.leases.on_heartbeat(from, &heartbeat);
                 self.hear_stuck(from, &heartbeat);
                 self.hear_referee(&heartbeat);
                 self.hear_members(from, &heartbeat);

@@ -402,7 +402,7 @@ impl Arbiter {
             self.main.send(ToMain::LookForOlder(num));
         }
         self.look_at_barrier();
-        let unbound = self.leases.unbound(&self.mesh, self.configured);
+        let unbound = self.leases.unbound(self.configured);
         self.member_input(MembershipInput::Tick { unbound });
     }
 
