@@ -18,6 +18,7 @@ use protocol::membership::{
 };
 use protocol::{GenerationNum, Message, Millis, NodeId, NodeSet};
 use std::collections::VecDeque;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::atomic::Ordering;
 
 /// The membership with what it waits for.
@@ -59,6 +60,8 @@ impl Members {
             promise_ms_max: lease::LASTS_MS_MAX,
             referee,
             copied_from,
+            // The keys of a new hasher come from the system's randomness.
+            donor_seed: RandomState::new().build_hasher().finish(),
             ..MembershipConfig::new(node, configured)
         };
         let membership = Membership::new(config, record, now, &mut effects);
