@@ -300,7 +300,8 @@ AS $$
            s.active,
            p.stopped,
            p.catch_up,
-           pg_wal_lsn_diff(w.lsn, s.confirmed_flush_lsn)::bigint,
+           -- What the slot keeps: multimaster.max_recovery_lag limits that.
+           pg_wal_lsn_diff(w.lsn, s.restart_lsn)::bigint,
            p.avg_trans_delay,
            p.last_status_change,
            CASE WHEN n.node_id = c.node_id THEN o.xmin ELSE s.catalog_xmin::text::bigint END,

@@ -26,6 +26,9 @@ pub struct MeshConfig {
     pub heartbeat_recv_ms: u64,
     /// Time for name lookup, connection and handshake together.
     pub connect_timeout_ms: u64,
+    /// The clock that tells when a heartbeat is sent, milliseconds. Whoever counts leases from there takes one that does not stand still
+    /// while the machine sleeps.
+    pub clock_ms: fn() -> u64,
 }
 
 /// Another node of the cluster. Its address matters only where its id is lower.

@@ -43,7 +43,14 @@ impl Mesh {
             versions: Versions::OURS,
         };
         let connect_timeout = Duration::from_millis(config.connect_timeout_ms);
-        let shared = Shared::new(identity, peers, connect_timeout, timing, events);
+        let shared = Shared::new(
+            identity,
+            peers,
+            connect_timeout,
+            timing,
+            events,
+            config.clock_ms,
+        );
         let shared = Arc::new(shared);
 
         let mut tasks = JoinSet::new();
@@ -111,11 +118,6 @@ impl MeshHandle {
         check_heartbeat_fits(&heartbeat)?;
         self.0.shared.set_heartbeat(heartbeat);
         Ok(())
-    }
-
-    /// Milliseconds since the mesh started, as in [`Heartbeat::sent_ms`].
-    pub fn now_ms(&self) -> u64 {
-        self.0.shared.now_ms()
     }
 
     /// Sends a heartbeat to the peer soon, besides the regular ones.

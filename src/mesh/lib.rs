@@ -11,8 +11,8 @@
 //! - after [`MeshEvent::Up`] nothing of an earlier link is reported: one task per peer serves its links one after the other;
 //! - sending never waits, and no queue grows without bound.
 //!
-//! The mesh runs as tasks on the caller's runtime. It keeps no time but the monotonic clock and calls nothing that blocks, except the
-//! resolver of host names, which has a thread of its own. Encodings and the handshake's rules are in `wire`.
+//! The mesh runs as tasks on the caller's runtime. It keeps no time but the monotonic clock, stamps heartbeats by the caller's, and calls
+//! nothing that blocks, except the resolver of host names, which has a thread of its own. Encodings and the handshake's rules are in `wire`.
 #![forbid(unsafe_code)]
 
 mod config;

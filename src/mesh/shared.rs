@@ -30,6 +30,7 @@ pub(crate) struct Shared {
     pub connect_timeout: Duration,
     pub timing: watch::Sender<Timing>,
     pub events: mpsc::Sender<MeshEvent>,
+    clock_ms: fn() -> u64,
     outboxes: [Outbox; MAX_NODES as usize],
     started: Instant,
     speak_until_ms: AtomicU64,
@@ -52,6 +53,7 @@ impl Shared {
         connect_timeout: Duration,
         timing: Timing,
         events: mpsc::Sender<MeshEvent>,
+        clock_ms: fn() -> u64,
     ) -> Self {
         Self {
             identity,
@@ -59,6 +61,7 @@ impl Shared {
             connect_timeout,
             timing: watch::Sender::new(timing),
             events,
+            clock_ms,
             outboxes: Default::default(),
             started: Instant::now(),
             speak_until_ms: AtomicU64::new(FOREVER_MS),
@@ -106,7 +109,7 @@ impl Shared {
     pub(crate) fn heartbeat(&self) -> Heartbeat {
         let state = self.state();
         Heartbeat {
-            sent_ms: self.now_ms(),
+            sent_ms: (self.clock_ms)(),
             epoch: self.identity.epoch,
             connected: state.connected.with(self.identity.node),
             ..state.heartbeat.clone()

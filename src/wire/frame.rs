@@ -29,7 +29,7 @@ const HEARTBEAT: Configuration<LittleEndian, Varint, Limit<HEARTBEAT_BYTES_MAX>>
 /// A sign of life, and what the sender knows of itself and the others.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Heartbeat {
-    /// The sender's monotonic clock, in milliseconds since the start of its mesh.
+    /// The sender's monotonic clock, milliseconds; meaningful to the sender only.
     pub sent_ms: u64,
     /// Incarnation of the sender's arbiter.
     pub epoch: u32,

@@ -43,7 +43,7 @@ const PAGES: [Page; 6] = [
         after: start_third,
     },
     Page {
-        title: "A node is slow",
+        title: "A node is stuck",
         before: stop_workers,
         after: let_workers_go_on,
     },

@@ -10,6 +10,7 @@ mod commit;
 mod conflicts;
 mod constraints;
 mod ddl;
+mod documents;
 mod held;
 mod rows;
 mod steps;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
             conflicts::cases(),
             strict::cases(),
             views::cases(),
+            documents::cases(),
             steps::cases(),
         ];
         cases.extend(of_clusters.into_iter().flatten());

@@ -19,7 +19,7 @@ pub fn cases() -> Vec<SharedCase> {
         all_nodes_tell_the_same_story,
         processes_have_names,
         processes_name_what_they_wait_for,
-        settings_are_documented_in_the_server,
+        slot_lag_counts_what_the_slot_keeps,
         second_init_is_refused,
         ordinary_users_cannot_change_the_cluster,
         voting_transaction_names_whom_it_waits_for,
@@ -131,31 +131,30 @@ fn processes_name_what_they_wait_for(rig: &Rig) -> Result<()> {
     )
 }
 
-fn settings_are_documented_in_the_server(rig: &Rig) -> Result<()> {
-    let names = [
-        "arbiter_port",
-        "heartbeat_send_timeout",
-        "heartbeat_recv_timeout",
-        "slow_node_timeout",
-        "max_workers",
-        "wait_peer_commits",
-        "min_recovery_lag",
-        "max_recovery_lag",
-        "conflict_grace",
-        "stream_in_progress",
-    ];
-    let list: Vec<String> = names
-        .iter()
-        .map(|name| format!("('multimaster.{name}')"))
-        .collect();
-    rig.expect(
-        &format!("SELECT coalesce(string_agg(n, ','), '') FROM (VALUES {}) v (n) WHERE n NOT IN (SELECT name FROM pg_settings WHERE short_desc <> '')", list.join(",")),
-        "",
-    )?;
-    rig.expect(
-        "SELECT setting || unit FROM pg_settings WHERE name = 'multimaster.heartbeat_recv_timeout'",
-        "2000ms",
-    )
+/// Bytes of WAL that the others have confirmed, and that an older transaction keeps nevertheless.
+const KEPT_BYTES: u64 = 1 << 20;
+
+fn slot_lag_counts_what_the_slot_keeps(rig: &Rig) -> Result<()> {
+    let mut open = rig.session(1)?;
+    open.run("CREATE TABLE t (id int PRIMARY KEY, v text)")?;
+    open.run("BEGIN; INSERT INTO t VALUES (1)")?;
+    let mut session = rig.session(1)?;
+    let begun = session.text("SELECT pg_current_wal_insert_lsn()")?;
+    session.run(&format!(
+        "INSERT INTO t SELECT 2, string_agg(md5(i::text), '') FROM generate_series(0, {KEPT_BYTES} / 32) i"
+    ))?;
+    let ended = session.text("SELECT pg_current_wal_insert_lsn()")?;
+    let peers = rig.len() - 1;
+    wait_for("what the peers confirm", STATE_LIMIT, || {
+        let confirmed = session.text(&format!("SELECT count(*) FROM pg_replication_slots WHERE active AND confirmed_flush_lsn >= '{ended}'"))?;
+        Ok(confirmed == peers.to_string())
+    })?;
+    let kept = session.text(&format!("SELECT count(*) FROM mtm.get_nodes_state() WHERE slot_lag >= pg_wal_lsn_diff('{ended}', '{begun}')"))?;
+    ensure!(
+        kept == peers.to_string(),
+        "{kept} slots are shown to keep what the open transaction began before"
+    );
+    open.run("ROLLBACK")
 }
 
 fn second_init_is_refused(rig: &Rig) -> Result<()> {

@@ -7,6 +7,7 @@ mod counters;
 pub mod durable;
 mod early_votes;
 pub mod event;
+mod event_kind;
 mod finishing;
 mod net_config;
 pub mod referee;

@@ -3,6 +3,7 @@
 use super::thread::{HeartbeatTimes, SEND_MS_MAX};
 use crate::cluster::Identity;
 use crate::guc;
+use crate::pg::clock;
 use mesh::{Mesh, MeshConfig, MeshEvent, MeshHandle, Peer};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -91,6 +92,7 @@ async fn mesh_config(identity: &Identity, settings: &NetSettings) -> Result<Mesh
         heartbeat_send_ms: settings.send_ms,
         heartbeat_recv_ms: settings.recv_ms,
         connect_timeout_ms: CONNECT_TIMEOUT_MS,
+        clock_ms: clock::monotonic_ms,
     })
 }
 

@@ -9,6 +9,7 @@
 //! A new copy of the node starts without the row about itself; whoever makes it takes the rows about it away on the other nodes, when they have slots for it
 //! again.
 
+use super::event_kind::EventKind;
 use crate::cluster::slot_name;
 use crate::guc;
 use crate::pg::apply_error::attempt;
@@ -27,7 +28,7 @@ const WARNING_PERCENT: u64 = 80;
 /// What is to be told about a node.
 pub struct Notice {
     pub node: NodeId,
-    pub event: &'static str,
+    pub event: EventKind,
     pub text: String,
 }
 
@@ -75,7 +76,7 @@ impl Retention {
             );
             note(node, &text);
             drop_slot(node);
-            let event = "needs copy";
+            let event = EventKind::NeedsCopy;
             return Some(Notice { node, event, text });
         }
         if kept > limit / 100 * WARNING_PERCENT && !self.warned.contains(node) {
@@ -83,7 +84,7 @@ impl Retention {
             let text = format!(
                 "{kept} bytes of WAL are kept for it, of the {limit} that multimaster.max_recovery_lag allows"
             );
-            let event = "lag";
+            let event = EventKind::Lag;
             return Some(Notice { node, event, text });
         }
         None

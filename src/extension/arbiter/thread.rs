@@ -123,7 +123,7 @@ impl Arbiter {
             decider.copied_from,
             0,
         );
-        let leases = lease::LeaseKeeper::new(node, decider.epoch, configured, timing, &mesh);
+        let leases = lease::LeaseKeeper::new(node, decider.epoch, configured, timing);
         Arbiter {
             node,
             configured,

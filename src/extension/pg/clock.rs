@@ -2,14 +2,17 @@
 
 use pgrx::pg_sys;
 
-/// Milliseconds of the clock that nobody sets; the same in all processes and threads of this machine.
+/// Milliseconds since the machine was started, by the clock that nobody sets; the same in all its processes and threads.
+///
+/// It goes on while the machine is suspended. By one that stands still meanwhile, a node that wakes up would still hold the lease that the
+/// others have long waited for.
 pub fn monotonic_ms() -> u64 {
     let mut time = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    // SAFETY: fills the structure; this clock exists on every Linux.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    // SAFETY: fills the structure; this clock exists since Linux 2.6.39.
+    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) };
     time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
 }
 

@@ -50,6 +50,7 @@ fn start(id: u8, peer: u8, port: u16) -> Link {
         heartbeat_send_ms: 200,
         heartbeat_recv_ms: 2000,
         connect_timeout_ms: 2000,
+        clock_ms: || 0,
     })
     .expect("the mesh starts")
 }

@@ -5,7 +5,8 @@ mod common;
 use std::time::Duration;
 
 use common::{
-    Running, config, dial_by_hand, identity, node, number_of, numbered, three, until, until_closed,
+    Running, SENT_MS, config, dial_by_hand, identity, node, number_of, numbered, three, until,
+    until_closed,
 };
 use mesh::{DownReason, Heartbeat, Mesh, MeshEvent, OUTBOX_BYTES_MAX, StartError};
 use protocol::{GenerationNum, Gid, Lsn, Message, NodeSet, Refusal, Vote};
@@ -97,11 +98,10 @@ async fn heartbeats_tell_what_the_sender_knows() {
         })
         .await;
     let connected: NodeSet = (1..=3).map(node).collect();
-    let sent_ms = heard.sent_ms;
     assert_eq!(
         heard,
         Heartbeat {
-            sent_ms,
+            sent_ms: SENT_MS,
             epoch: 1,
             connected,
             ..info

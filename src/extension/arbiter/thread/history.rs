@@ -2,6 +2,7 @@
 //!
 //! Lengths are measured by the monotonic clock: a system clock that is set makes no absence longer or shorter.
 
+use super::super::event_kind::EventKind;
 use super::Arbiter;
 use super::main_link::LogLevel;
 use crate::arbiter::event::MemberEvent;
@@ -71,17 +72,27 @@ impl Arbiter {
         node.last_change_us
             .store(postgres_now_us(), Ordering::Relaxed);
         let lasted = self.history.link_changed(peer, up, reason);
-        let event = if up { "connected" } else { "lost" };
+        let event = if up {
+            EventKind::Connected
+        } else {
+            EventKind::Lost
+        };
         self.note(peer, event, reason, lasted);
         self.refresh_status();
     }
 
     /// Adds a line to `mtm.events`; `lasted`: how long the state was that has ended.
-    pub(super) fn note(&self, node: NodeId, event: &str, reason: &str, lasted: Option<Duration>) {
+    pub(super) fn note(
+        &self,
+        node: NodeId,
+        event: EventKind,
+        reason: &str,
+        lasted: Option<Duration>,
+    ) {
         shared().member_events.add(&MemberEvent {
             happened_at: postgres_now_us(),
             node,
-            event: event.to_owned(),
+            event: event.word().to_owned(),
             reason: reason.to_owned(),
             generation: shared().generation().0,
             lasted_ms: lasted.map(|lasted| lasted.as_millis() as u64),
@@ -99,22 +110,24 @@ impl Arbiter {
                     "generation {} follows {from}, donors {}",
                     to.generation, to.donors
                 );
-                ("generation", text, None)
+                (EventKind::Generation, text, None)
             }
             // For the last stretch of a recovery the others wait.
             MembershipEvent::Online { generation } => (
-                "online",
+                EventKind::Online,
                 format!("in generation {generation}"),
                 elapsed(self.history.awaited.take()),
             ),
             MembershipEvent::Excluded { generation } => (
-                "outside",
+                EventKind::Outside,
                 format!("not a member of generation {generation}"),
                 None,
             ),
-            MembershipEvent::RecoveryStarted { from } => {
-                ("recovers", format!("from node {}", from.get()), None)
-            }
+            MembershipEvent::RecoveryStarted { from } => (
+                EventKind::Recovers,
+                format!("from node {}", from.get()),
+                None,
+            ),
             other => return self.main.log(LogLevel::Info, format!("{other:?}")),
         };
         self.note(self.node, kind, &text, lasted);
@@ -134,11 +147,16 @@ impl Arbiter {
                 true => how.to_owned(),
                 false => format!("{how}: {cause}"),
             };
-            self.note(lost, "excluded", &reason, None);
+            self.note(lost, EventKind::Excluded, &reason, None);
         }
         for back in members.difference(from.members).iter() {
             let lasted = self.history.admitted(back);
-            self.note(back, "admitted", "it is level with the others", lasted);
+            self.note(
+                back,
+                EventKind::Admitted,
+                "it is level with the others",
+                lasted,
+            );
         }
     }
 }

@@ -21,12 +21,10 @@ pub const SEND_MS_MAX: u64 = LASTS_MS_MAX * 2 / LASTS_HALF_HEARTBEATS;
 /// Parts of the time between heartbeats within which a node is answered once only.
 const ANSWERS_PER_HEARTBEAT: u64 = 4;
 
-/// Promises given and taken; time is the mesh's.
+/// Promises given and taken; time is that of `clock::monotonic_ms`, with which heartbeats are stamped.
 pub struct LeaseKeeper {
     leases: Leases,
     times: HeartbeatTimes,
-    /// `clock::monotonic_ms` when the mesh's clock was zero, or a little before.
-    began_ms: u64,
     answered: BTreeMap<NodeId, Millis>,
     /// This node has said good-bye, which released its peers from their promises.
     ended: bool,
@@ -38,13 +36,10 @@ impl LeaseKeeper {
         epoch: u32,
         configured: NodeSet,
         times: HeartbeatTimes,
-        mesh: &MeshHandle,
     ) -> LeaseKeeper {
-        let now = clock::monotonic_ms();
         LeaseKeeper {
             leases: Leases::new(node, epoch, configured, duration(times)),
             times,
-            began_ms: now.saturating_sub(mesh.now_ms() + 1),
             answered: BTreeMap::new(),
             ended: false,
         }
@@ -58,13 +53,8 @@ impl LeaseKeeper {
             // What lies behind it may be less than what has been shown.
             (false, false) => shared()
                 .lease_until_ms
-                .store(self.until(), Ordering::Release),
+                .store(self.leases.until(), Ordering::Release),
         }
-    }
-
-    /// End of the lease by the promises of others, as `clock::monotonic_ms`.
-    fn until(&self) -> Millis {
-        self.began_ms.saturating_add(self.leases.until())
     }
 
     /// Backends serve nothing from now on, whatever is promised.
@@ -79,8 +69,8 @@ impl LeaseKeeper {
     }
 
     /// Takes in a peer's heartbeat: promises to it what it asks for, and lets backends serve as long as the promises of a majority last.
-    pub fn on_heartbeat(&mut self, from: NodeId, heartbeat: &Heartbeat, mesh: &MeshHandle) {
-        let now = mesh.now_ms();
+    pub fn on_heartbeat(&mut self, from: NodeId, heartbeat: &Heartbeat) {
+        let now = clock::monotonic_ms();
         // Whoever asks less often has to be promised for longer.
         let theirs = times_of(heartbeat).map_or(0, |times| between_heartbeats(times.send_ms));
         let lasts = duration(self.times).max(theirs).min(LASTS_MS_MAX);
@@ -89,13 +79,13 @@ impl LeaseKeeper {
             .heard(from, heartbeat.epoch, heartbeat.sent_ms, now);
         self.leases.on_grants(from, &grants_of(heartbeat));
         if !self.ended {
-            shared().renew_lease(self.until());
+            shared().renew_lease(self.leases.until());
         }
     }
 
     /// Sends the promise soon, and not only with the next regular heartbeat: the way there and back is then all that a lease loses.
     pub fn answer(&mut self, to: NodeId, mesh: &MeshHandle) {
-        let now = mesh.now_ms();
+        let now = clock::monotonic_ms();
         let pause = self.times.send_ms / ANSWERS_PER_HEARTBEAT;
         let last = self.answered.get(&to).copied();
         if last.is_none_or(|last| now >= last + pause) {
@@ -115,8 +105,8 @@ impl LeaseKeeper {
     }
 
     /// Those of the nodes to which no promise is running.
-    pub fn unbound(&self, mesh: &MeshHandle, nodes: NodeSet) -> NodeSet {
-        let now = mesh.now_ms();
+    pub fn unbound(&self, nodes: NodeSet) -> NodeSet {
+        let now = clock::monotonic_ms();
         nodes
             .iter()
             .filter(|node| self.leases.bound_until(NodeSet::EMPTY.with(*node)) <= now)

@@ -1,6 +1,7 @@
 //! Links to the other nodes: what comes over them, which of them work, and what this node makes of that.
 
 use super::super::LOOK_AROUND;
+use super::super::event_kind::EventKind;
 use super::super::net_config::NetSettings;
 use super::super::user_votes::UserTally;
 use super::extras;
@@ -129,7 +130,7 @@ impl Arbiter {
             .store(u32::from(heartbeat.connected.bits()), Ordering::Relaxed);
         self.peer_views.insert(from, view_of(heartbeat));
         self.compare_times(from, heartbeat);
-        self.leases.on_heartbeat(from, heartbeat, &self.mesh);
+        self.leases.on_heartbeat(from, heartbeat);
         self.hear_stuck(from, heartbeat);
         self.hear_referee(heartbeat);
         self.hear_members(from, heartbeat);
@@ -165,7 +166,7 @@ impl Arbiter {
     /// An old copy of a node has no say: nothing it says is heard, and it is promised nothing (membership.md, "A node is its memory").
     pub(super) fn tell_old_copy(&self, peer: NodeId) {
         let text = "it is an old copy of its node, and is not listened to";
-        self.note(peer, "old copy", text, None);
+        self.note(peer, EventKind::OldCopy, text, None);
         self.main
             .log(LogLevel::Warning, format!("node {}: {text}", peer.get()));
     }
@@ -211,7 +212,7 @@ impl Arbiter {
                 ours.recv_ms,
                 ours.slow_ms
             );
-            self.note(from, "unequal settings", &text, None);
+            self.note(from, EventKind::UnequalSettings, &text, None);
             self.main.log(LogLevel::Warning, text);
         }
     }
@@ -282,7 +283,7 @@ impl Arbiter {
         let times = settings.times();
         if let Err(error) = self.mesh.reconfigure(times.send_ms, times.recv_ms) {
             let text = format!("the heartbeat settings were not taken: {error}");
-            self.note(self.node, "settings refused", &text, None);
+            self.note(self.node, EventKind::SettingsRefused, &text, None);
             return self.main.log(LogLevel::Warning, text);
         }
         self.stuck.set_timeout(times.slow_ms);

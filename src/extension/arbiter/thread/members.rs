@@ -3,6 +3,7 @@
 //! What it says of this node rides on heartbeats. See `docs/membership.md`.
 
 use super::super::event::LocalEvent;
+use super::super::event_kind::EventKind;
 use super::super::referee;
 use super::super::user_votes::{UserTally, generation_over};
 use super::extras::{self, Extra};
@@ -332,7 +333,7 @@ impl Arbiter {
             "node {} no longer keeps the WAL that this node has missed",
             from.get()
         );
-        self.note(self.node, "needs copy", &reason, None);
+        self.note(self.node, EventKind::NeedsCopy, &reason, None);
         self.main.log(
             LogLevel::Warning,
             format!("this node needs a new copy: {reason}"),
@@ -347,7 +348,7 @@ impl Arbiter {
             return;
         }
         self.members.failed = true;
-        self.note(self.node, "failed", reason, None);
+        self.note(self.node, EventKind::Failed, reason, None);
         recover_from(None);
         self.member_input(MembershipInput::Leave);
         self.refresh_status();
@@ -404,7 +405,7 @@ impl Arbiter {
             self.main.send(ToMain::LookForOlder(num));
         }
         self.look_at_barrier();
-        let unbound = self.leases.unbound(&self.mesh, self.configured);
+        let unbound = self.leases.unbound(self.configured);
         self.member_input(MembershipInput::Tick { unbound });
     }
 

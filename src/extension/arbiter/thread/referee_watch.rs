@@ -3,6 +3,7 @@
 //! Two referees that know nothing of each other would let both nodes go on alone. Each node tells in its heartbeats which one it has met last. Where that
 //! differs from what the other node has said last, it asks nothing and takes no grant.
 
+use super::super::event_kind::EventKind;
 use super::super::referee::{self, RefereeId};
 use super::Arbiter;
 use super::extras::{self, Extra};
@@ -133,7 +134,7 @@ impl Arbiter {
             Some(wrong) => (LogLevel::Warning, wrong.as_str()),
             None => (LogLevel::Info, "the referee can be asked"),
         };
-        self.note(self.node, "referee", text, None);
+        self.note(self.node, EventKind::Referee, text, None);
         self.main.log(level, text.to_owned());
         self.referee.told = wrong;
     }

@@ -1,5 +1,6 @@
 //! Stuck databases: looks at this server's own, tells the others, and takes in what they say.
 
+use super::super::event_kind::EventKind;
 use super::Arbiter;
 use super::extras::{self, Extra};
 use super::health::{Idle, Matter, Sight, Watches};
@@ -128,8 +129,11 @@ impl Arbiter {
     fn on_verdict(&mut self, verdict: Verdict) {
         let Verdict { peer, stuck, idle } = verdict;
         let (event, text) = match idle {
-            Some(idle) => ("stuck", text_of(idle)),
-            None => ("gets on", "its database makes progress again".to_owned()),
+            Some(idle) => (EventKind::Stuck, text_of(idle)),
+            None => (
+                EventKind::GetsOn,
+                "its database makes progress again".to_owned(),
+            ),
         };
         if stuck {
             self.history.away(peer, &text);
@@ -154,8 +158,11 @@ impl Arbiter {
         }
         self.stuck.said = idle.is_some();
         let (event, text) = match idle {
-            Some(idle) => ("stuck", text_of(idle)),
-            None => ("gets on", "everything here makes progress again".to_owned()),
+            Some(idle) => (EventKind::Stuck, text_of(idle)),
+            None => (
+                EventKind::GetsOn,
+                "everything here makes progress again".to_owned(),
+            ),
         };
         self.note(self.node, event, &text, None);
         self.main

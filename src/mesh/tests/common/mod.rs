@@ -16,6 +16,8 @@ use wire::hello::{RECORD_BYTES, Record, Versions};
 /// No test waits longer for anything.
 const DEADLINE: Duration = Duration::from_secs(20);
 pub const CLUSTER_ID: u128 = 42;
+/// What the nodes' clocks show.
+pub const SENT_MS: u64 = 4711;
 
 pub fn node(id: u8) -> NodeId {
     NodeId::new(id).unwrap()
@@ -53,6 +55,7 @@ pub fn config(id: u8, lower: &[SocketAddr]) -> MeshConfig {
         heartbeat_send_ms: 50,
         heartbeat_recv_ms: 3000,
         connect_timeout_ms: 2000,
+        clock_ms: || SENT_MS,
     }
 }
 
