@@ -27,9 +27,11 @@ mod nemesis;
 mod old_copies;
 mod open_sessions;
 mod operations;
+mod preload;
 mod recovery;
 mod referee;
 mod refusals;
+mod shifted_clock;
 mod split;
 mod stale_reads;
 mod standby;
@@ -59,6 +61,7 @@ fn main() -> ExitCode {
         referee::cases(),
         stuck::cases(),
         hanging_disk::cases(),
+        shifted_clock::cases(),
         generations::cases(),
         users_prepared::cases(),
         nemesis::cases(),
