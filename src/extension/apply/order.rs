@@ -6,7 +6,7 @@ use crate::pg::process::{self, Wait};
 use crate::pg::shared::{WorkerSlot, shared};
 use protocol::membership::{Admission, Phase, Standing};
 use protocol::{Csn, NodeId, NodeSet};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// How often a worker looks whether what it waits for still counts.
@@ -38,21 +38,36 @@ pub(super) fn wait_for(
     if order(deps, NodeSet::ALL, settled) == Order::Settled {
         return Ok(());
     }
-    slot.waits_for_order.store(true, Ordering::Release);
-    let result = loop {
+    let _waiting = Waiting::begin(&slot.waits_for_order);
+    loop {
         match counted(job).map(|counted| order(deps, counted, settled)) {
-            Err(failure) => break Err(failure),
-            Ok(Order::Settled) => break Ok(()),
-            Ok(Order::Foreign) if job.is_some() => break Ok(()),
+            Err(failure) => return Err(failure),
+            Ok(Order::Settled) => return Ok(()),
+            Ok(Order::Foreign) if job.is_some() => return Ok(()),
             // What it wrote later may stand under a number that its origin had not given yet.
-            Ok(Order::Foreign) => break Err(ApplyFailure::generation_over()),
+            Ok(Order::Foreign) => return Err(ApplyFailure::generation_over()),
             Ok(Order::Open) => {}
         }
         process::wait_latch(LOOK_AROUND, Wait::CausalOrder);
         process::check_interrupts();
-    };
-    slot.waits_for_order.store(false, Ordering::Release);
-    result
+    }
+}
+
+/// Says that the worker waits for others, for as long as it does. An error that ends the wait (a cancel unwinds) must not leave that behind: a worker that seems to
+/// wait is found stuck only after twice the time.
+struct Waiting<'a>(&'a AtomicBool);
+
+impl Waiting<'_> {
+    fn begin(says: &AtomicBool) -> Waiting<'_> {
+        says.store(true, Ordering::Release);
+        Waiting(says)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 /// Nodes whose numbers count for the transaction in hand.
@@ -94,6 +109,18 @@ mod tests {
 
     fn node(id: u8) -> NodeId {
         NodeId::new(id).expect("a node id")
+    }
+
+    #[test]
+    fn a_wait_that_is_cancelled_is_over() {
+        let says = AtomicBool::new(false);
+        let cancelled = std::panic::catch_unwind(|| {
+            let _waiting = Waiting::begin(&says);
+            assert!(says.load(Ordering::Acquire));
+            std::panic::resume_unwind(Box::new("cancelled"));
+        });
+        assert!(cancelled.is_err());
+        assert!(!says.load(Ordering::Acquire));
     }
 
     #[test]
