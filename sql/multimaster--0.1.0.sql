@@ -238,7 +238,8 @@ CREATE FUNCTION mtm.recovery_progress(
     OUT bytes_left bigint,
     OUT transactions bigint,
     OUT rate bigint,
-    OUT retries bigint
+    OUT retries bigint,
+    OUT error text
 ) RETURNS SETOF record
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE ROWS 1
     AS 'MODULE_PATHNAME', 'recovery_progress_wrapper';
@@ -370,11 +371,8 @@ COMMENT ON VIEW mtm.events IS 'who was lost or came back, when, why, and after h
 
 CREATE VIEW mtm.recovery AS
     SELECT s.status, p.donor, p.began_at, p.bytes_done, p.bytes_left, p.transactions, p.rate,
-           CASE WHEN p.rate > 0 THEN p.bytes_left / p.rate::double precision * interval '1 second' END AS estimate,
-           p.retries,
-           CASE WHEN s.status = 'failed' THEN
-               (SELECT e.reason FROM mtm.recent_events() e WHERE e.event = 'failed' ORDER BY e.happened_at DESC LIMIT 1)
-           END AS error
+           CASE WHEN p.donor IS NOT NULL AND p.rate > 0 THEN p.bytes_left / p.rate::double precision * interval '1 second' END AS estimate,
+           p.retries, p.error
       FROM mtm.status() s
       LEFT JOIN mtm.recovery_progress() p ON true
      WHERE p.donor IS NOT NULL OR s.status = 'failed';

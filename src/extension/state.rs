@@ -115,14 +115,16 @@ impl Source for SharedSource {
         let progress = &shared().recovery_progress;
         let read = |cell: &AtomicU64| cell.load(Ordering::Relaxed).cast_signed();
         let donor = progress.donor.load(Ordering::Acquire);
-        (donor != 0).then(|| RecoveryRow {
-            donor: donor.cast_signed(),
-            began_at: progress.began_us.load(Ordering::Relaxed),
+        let failed = shared().status() == NodeStatus::Failed;
+        (donor != 0 || failed).then(|| RecoveryRow {
+            donor: Some(donor.cast_signed()).filter(|donor| *donor != 0),
+            began_at: Some(progress.began_us.load(Ordering::Relaxed)).filter(|at| *at != 0),
             bytes_done: read(&progress.applied) - read(&progress.from),
             bytes_left: progress.left().cast_signed(),
             transactions: read(&progress.transactions),
             rate: read(&progress.rate),
             retries: read(&progress.retries),
+            error: progress.error.get().filter(|_| failed),
         })
     }
 

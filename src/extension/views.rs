@@ -102,11 +102,13 @@ pub struct CounterRow {
     pub transactions: i64,
 }
 
-/// The recovery of this node.
+/// The recovery of this node, or what a failed one has left.
 #[derive(Debug, Clone, Default)]
 pub struct RecoveryRow {
-    pub donor: i32,
-    pub began_at: i64,
+    /// Missing once it has failed.
+    pub donor: Option<i32>,
+    /// Missing when it failed before it began.
+    pub began_at: Option<i64>,
     /// Bytes of the donor's WAL.
     pub bytes_done: i64,
     pub bytes_left: i64,
@@ -114,6 +116,8 @@ pub struct RecoveryRow {
     /// Bytes in a second.
     pub rate: i64,
     pub retries: i64,
+    /// What could not be applied, of a node that has failed.
+    pub error: Option<String>,
 }
 
 /// How long one phase of this node's commits took.
@@ -161,7 +165,7 @@ pub trait Source: Sync {
     fn events(&self) -> Vec<EventRow>;
     fn counters(&self) -> Vec<CounterRow>;
     fn latencies(&self) -> Vec<LatencyRow>;
-    /// None while this node does not recover.
+    /// None while this node does not recover and has not failed to.
     fn recovery(&self) -> Option<RecoveryRow>;
     fn reset_latencies(&self);
     fn transaction_status(&self, gid: &str) -> TransactionStatus;
@@ -366,24 +370,26 @@ fn latencies() -> TableIterator<
 fn recovery_progress() -> TableIterator<
     'static,
     (
-        name!(donor, i32),
+        name!(donor, Option<i32>),
         name!(began_at, Option<TimestampWithTimeZone>),
         name!(bytes_done, i64),
         name!(bytes_left, i64),
         name!(transactions, i64),
         name!(rate, i64),
         name!(retries, i64),
+        name!(error, Option<String>),
     ),
 > {
     TableIterator::new(source().recovery().into_iter().map(|row| {
         (
             row.donor,
-            timestamp(row.began_at),
+            row.began_at.and_then(timestamp),
             row.bytes_done,
             row.bytes_left,
             row.transactions,
             row.rate,
             row.retries,
+            row.error,
         )
     }))
 }

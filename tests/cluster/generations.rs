@@ -154,7 +154,7 @@ fn donor(cluster: &Cluster) -> Result<usize> {
     Ok(node.with_context(|| format!("recovers {reason:?}"))? - 1)
 }
 
-const SEND: &str = "multimaster.heartbeat_send_timeout";
+pub const SEND: &str = "multimaster.heartbeat_send_timeout";
 const RECV: &str = "multimaster.heartbeat_recv_timeout";
 
 /// Events of a node, as `event|node|reason` a line.

@@ -16,7 +16,7 @@ mod status;
 
 pub use apply::{WorkerSlot, worker};
 pub use backend::{BackendSlot, outcome, stage};
-pub use cells::{GidCell, RefusalCell, StandingCell};
+pub use cells::{GidCell, RefusalCell, StandingCell, TextCell};
 pub use process::{ProcCell, my_backend_index, wake_proc};
 pub use recovery::RecoveryProgress;
 pub(super) use segment::{area, backend_count};

@@ -347,6 +347,8 @@ impl Arbiter {
             return;
         }
         self.members.failed = true;
+        // Before the status that makes others look for it.
+        shared().recovery_progress.error.set(reason);
         self.note(self.node, "failed", reason, 0);
         recover_from(None);
         self.member_input(MembershipInput::Leave);
