@@ -52,6 +52,10 @@ pub struct NodeStateRow {
     pub connectivity_mask: Option<i64>,
     /// Heartbeats received from it.
     pub heartbeats: i64,
+    /// Bytes of WAL that it has still to replay; missing while it does not recover.
+    pub recovery_lag: Option<i64>,
+    /// Position in this node's WAL up to which it holds that durably; missing before its first heartbeat and for this node.
+    pub confirmed: Option<i64>,
 }
 
 /// One transaction between its PREPARE and its end on all nodes.
@@ -239,6 +243,8 @@ fn peer_states() -> TableIterator<
         name!(receiver_pid, Option<i32>),
         name!(connectivity_mask, Option<i64>),
         name!(n_heartbeats, i64),
+        name!(recovery_lag, Option<i64>),
+        name!(confirmed, Option<i64>),
     ),
 > {
     TableIterator::new(source().nodes().into_iter().map(|row| {
@@ -253,6 +259,8 @@ fn peer_states() -> TableIterator<
             row.receiver_pid,
             row.connectivity_mask,
             row.heartbeats,
+            row.recovery_lag,
+            row.confirmed,
         )
     }))
 }
