@@ -165,11 +165,13 @@ CREATE FUNCTION mtm.peer_states(
     OUT last_status_change timestamptz,
     OUT receiver_pid integer,
     OUT connectivity_mask bigint,
-    OUT n_heartbeats bigint
+    OUT n_heartbeats bigint,
+    OUT recovery_lag bigint,
+    OUT confirmed bigint
 ) RETURNS SETOF record
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE ROWS 4
     AS 'MODULE_PATHNAME', 'peer_states_wrapper';
-COMMENT ON FUNCTION mtm.peer_states() IS 'internal: what shared memory knows of each node; see mtm.get_nodes_state()';
+COMMENT ON FUNCTION mtm.peer_states() IS 'internal: what shared memory knows of each node; see mtm.get_nodes_state() and mtm.nodes()';
 
 CREATE FUNCTION mtm.in_flight(
     OUT gid text,
@@ -238,7 +240,8 @@ CREATE FUNCTION mtm.recovery_progress(
     OUT bytes_left bigint,
     OUT transactions bigint,
     OUT rate bigint,
-    OUT retries bigint
+    OUT retries bigint,
+    OUT error text
 ) RETURNS SETOF record
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE ROWS 1
     AS 'MODULE_PATHNAME', 'recovery_progress_wrapper';
@@ -334,7 +337,9 @@ CREATE FUNCTION mtm.nodes(
     OUT connected boolean,
     OUT conn_str text,
     OUT arbiter_host text,
-    OUT arbiter_port integer
+    OUT arbiter_port integer,
+    OUT recovery_lag bigint,
+    OUT confirmed_lsn pg_lsn
 ) RETURNS SETOF record
     LANGUAGE sql VOLATILE SECURITY DEFINER PARALLEL UNSAFE ROWS 4
     SET search_path = pg_catalog, pg_temp
@@ -347,13 +352,16 @@ AS $$
            n.node_id = c.node_id OR n.node_id = ANY (s.connected),
            mtm.without_secrets(n.conninfo),
            n.arbiter_host,
-           n.arbiter_port
+           n.arbiter_port,
+           p.recovery_lag,
+           '0/0'::pg_lsn + p.confirmed
       FROM mtm.cluster c
      CROSS JOIN mtm.cluster_nodes n
       LEFT JOIN mtm.status() s ON true
+      LEFT JOIN mtm.peer_states() p ON p.id = n.node_id
      ORDER BY n.node_id
 $$;
-COMMENT ON FUNCTION mtm.nodes() IS 'the configured nodes, who of them is a member of the generation, and how to reach them';
+COMMENT ON FUNCTION mtm.nodes() IS 'the configured nodes, who of them is a member of the generation, how to reach them, and how far each is, as it says itself';
 
 CREATE VIEW mtm.transactions AS
     SELECT gid, coordinator, role, state, ballot, started_at, pg_catalog.clock_timestamp() - started_at AS age, missing
@@ -371,11 +379,8 @@ COMMENT ON VIEW mtm.events IS 'who was lost or came back, when, why, and after h
 
 CREATE VIEW mtm.recovery AS
     SELECT s.status, p.donor, p.began_at, p.bytes_done, p.bytes_left, p.transactions, p.rate,
-           CASE WHEN p.rate > 0 THEN p.bytes_left / p.rate::double precision * interval '1 second' END AS estimate,
-           p.retries,
-           CASE WHEN s.status = 'failed' THEN
-               (SELECT e.reason FROM mtm.recent_events() e WHERE e.event = 'failed' ORDER BY e.happened_at DESC LIMIT 1)
-           END AS error
+           CASE WHEN p.donor IS NOT NULL AND p.rate > 0 THEN p.bytes_left / p.rate::double precision * interval '1 second' END AS estimate,
+           p.retries, p.error
       FROM mtm.status() s
       LEFT JOIN mtm.recovery_progress() p ON true
      WHERE p.donor IS NOT NULL OR s.status = 'failed';

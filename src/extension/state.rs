@@ -115,14 +115,16 @@ impl Source for SharedSource {
         let progress = &shared().recovery_progress;
         let read = |cell: &AtomicU64| cell.load(Ordering::Relaxed).cast_signed();
         let donor = progress.donor.load(Ordering::Acquire);
-        (donor != 0).then(|| RecoveryRow {
-            donor: donor.cast_signed(),
-            began_at: progress.began_us.load(Ordering::Relaxed),
+        let failed = shared().status() == NodeStatus::Failed;
+        (donor != 0 || failed).then(|| RecoveryRow {
+            donor: Some(donor.cast_signed()).filter(|donor| *donor != 0),
+            began_at: Some(progress.began_us.load(Ordering::Relaxed)).filter(|at| *at != 0),
             bytes_done: read(&progress.applied) - read(&progress.from),
             bytes_left: progress.left().cast_signed(),
             transactions: read(&progress.transactions),
             rate: read(&progress.rate),
             retries: read(&progress.retries),
+            error: progress.error.get().filter(|_| failed),
         })
     }
 
@@ -301,17 +303,22 @@ fn node_row(node: NodeId) -> NodeStateRow {
     let is_self = shared().node_id() == Some(node);
     let heard = state.heartbeats.load(Ordering::Relaxed);
     let all: u32 = node_ids().map(|id| 1u32 << (id.get() - 1)).sum();
+    let recovery_lag = if is_self {
+        let recovers = matches!(
+            shared().status(),
+            NodeStatus::Recovery | NodeStatus::Catchup
+        );
+        recovers.then(|| shared().recovery_progress.left())
+    } else {
+        state.recovery_lag()
+    };
+    let confirmed = state.confirmed.load(Ordering::Relaxed);
     NodeStateRow {
         id: i32::from(node.get()),
         enabled: shared().current().members.contains(node),
         connected: is_connected(node),
         stopped: shared().needs_copy().contains(node),
-        catch_up: if is_self {
-            let status = shared().status();
-            matches!(status, NodeStatus::Recovery | NodeStatus::Catchup)
-        } else {
-            state.recovers.load(Ordering::Relaxed)
-        },
+        catch_up: recovery_lag.is_some(),
         avg_trans_delay_us: (votes.count > 0).then_some(votes.mean_us as i64),
         last_status_change: Some(state.last_change_us.load(Ordering::Relaxed))
             .filter(|at| *at != 0),
@@ -319,5 +326,7 @@ fn node_row(node: NodeId) -> NodeStateRow {
         connectivity_mask: (heard > 0 && !is_self)
             .then(|| i64::from(all & !state.connectivity.load(Ordering::Relaxed))),
         heartbeats: heard as i64,
+        recovery_lag: recovery_lag.map(u64::cast_signed),
+        confirmed: Some(confirmed.cast_signed()).filter(|lsn| *lsn != 0),
     }
 }

@@ -52,6 +52,10 @@ pub struct NodeStateRow {
     pub connectivity_mask: Option<i64>,
     /// Heartbeats received from it.
     pub heartbeats: i64,
+    /// Bytes of WAL that it has still to replay; missing while it does not recover.
+    pub recovery_lag: Option<i64>,
+    /// Position in this node's WAL up to which it holds that durably; missing before its first heartbeat and for this node.
+    pub confirmed: Option<i64>,
 }
 
 /// One transaction between its PREPARE and its end on all nodes.
@@ -102,11 +106,13 @@ pub struct CounterRow {
     pub transactions: i64,
 }
 
-/// The recovery of this node.
+/// The recovery of this node, or what a failed one has left.
 #[derive(Debug, Clone, Default)]
 pub struct RecoveryRow {
-    pub donor: i32,
-    pub began_at: i64,
+    /// Missing once it has failed.
+    pub donor: Option<i32>,
+    /// Missing when it failed before it began.
+    pub began_at: Option<i64>,
     /// Bytes of the donor's WAL.
     pub bytes_done: i64,
     pub bytes_left: i64,
@@ -114,6 +120,8 @@ pub struct RecoveryRow {
     /// Bytes in a second.
     pub rate: i64,
     pub retries: i64,
+    /// What could not be applied, of a node that has failed.
+    pub error: Option<String>,
 }
 
 /// How long one phase of this node's commits took.
@@ -161,7 +169,7 @@ pub trait Source: Sync {
     fn events(&self) -> Vec<EventRow>;
     fn counters(&self) -> Vec<CounterRow>;
     fn latencies(&self) -> Vec<LatencyRow>;
-    /// None while this node does not recover.
+    /// None while this node does not recover and has not failed to.
     fn recovery(&self) -> Option<RecoveryRow>;
     fn reset_latencies(&self);
     fn transaction_status(&self, gid: &str) -> TransactionStatus;
@@ -235,6 +243,8 @@ fn peer_states() -> TableIterator<
         name!(receiver_pid, Option<i32>),
         name!(connectivity_mask, Option<i64>),
         name!(n_heartbeats, i64),
+        name!(recovery_lag, Option<i64>),
+        name!(confirmed, Option<i64>),
     ),
 > {
     TableIterator::new(source().nodes().into_iter().map(|row| {
@@ -249,6 +259,8 @@ fn peer_states() -> TableIterator<
             row.receiver_pid,
             row.connectivity_mask,
             row.heartbeats,
+            row.recovery_lag,
+            row.confirmed,
         )
     }))
 }
@@ -366,24 +378,26 @@ fn latencies() -> TableIterator<
 fn recovery_progress() -> TableIterator<
     'static,
     (
-        name!(donor, i32),
+        name!(donor, Option<i32>),
         name!(began_at, Option<TimestampWithTimeZone>),
         name!(bytes_done, i64),
         name!(bytes_left, i64),
         name!(transactions, i64),
         name!(rate, i64),
         name!(retries, i64),
+        name!(error, Option<String>),
     ),
 > {
     TableIterator::new(source().recovery().into_iter().map(|row| {
         (
             row.donor,
-            timestamp(row.began_at),
+            row.began_at.and_then(timestamp),
             row.bytes_done,
             row.bytes_left,
             row.transactions,
             row.rate,
             row.retries,
+            row.error,
         )
     }))
 }

@@ -145,7 +145,7 @@ fn participant_dies_at_every_failpoint(installation: &Installation) -> Result<()
 /// Visits all points of a role (and of both) on a node.
 fn die_at_all(cluster: &mut Cluster, role: &str, node: usize) -> Result<()> {
     let mut dice = dice();
-    let mut ledger = Ledger::open(cluster)?;
+    let mut ledger = Ledger::open_among_failpoints(cluster)?;
     let started = Instant::now();
     let points: Vec<(String, String)> = failpoints(cluster)?
         .into_iter()
@@ -229,7 +229,7 @@ fn await_death(cluster: &mut Cluster, node: usize, disturbed: bool) -> Result<()
 fn resolver_dies_at_every_failpoint(installation: &Installation) -> Result<()> {
     with_quick_cluster(installation, |cluster| {
         let mut dice = dice();
-        let mut ledger = Ledger::open(cluster)?;
+        let mut ledger = Ledger::open_among_failpoints(cluster)?;
         for _ in 0..rounds() {
             for name in chosen(RESOLVING.to_vec(), &mut dice, 2) {
                 die_while_resolving(cluster, &mut ledger, &mut dice, name)
@@ -285,7 +285,7 @@ fn lose_coordinator(cluster: &mut Cluster, name: &str) -> Result<bool> {
 fn node_dies_at_every_failpoint_of_its_start(installation: &Installation) -> Result<()> {
     with_quick_cluster(installation, |cluster| {
         let mut dice = dice();
-        let mut ledger = Ledger::open(cluster)?;
+        let mut ledger = Ledger::open_among_failpoints(cluster)?;
         let starting: Vec<(String, usize)> = failpoints(cluster)?
             .into_iter()
             .filter(|(_, role)| role == "start")
@@ -355,7 +355,7 @@ fn die_again(server: &mut Server, name: &str) -> Result<()> {
 fn errors_and_delays_at_every_failpoint_do_no_harm(installation: &Installation) -> Result<()> {
     with_quick_cluster(installation, |cluster| {
         let mut dice = dice();
-        let mut ledger = Ledger::open(cluster)?;
+        let mut ledger = Ledger::open_among_failpoints(cluster)?;
         let points = chosen(failpoints(cluster)?.into_keys().collect(), &mut dice, 20);
         let load = ledger.load(cluster, &[0, 0, 1, 1, 2, 2], &mut dice);
         let outcome = points.iter().try_for_each(|name| -> Result<()> {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use multimaster_tests::{OwnCase, Session, cases, with_cluster};
 use postgres::{Client, NoTls};
 use xtask::cluster::{Cluster, wait_for};
@@ -28,6 +28,8 @@ pub fn cases() -> Vec<OwnCase> {
 pub const PATIENCE: Duration = Duration::from_secs(60);
 /// Load before and after the loss.
 pub const LOAD: Duration = Duration::from_secs(2);
+/// For how long a node that returns may hold up the others.
+const PAUSE_MAX: Duration = Duration::from_millis(500);
 /// Nodes (from 0) that are lost first and second.
 pub const LOST: usize = 2;
 const LOST_TOO: usize = 1;
@@ -272,6 +274,13 @@ fn a_node_returns_while_the_load_goes_on(installation: &Installation) -> Result<
             absence().as_secs(),
             took.as_millis()
         );
+        if Size::chosen() != Size::Ci {
+            let longest = gaps.into_iter().max().unwrap_or_default();
+            ensure!(
+                longest < 5 * PAUSE_MAX.as_millis(),
+                "the others paused for {longest} ms"
+            );
+        }
         check_rows(cluster, &commits)
     })
 }
@@ -327,8 +336,10 @@ fn a_restarted_node_asks_nothing_of_a_lost_one(installation: &Installation) -> R
     })
 }
 
-/// Node 3 applies nothing of client 77 before this file is in its data directory.
+/// Node 3 applies nothing of client 77 before this file is in its data directory, and of client 78 not more than 20 rows a second.
 const GO: &str = "go_on";
+/// Transactions of client 78: they last for longer than the rate is measured over.
+const SLOW: usize = 50;
 
 /// What a recovering node must not confirm yet does not keep another one from stopping.
 fn a_node_stops_while_another_recovers(installation: &Installation) -> Result<()> {
@@ -339,19 +350,20 @@ fn a_node_stops_while_another_recovers(installation: &Installation) -> Result<()
             "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
              WHILE (SELECT my_node_id FROM mtm.status()) = 3 AND pg_stat_file('{GO}', true) IS NULL LOOP PERFORM pg_sleep(0.05); END LOOP; \
              RETURN new; END $$; \
+             CREATE FUNCTION pause() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+             IF (SELECT my_node_id FROM mtm.status()) = 3 THEN PERFORM pg_sleep(0.05); END IF; RETURN new; END $$; \
              CREATE TRIGGER wait BEFORE INSERT ON line FOR EACH ROW WHEN (new.client = 77) EXECUTE FUNCTION wait(); \
-             ALTER TABLE line ENABLE ALWAYS TRIGGER wait"
+             CREATE TRIGGER pause BEFORE INSERT ON line FOR EACH ROW WHEN (new.client = 78) EXECUTE FUNCTION pause(); \
+             ALTER TABLE line ENABLE ALWAYS TRIGGER wait; ALTER TABLE line ENABLE ALWAYS TRIGGER pause"
         ))?;
         cluster.nodes[LOST].kill()?;
         wait_for("a commit without the lost node", PATIENCE, || {
             let mut session = Session::new(cluster.connect(0)?);
-            Ok(session.run("INSERT INTO line VALUES (77, 0)").is_ok())
+            Ok(session.run("INSERT INTO line VALUES (79, 0)").is_ok())
         })?;
+        miss(&mut session)?;
         cluster.nodes[LOST].start()?;
-        wait_for("the lost node to recover", PATIENCE, || {
-            let mut lost = Session::new(cluster.connect(LOST)?);
-            Ok(lost.text("SELECT count(*) FROM mtm.recovery")? == "1")
-        })?;
+        watch_recovery(cluster)?;
         wait_for(
             "the lost node to read what the other one writes",
             PATIENCE,
@@ -365,11 +377,17 @@ fn a_node_stops_while_another_recovers(installation: &Installation) -> Result<()
         let mut lost = Session::new(cluster.connect(LOST)?);
         let status = lost.text("SELECT status FROM mtm.status()")?;
         ensure!(status != "online", "the lost node did not wait");
+        let left: i64 = lost.text("SELECT bytes_left FROM mtm.recovery")?.parse()?;
+        ensure!(
+            left > 0,
+            "{left} bytes are left in front of what is held up"
+        );
         std::fs::write(cluster.nodes[LOST].data_dir().join(GO), "")?;
         cluster.nodes[LOST_TOO].start()?;
         for node in 0..3 {
             await_online(cluster, node)?;
         }
+        check_told_positions(cluster)?;
         check_rows(cluster, &[])
     })
 }
@@ -408,4 +426,49 @@ fn a_node_stops_while_another_hangs(installation: &Installation) -> Result<()> {
         (0..3).try_for_each(|node| await_online(cluster, node))?;
         check_rows(cluster, &[])
     })
+}
+
+/// What the lost node misses: rows that it applies slowly, one that it waits at, and more behind that.
+fn miss(session: &mut Session) -> Result<()> {
+    for row in 0..SLOW {
+        session.run(&format!("INSERT INTO line VALUES (78, {row})"))?;
+    }
+    session.run("INSERT INTO line VALUES (77, 0)")?;
+    session.run("INSERT INTO line SELECT 79, n FROM generate_series(1, 1000) n")
+}
+
+/// The lost node says how far it is, itself and in its heartbeats.
+fn watch_recovery(cluster: &Cluster) -> Result<()> {
+    let mut other = Session::new(cluster.connect(0)?);
+    let mut said = String::new();
+    let seen = wait_for("the lost node to say how far it is", PATIENCE, || {
+        let mut lost = Session::new(cluster.connect(LOST)?);
+        said = lost.text(
+            "SELECT status, bytes_left, transactions, rate, estimate, retries FROM mtm.recovery",
+        )?;
+        let sql = "SELECT count(*) FROM mtm.recovery WHERE bytes_left > 0 AND transactions > 0 AND rate > 0 \
+                   AND estimate > interval '0' AND retries = 0 AND error IS NULL";
+        Ok(lost.text(sql)? == "1")
+    });
+    seen.with_context(|| format!("mtm.recovery says {said:?}"))?;
+    println!("  status, bytes left, transactions, rate, estimate, retries: {said}");
+    wait_for("another node to hear how far it is", PATIENCE, || {
+        let sql = "SELECT n.recovery_lag > 0 AND s.catch_up FROM mtm.nodes() n JOIN mtm.get_nodes_state() s USING (id) WHERE id = 3";
+        Ok(other.text(sql)? == "t")
+    })
+}
+
+/// Every node has heard from every other one that it holds its WAL up to here; and nobody recovers.
+fn check_told_positions(cluster: &Cluster) -> Result<()> {
+    for node in 0..cluster.nodes.len() {
+        let mut session = Session::new(cluster.connect(node)?);
+        let here = session.text("SELECT pg_current_wal_flush_lsn()")?;
+        let sql = format!(
+            "SELECT string_agg(id::text, ' ') FROM mtm.nodes() WHERE NOT is_self AND (confirmed_lsn IS NULL OR confirmed_lsn < '{here}' OR recovery_lag IS NOT NULL)"
+        );
+        wait_for("every node to say how far it is", PATIENCE, || {
+            Ok(session.text(&sql)?.is_empty())
+        })?;
+    }
+    Ok(())
 }

@@ -146,7 +146,7 @@ fn donor(cluster: &Cluster) -> Result<usize> {
     Ok(node.with_context(|| format!("recovers {reason:?}"))? - 1)
 }
 
-const SEND: &str = "multimaster.heartbeat_send_timeout";
+pub const SEND: &str = "multimaster.heartbeat_send_timeout";
 const RECV: &str = "multimaster.heartbeat_recv_timeout";
 
 /// Events of a node, as `event|node|reason` a line.
@@ -191,6 +191,36 @@ fn changed_heartbeat_settings_hold_and_are_compared(installation: &Installation)
         cluster.nodes[LOST].thaw()?;
         noticed?;
         (0..3).try_for_each(|node| await_online(cluster, node))?;
+        slow_heartbeats_are_fewer(cluster)?;
         xtask::checks::whole(cluster, PATIENCE)
     })
+}
+
+/// How long heartbeats are counted.
+const COUNTED_FOR: Duration = Duration::from_secs(4);
+
+/// One node speaks a seventh as often as the others, but for what it says besides: a third node hears so.
+fn slow_heartbeats_are_fewer(cluster: &Cluster) -> Result<()> {
+    for (node, send) in [(0, "700"), (1, "100"), (2, "100")] {
+        configure(cluster, node, &[(SEND, send), (RECV, "3000")])?;
+    }
+    for node in [1, 2] {
+        await_event(cluster, node, "node 1 has heartbeat_send_timeout 700")?;
+    }
+    let mut heard = Session::new(cluster.connect(1)?);
+    let mut count = || {
+        let sql = "SELECT n_heartbeats FROM mtm.get_nodes_state() WHERE id <> 2 ORDER BY id";
+        let counts = heard.query(sql, &[])?;
+        anyhow::Ok([counts[0].get::<_, i64>(0), counts[1].get(0)])
+    };
+    let before = count()?;
+    std::thread::sleep(COUNTED_FOR);
+    let after = count()?;
+    let [slow, quick] = [after[0] - before[0], after[1] - before[1]];
+    println!("  {slow} heartbeats of the slow node, {quick} of the other one");
+    ensure!(
+        slow > 0 && 2 * slow < quick,
+        "{slow} heartbeats every 700 ms, {quick} every 100 ms"
+    );
+    Ok(())
 }

@@ -101,7 +101,7 @@ fn points_of_five() -> usize {
 fn two_of_five_nodes_die_at_any_moment(installation: &Installation) -> Result<()> {
     with_quick_nodes(installation, FIVE.len(), |cluster| {
         let mut dice = dice();
-        let mut ledger = Ledger::open(cluster)?;
+        let mut ledger = Ledger::open_among_failpoints(cluster)?;
         Session::new(cluster.connect(0)?).run("CREATE TABLE proof (node int)")?;
         let points = failpoints(cluster)?
             .into_iter()

@@ -70,7 +70,7 @@ impl Transaction {
 /// Clients at work.
 pub struct Lists {
     stop: Arc<AtomicBool>,
-    clients: Vec<JoinHandle<Vec<Transaction>>>,
+    clients: Vec<JoinHandle<Result<Vec<Transaction>>>>,
 }
 
 /// Makes the table of lists.
@@ -114,13 +114,13 @@ impl Lists {
     /// Stops the clients and returns what they did.
     ///
     /// # Errors
-    /// When one panicked.
+    /// When one panicked, or was told of an internal error at COMMIT.
     pub fn stop(self) -> Result<Vec<Transaction>> {
         self.stop.store(true, Ordering::Relaxed);
         let mut all = Vec::new();
         for client in self.clients {
             match client.join() {
-                Ok(done) => all.extend(done),
+                Ok(done) => all.extend(done?),
                 Err(_) => bail!("a client panicked"),
             }
         }
@@ -128,7 +128,12 @@ impl Lists {
     }
 }
 
-fn work(node: usize, conninfo: &str, stop: &AtomicBool, mut dice: Dice) -> Vec<Transaction> {
+fn work(
+    node: usize,
+    conninfo: &str,
+    stop: &AtomicBool,
+    mut dice: Dice,
+) -> Result<Vec<Transaction>> {
     let mut all = Vec::new();
     let mut session: Option<Client> = None;
     while !stop.load(Ordering::Relaxed) {
@@ -137,7 +142,7 @@ fn work(node: usize, conninfo: &str, stop: &AtomicBool, mut dice: Dice) -> Vec<T
             std::thread::sleep(REFUSED_PAUSE);
             continue;
         };
-        let done = run(node, open, &mut dice);
+        let done = run(node, open, &mut dice)?;
         if done.end != End::Committed {
             // Fails too when the connection is gone, which the next round sees.
             let _ = open.batch_execute("ROLLBACK");
@@ -145,10 +150,10 @@ fn work(node: usize, conninfo: &str, stop: &AtomicBool, mut dice: Dice) -> Vec<T
         }
         all.push(done);
     }
-    all
+    Ok(all)
 }
 
-fn run(node: usize, session: &mut Client, dice: &mut Dice) -> Transaction {
+fn run(node: usize, session: &mut Client, dice: &mut Dice) -> Result<Transaction> {
     let begun = Instant::now();
     let mut steps = Vec::new();
     let mut outcome = session.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ");
@@ -165,18 +170,20 @@ fn run(node: usize, session: &mut Client, dice: &mut Dice) -> Transaction {
             Ok(()) => End::Committed,
             Err(error) if error.as_db_error().is_some_and(ends_session) => End::Unknown,
             Err(error) => match error.code().map(|code| code.code()) {
-                None | Some("08007" | "XX000") => End::Unknown,
+                // Nothing here raises one on purpose.
+                Some("XX000") => bail!("COMMIT raised an internal error: {error:?}"),
+                None | Some("08007") => End::Unknown,
                 Some(_) => End::RolledBack,
             },
         },
     };
-    Transaction {
+    Ok(Transaction {
         node,
         steps,
         begun,
         ended: Instant::now(),
         end,
-    }
+    })
 }
 
 fn step(

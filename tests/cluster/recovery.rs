@@ -12,13 +12,16 @@ use xtask::suite::Size;
 use xtask::{checks, command};
 
 use crate::failover::{LOAD, Load, PATIENCE, await_online, check_rows, create};
+use crate::generations::SEND;
+use crate::stuck::set_on;
 
 pub fn cases() -> Vec<OwnCase> {
     cases![
         recovery_outruns_the_load,
         a_donor_dies_during_recovery,
         idle_transactions_delay_no_recovery,
-        what_cannot_be_replayed_stops_the_node
+        what_cannot_be_replayed_stops_the_node,
+        a_node_asks_in_when_it_lags_no_more_than_is_set
     ]
 }
 
@@ -83,7 +86,10 @@ fn watch(cluster: &Cluster) -> Result<Seen> {
     })
 }
 
-/// Prints how fast a node replays what others have produced with eight clients, without load and thus without a share of the processors for it.
+/// How many times as fast as eight clients produce a node has to replay, where it is measured for long enough to say so.
+const AT_LEAST_AS_FAST: f64 = 3.0;
+
+/// How fast a node replays what others have produced with eight clients. One comes after the other, so that both have the whole machine.
 fn recovery_outruns_the_load(installation: &Installation) -> Result<()> {
     with_cluster(installation, 3, |cluster| {
         command::capture(
@@ -106,6 +112,13 @@ fn recovery_outruns_the_load(installation: &Installation) -> Result<()> {
             seen.bytes / 1024,
             replayed / produced.tps.max(1.0)
         );
+        if Size::chosen() != Size::Ci {
+            ensure!(
+                replayed >= AT_LEAST_AS_FAST * produced.tps,
+                "{replayed:.0} a second were replayed of what was produced at {:.0}",
+                produced.tps
+            );
+        }
         let waited = Session::new(cluster.connect(AWAY)?).text(
             "SELECT lasted FROM mtm.events WHERE event = 'online' AND lasted IS NOT NULL ORDER BY happened_at DESC LIMIT 1",
         )?;
@@ -198,9 +211,16 @@ fn what_cannot_be_replayed_stops_the_node(installation: &Installation) -> Result
             generation(cluster)? == before,
             "the node became a member although it could not apply what it had missed"
         );
-        let error = Session::new(cluster.connect(AWAY)?).text("SELECT error FROM mtm.recovery")?;
-        ensure!(error.contains("once_pkey"), "the status says {error}");
+        let said = "SELECT retries, error FROM mtm.recovery";
+        let error = Session::new(cluster.connect(AWAY)?).text(said)?;
+        ensure!(
+            error.starts_with("5|") && error.contains("once_pkey"),
+            "the status says {error}"
+        );
         println!("  {error}");
+        push_out_events(cluster)?;
+        let later = Session::new(cluster.connect(AWAY)?).text(said)?;
+        ensure!(later == error, "later, the status says {later}");
         Session::new(cluster.connect(0)?).run("INSERT INTO once VALUES (8)")?;
         cluster.nodes[AWAY].stop()?;
         alone(cluster, "DELETE FROM once WHERE id = 7")?;
@@ -208,6 +228,20 @@ fn what_cannot_be_replayed_stops_the_node(installation: &Installation) -> Result
         await_online(cluster, AWAY)?;
         checks::whole(cluster, PATIENCE)
     })
+}
+
+/// So many events come that the oldest ones are gone, among them why the node has failed.
+fn push_out_events(cluster: &Cluster) -> Result<()> {
+    // Longer than the silence allowed: each reload is told as an event.
+    set_on(cluster, AWAY, SEND, "60s")?;
+    let mut session = Session::new(cluster.connect(AWAY)?);
+    wait_for("many events", PATIENCE, || {
+        session.run("SELECT pg_reload_conf(), pg_sleep(0.01) FROM generate_series(1, 10)")?;
+        let sql = "SELECT count(*) FROM mtm.events WHERE event = 'failed'";
+        Ok(session.text(sql)? == "0")
+    })?;
+    session.run(&format!("ALTER SYSTEM RESET {SEND}"))?;
+    session.run("SELECT pg_reload_conf()")
 }
 
 /// Runs a statement on the node while it is no part of the cluster: its server does not load the extension.
@@ -220,4 +254,88 @@ fn alone(cluster: &mut Cluster, sql: &str) -> Result<()> {
     Session::new(node.connect()?).run(sql)?;
     node.stop()?;
     std::fs::write(&conf, before).context("the configuration cannot be put back")
+}
+
+/// Makes node 3 wait at rows of table `gate` until a file of the row's name is in its data directory.
+const GATES: &str = "
+    CREATE TABLE gate (name text);
+    CREATE FUNCTION gate() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        WHILE (SELECT my_node_id FROM mtm.status()) = 3 AND pg_stat_file(new.name, true) IS NULL LOOP
+            PERFORM set_config('application_name', new.name, false), pg_sleep(0.02);
+        END LOOP; RETURN new; END $$;
+    CREATE TRIGGER gate BEFORE INSERT ON gate FOR EACH ROW EXECUTE FUNCTION gate();
+    ALTER TABLE gate ENABLE ALWAYS TRIGGER gate";
+/// Rows and transactions behind each gate, more than a kilobyte of WAL.
+const BEHIND: usize = 20;
+
+fn add_gate(session: &mut Session, name: &str) -> Result<()> {
+    session.run(&format!("INSERT INTO gate VALUES ('{name}')"))?;
+    (0..BEHIND).try_for_each(|row| session.run(&format!("INSERT INTO line VALUES (0, {row})")))
+}
+
+/// Waits until the recovery stands at a gate.
+fn await_gate(cluster: &Cluster, name: &str) -> Result<()> {
+    let sql = format!(
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = '{name}' AND backend_type = 'multimaster recovery'"
+    );
+    wait_for(
+        &format!("the recovery to stand at {name}"),
+        PATIENCE,
+        || Ok(Session::new(cluster.connect(AWAY)?).text(&sql)? == "1"),
+    )
+}
+
+fn open_gate(cluster: &Cluster, name: &str) -> Result<()> {
+    Ok(std::fs::write(
+        cluster.nodes[AWAY].data_dir().join(name),
+        "",
+    )?)
+}
+
+/// Behind everything that was there when it began, a node stays outside while it lags more than `multimaster.min_recovery_lag` allows, and asks in when that allows it.
+fn a_node_asks_in_when_it_lags_no_more_than_is_set(installation: &Installation) -> Result<()> {
+    let place = |cluster: &Cluster| {
+        let status =
+            Session::new(cluster.connect(AWAY)?).text("SELECT status FROM mtm.status()")?;
+        let members =
+            Session::new(cluster.connect(0)?).text("SELECT gen_members FROM mtm.status()")?;
+        anyhow::Ok((status, members))
+    };
+    with_cluster(installation, 3, |cluster| {
+        create(cluster)?;
+        let mut first = Session::new(cluster.connect(0)?);
+        first.run(GATES)?;
+        set_on(cluster, AWAY, "multimaster.min_recovery_lag", "0")?;
+        cluster.nodes[AWAY].kill()?;
+        wait_for("a commit without the node", PATIENCE, || {
+            Ok(first.run("INSERT INTO line VALUES (9, 0)").is_ok())
+        })?;
+        add_gate(&mut first, "before")?;
+        cluster.nodes[AWAY].start()?;
+        await_gate(cluster, "before")?;
+        for gate in ["little", "much"] {
+            add_gate(&mut first, gate)?;
+        }
+        open_gate(cluster, "before")?;
+        await_gate(cluster, "little")?;
+        // Long enough for it to be let in, if it had asked.
+        std::thread::sleep(Duration::from_secs(1));
+        let (status, members) = place(cluster)?;
+        ensure!(
+            (status.as_str(), members.as_str()) == ("catchup", "{1,2}"),
+            "with much left the node is {status}, the members are {members}"
+        );
+        set_on(cluster, AWAY, "multimaster.min_recovery_lag", "1GB")?;
+        open_gate(cluster, "little")?;
+        await_gate(cluster, "much")?;
+        let mut last = (String::new(), String::new());
+        let admitted = wait_for("the node to ask in", PATIENCE, || {
+            last = place(cluster)?;
+            Ok(last == ("recovery".to_owned(), "{1,2,3}".to_owned()))
+        });
+        open_gate(cluster, "much")?;
+        admitted.with_context(|| format!("{last:?}"))?;
+        await_online(cluster, AWAY)?;
+        checks::whole(cluster, PATIENCE)
+    })
 }

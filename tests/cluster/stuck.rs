@@ -143,6 +143,37 @@ fn a_node_that_leaves_says_so(installation: &Installation) -> Result<()> {
     })
 }
 
+/// `multimaster.max_recovery_lag` where it is exceeded, and the part of it that is nearly too much, bytes.
+const KEPT_MAX: u64 = 2 * 1024 * 1024;
+const NEARLY: u64 = KEPT_MAX / 100 * 86;
+
+/// Writes until the first node keeps nearly as much WAL for the lost one as it may: it says so, and keeps it.
+fn come_near_the_limit(cluster: &Cluster) -> Result<()> {
+    const KEPT: &str = "SELECT (pg_current_wal_flush_lsn() - restart_lsn)::bigint FROM pg_replication_slots \
+                         WHERE slot_name LIKE 'mtm%n3' AND NOT temporary";
+    let mut session = Session::new(cluster.connect(0)?);
+    let mut rows = 0;
+    let mut kept = 0;
+    while kept <= NEARLY {
+        ensure!(rows < 100_000, "{kept} bytes are kept for {rows} rows");
+        session.run("INSERT INTO line SELECT 8, n FROM generate_series(1, 500) n")?;
+        rows += 500;
+        kept = session.text(KEPT)?.parse()?;
+    }
+    wait_for("the event that the limit is near", PATIENCE, || {
+        let told =
+            session.text("SELECT reason FROM mtm.events WHERE event = 'lag' AND node_id = 3")?;
+        Ok(told.contains(&KEPT_MAX.to_string()))
+    })?;
+    let left = session.text(SLOT_OF_LOST)?;
+    let noted = session.text("SELECT count(*) FROM mtm.needs_copy")?;
+    ensure!(
+        (left.as_str(), noted.as_str()) == ("2", "0"),
+        "{left} slots and {noted} notes while {kept} bytes of {KEPT_MAX} are kept"
+    );
+    Ok(())
+}
+
 const SLOT_OF_LOST: &str =
     "SELECT count(*) FROM pg_replication_slots WHERE slot_name LIKE 'mtm%' AND NOT temporary";
 
@@ -163,12 +194,14 @@ fn await_status(cluster: &Cluster, node: usize, expected: &str) -> Result<()> {
 fn a_node_away_for_too_long_needs_a_copy(installation: &Installation) -> Result<()> {
     let mtm = extension::build_command_line(installation)?;
     with_cluster(installation, 3, |cluster| {
-        set_everywhere(cluster, "multimaster.max_recovery_lag", "1MB")?;
+        let limit = format!("{}kB", KEPT_MAX / 1024);
+        set_everywhere(cluster, "multimaster.max_recovery_lag", &limit)?;
         create(cluster)?;
         cluster.nodes[LOST].kill()?;
         await_members(cluster, "{1,2}")?;
+        come_near_the_limit(cluster)?;
         Session::new(cluster.connect(0)?)
-            .run("INSERT INTO line SELECT 9, n FROM generate_series(1, 50000) n")?;
+            .run("INSERT INTO line SELECT 9, n FROM generate_series(1, 120000) n")?;
         for node in 0..LOST {
             let mut session = Session::new(cluster.connect(node)?);
             wait_for("the slot to be dropped", PATIENCE, || {

@@ -17,7 +17,7 @@ mod status;
 
 pub use apply::{WorkerSlot, worker};
 pub use backend::{BackendSlot, outcome, stage};
-pub use cells::{GidCell, RefusalCell, StandingCell};
+pub use cells::{GidCell, RefusalCell, StandingCell, TextCell};
 pub use process::{ProcCell, my_backend_index, wake_proc};
 pub use recovery::RecoveryProgress;
 pub use replay::{Clearance, Replay};
@@ -73,11 +73,26 @@ pub struct NodeShared {
     /// The same, of the present connection.
     pub streamed: AtomicU64,
     pub connectivity: AtomicU32,
-    /// It replays what it has missed, as its last heartbeat said.
-    pub recovers: AtomicBool,
+    /// Up to where it holds this node's stream durably, as its last heartbeat said; 0 before that.
+    pub confirmed: AtomicU64,
+    /// Bytes of WAL that it has still to recover, as its last heartbeat said, plus one; 0 while it does not recover.
+    recovery_lag: AtomicU64,
     pub heartbeats: AtomicU64,
     /// Microseconds since 2000-01-01.
     pub last_change_us: AtomicI64,
+}
+
+impl NodeShared {
+    /// Bytes of WAL that the node has still to recover; none while it does not recover.
+    pub fn recovery_lag(&self) -> Option<u64> {
+        self.recovery_lag.load(Ordering::Relaxed).checked_sub(1)
+    }
+
+    /// Tokio thread only.
+    pub fn set_recovery_lag(&self, lag: Option<u64>) {
+        let stored = lag.map_or(0, |lag| lag.saturating_add(1));
+        self.recovery_lag.store(stored, Ordering::Relaxed);
+    }
 }
 
 /// Counters of outcomes, since the server started.

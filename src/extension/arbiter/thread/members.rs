@@ -104,10 +104,7 @@ impl Members {
     /// What heartbeats carry about a recovery.
     pub fn lag_extra(&self) -> Option<Extra> {
         shared().recovery_order()?;
-        let progress = &shared().recovery_progress;
-        let end = progress.end.load(Ordering::Relaxed);
-        let lag = end.saturating_sub(progress.applied.load(Ordering::Relaxed));
-        extras::put(extras::LAG, &lag)
+        extras::put(extras::LAG, &shared().recovery_progress.left())
     }
 
     /// Whether this node cannot recover any more.
@@ -310,9 +307,12 @@ impl Arbiter {
         if let Some(bits) = extras::get(heartbeat, extras::NEEDS_COPY) {
             self.hear_of_copies(from, NodeSet::from_bits(bits));
         }
-        let recovers = extras::get::<u64>(heartbeat, extras::LAG).is_some();
         let node = shared().node(from);
-        node.recovers.store(recovers, Ordering::Relaxed);
+        node.set_recovery_lag(extras::get(heartbeat, extras::LAG));
+        let ours = heartbeat.received.iter().find(|(of, _)| *of == self.node);
+        if let Some((_, lsn)) = ours {
+            node.confirmed.store(lsn.0, Ordering::Relaxed);
+        }
         if let Some(presence) = heartbeat.presence() {
             if presence.leaving {
                 self.leases.released_by(from);
@@ -348,6 +348,8 @@ impl Arbiter {
             return;
         }
         self.members.failed = true;
+        // Before the status that makes others look for it.
+        shared().recovery_progress.error.set(reason);
         self.note(self.node, EventKind::Failed, reason, None);
         recover_from(None);
         self.member_input(MembershipInput::Leave);

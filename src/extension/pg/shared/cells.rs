@@ -4,7 +4,7 @@ use super::EVENT_BYTES;
 use protocol::membership::{Phase, Standing};
 use protocol::{Generation, GenerationNum, Gid, NodeId, NodeSet, Refusal};
 use std::cell::UnsafeCell;
-use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 /// A gid that one process writes and others read.
 #[repr(C)]
@@ -148,5 +148,43 @@ impl RefusalCell {
         let (refusal, _) =
             bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok()?;
         Some(refusal)
+    }
+}
+
+/// Longest text of a [`TextCell`], bytes.
+const TEXT_BYTES: usize = EVENT_BYTES;
+
+/// A text that one party writes and others read; empty in zeroed memory.
+#[repr(C)]
+pub struct TextCell {
+    /// Odd while it is being written.
+    version: AtomicU32,
+    length: AtomicU32,
+    bytes: [AtomicU8; TEXT_BYTES],
+}
+
+impl TextCell {
+    /// Stores a text; what is too long is cut at a character boundary. One thread only.
+    pub fn set(&self, text: &str) {
+        let length = text.floor_char_boundary(TEXT_BYTES);
+        self.version.fetch_add(1, Ordering::AcqRel);
+        for (cell, byte) in self.bytes.iter().zip(text[..length].bytes()) {
+            cell.store(byte, Ordering::Relaxed);
+        }
+        self.length.store(length as u32, Ordering::Relaxed);
+        self.version.fetch_add(1, Ordering::Release);
+    }
+
+    /// The text, or nothing when there is none or it is being changed at this moment.
+    pub fn get(&self) -> Option<String> {
+        let before = self.version.load(Ordering::Acquire);
+        let length = self.length.load(Ordering::Relaxed) as usize;
+        let bytes = self.bytes.iter().take(length);
+        let bytes = bytes.map(|cell| cell.load(Ordering::Relaxed)).collect();
+        std::sync::atomic::fence(Ordering::Acquire);
+        let whole = before.is_multiple_of(2) && before == self.version.load(Ordering::Relaxed);
+        String::from_utf8(bytes)
+            .ok()
+            .filter(|text| whole && !text.is_empty())
     }
 }

@@ -1,8 +1,9 @@
 //! How far a recovery is, for who watches it.
 
+use super::TextCell;
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
 
-/// Written by the recovery process, read by views.
+/// Written by the recovery process, read by views. What it leaves behind stays: a node that has failed shows it.
 #[repr(C)]
 pub struct RecoveryProgress {
     /// Node that is recovered from; 0 while none is.
@@ -20,6 +21,8 @@ pub struct RecoveryProgress {
     pub rate: AtomicU64,
     /// How often a transaction could not be applied and was tried again.
     pub retries: AtomicU64,
+    /// What could not be applied, on a node that has failed. Written by the arbiter's thread: events of later days must not push it out.
+    pub error: TextCell,
 }
 
 impl RecoveryProgress {
