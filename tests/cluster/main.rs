@@ -5,6 +5,7 @@
 use std::process::ExitCode;
 
 mod absence;
+mod bad_copies;
 mod bulk;
 mod clients;
 mod clone;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         large::cases(),
         failover::cases(),
         clone::cases(),
+        bad_copies::cases(),
         operations::cases(),
         recovery::cases(),
         minority::cases(),
