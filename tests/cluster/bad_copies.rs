@@ -1,6 +1,7 @@
 //! What an operator, a network or a full disk makes of `mtm clone`: it says what is wrong, leaves nothing behind that hurts, and can be run again.
 
 use std::fs::{self, File, Permissions};
+use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,8 @@ pub fn cases() -> Vec<OwnCase> {
 const LOST: usize = 2;
 const DONOR: usize = 0;
 const OTHERS: [usize; 2] = [0, 1];
+/// An address that nobody else uses.
+const ELSEWHERE: &str = "127.0.0.77";
 /// The programs that a run uses.
 const PROGRAMS: [&str; 4] = ["psql", "postgres", "pg_basebackup", "pg_resetwal"];
 
@@ -375,13 +378,18 @@ impl OldServer {
         let log = data.with_extension("log");
         let output = File::create(&log)?;
         let node = &cluster.nodes[LOST];
+        let port = TcpListener::bind((ELSEWHERE, 0))?.local_addr()?.port();
         let mut postgres = host::server_command(node.program("postgres"))?;
         postgres
             .arg("-D")
             .arg(data)
-            // Nobody else uses this address.
-            .args(["-c", "listen_addresses=127.0.0.77"])
-            .args(["-c", "multimaster.arbiter_listen_addresses=127.0.0.77"]);
+            .args(["-c", &format!("listen_addresses={ELSEWHERE}")])
+            .args([
+                "-c",
+                &format!("multimaster.arbiter_listen_addresses={ELSEWHERE}"),
+            ])
+            // The copy's arbiter listens on all addresses.
+            .args(["-c", &format!("multimaster.arbiter_port={port}")]);
         let process = postgres
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
