@@ -130,7 +130,7 @@ fn a_donor_dies_during_recovery(installation: &Installation) -> Result<()> {
         cluster.nodes[4].start()?;
         wait_for("a recovery", PATIENCE, || {
             let log = cluster.nodes[4].log_text();
-            Ok(log.contains("failpoint RecoveryApplies: held"))
+            Ok(log.contains("failpoint recovery-applies: held"))
         })?;
         let mut session = Session::new(cluster.connect(4)?);
         let donor = session.text("SELECT donor FROM mtm.recovery")?;

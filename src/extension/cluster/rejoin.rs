@@ -6,8 +6,8 @@ use crate::pg::process;
 use crate::pg::report::{self, ErrorReport};
 use crate::pg::shared::{NodeStatus, shared};
 
-/// How long the arbiter may take to end, and how often it is looked.
-const LOOKS: u32 = 1000;
+/// How often it is looked whether the arbiter has ended, and after how many milliseconds; short enough to do without a look for interrupts.
+const LOOKS: u32 = 300;
 const LOOK_MS: u64 = 10;
 
 /// What an operator has to type on this machine; the first other node stands for any of them. Without the extension's own names in the search path.
@@ -58,7 +58,6 @@ fn try_again() {
             return;
         }
         process::pause_ms(LOOK_MS);
-        process::check_interrupts();
     }
 }
 
