@@ -129,8 +129,13 @@ CREATE FUNCTION mtm.begin_copy(node_id integer) RETURNS bigint
     AS 'MODULE_PATHNAME', 'begin_copy_wrapper';
 COMMENT ON FUNCTION mtm.begin_copy(integer) IS 'internal: a lost node is going to be replaced by a copy; returns the number of the copy';
 
+CREATE FUNCTION mtm.rejoin() RETURNS text
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'rejoin_wrapper';
+COMMENT ON FUNCTION mtm.rejoin() IS 'make a node that has stopped as failed try again, once the cause is mended; on one that needs a copy, say how';
+
 REVOKE ALL ON FUNCTION
-    mtm.init_cluster(text, text[]), mtm.node_identify(text), mtm.wake_arbiter(), mtm.copy_state(integer), mtm.begin_copy(integer)
+    mtm.init_cluster(text, text[]), mtm.node_identify(text), mtm.wake_arbiter(), mtm.copy_state(integer), mtm.begin_copy(integer), mtm.rejoin()
     FROM PUBLIC;
 
 -- Watching it.

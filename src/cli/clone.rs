@@ -20,7 +20,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::CloneOptions;
 use crate::nodes::{Nodes, Position};
 use crate::server::{Limits, Programs, replayed_to, values};
-use crate::session::column;
+use crate::session::{column, demand_replication};
 
 /// Room in the numbering of WAL between what others have seen of the lost node and what the copy writes, bytes: more than it can have written unseen.
 const WAL_GAP: u64 = 1 << 36;
@@ -29,11 +29,16 @@ const MARK_ROWS: i32 = 18;
 const EPOCH_ROW: i32 = 0;
 const MEMBERS_ROW: i32 = 17;
 /// Files of an installation that belong to the machine, not to the data.
-const CONFIGURATION: [&str; 4] = [
+const CONFIGURATION: [&str; 8] = [
     "postgresql.conf",
     "postgresql.auto.conf",
     "pg_hba.conf",
     "pg_ident.conf",
+    // Where PostgreSQL looks for certificates and keys unless told otherwise. Those of the node that was copied would say another name.
+    "server.crt",
+    "server.key",
+    "root.crt",
+    "root.crl",
 ];
 /// Files that say how the copied server was started or followed.
 const LEFT_OVER: [&str; 2] = ["standby.signal", "postmaster.opts"];
@@ -70,8 +75,39 @@ pub fn run(options: &CloneOptions) -> Result<()> {
     let position = nodes.position()?;
     let limits = limits(&mut nodes)?;
     programs.demand_release(limits.release)?;
-    let number = nodes.begin()?;
+    demand_replication(&programs, &options.from).context("the node to copy from")?;
     target.clear()?;
+    let number = nodes.begin()?;
+    copy(options, &programs, &target, &mut nodes, &Begun { position, limits, number })
+        .with_context(|| format!("node {} has not been replaced, run mtm clone again; until then the other nodes keep WAL for it, up to multimaster.max_recovery_lag", options.node))?;
+    say(&format!(
+        "node {} is ready: look at its postgresql.conf, then start its server",
+        options.node
+    ));
+    Ok(())
+}
+
+/// What the other nodes have said.
+struct Begun {
+    position: Position,
+    limits: Limits,
+    /// Number of the copy.
+    number: i64,
+}
+
+/// From the first slot on.
+fn copy(
+    options: &CloneOptions,
+    programs: &Programs,
+    target: &Target,
+    nodes: &mut Nodes,
+    begun: &Begun,
+) -> Result<()> {
+    let Begun {
+        position,
+        limits,
+        number,
+    } = begun;
     say("making slots");
     let begins = nodes.make_slots()?;
     say(&format!("copying node {}", nodes.donor));
@@ -93,23 +129,31 @@ pub fn run(options: &CloneOptions) -> Result<()> {
     }
     say("replaying what was written meanwhile");
     let list = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() AND gid LIKE 'mtm-%'";
-    let said = programs.single(&target.work, &limits, &[list.to_owned()])?;
+    let who = "SELECT node_id AS copied FROM mtm.cluster";
+    let said = programs.single(&target.work, limits, &[list.to_owned(), who.to_owned()])?;
+    let copied = values(&said, "copied");
+    ensure!(
+        copied == [nodes.donor.to_string()],
+        "the copy is one of node {}, not of node {}; --from has to lead to one node alone, and always",
+        copied.join(", "),
+        nodes.donor
+    );
     let replayed = replayed_to(&said).context("the server did not say how far it has replayed")?;
     say(&format!("making it node {}", options.node));
     let plan = Plan {
         node: options.node,
-        number,
+        number: *number,
         donor: nodes.donor,
         replayed,
-        position: &position,
+        position,
         begins: &begins,
     };
     programs.single(
         &target.work,
-        &limits,
+        limits,
         &plan.statements(&values(&said, "gid"))?,
     )?;
-    let segment = segment_after(&mut nodes, position.mark)?;
+    let segment = segment_after(nodes, position.mark)?;
     programs.run("pg_resetwal", |command| {
         command
             .arg(format!("--epoch={number}"))
@@ -119,12 +163,7 @@ pub fn run(options: &CloneOptions) -> Result<()> {
     if let Some(directory) = &options.config {
         take_configuration(directory, &target.work)?;
     }
-    target.done()?;
-    say(&format!(
-        "node {} is ready: look at its postgresql.conf, then start its server",
-        options.node
-    ));
-    Ok(())
+    target.done()
 }
 
 fn say(text: &str) {

@@ -38,13 +38,7 @@ impl Nodes {
     /// Connects to the donor, and from what it says to all nodes but the lost one.
     pub fn connect(programs: &Programs, from: &str, lost: i32) -> Result<Nodes> {
         let mut donor = Session::connect(programs, from).context("the node to copy from")?;
-        let rows = donor
-            .query("SELECT node_id, tag FROM mtm.cluster")
-            .context("the server to copy from does not say which node it is (a superuser of the cluster's database is needed)")?;
-        let row = rows
-            .first()
-            .context("the server to copy from belongs to no cluster")?;
-        let (donor_id, tag): (i32, String) = (column(row, 0)?, column(row, 1)?);
+        let (donor_id, tag) = identify(&mut donor).context("the server to copy from")?;
         let rows =
             donor.query("SELECT node_id, conninfo FROM mtm.cluster_nodes ORDER BY node_id")?;
         let known: Vec<(i32, String)> = rows
@@ -60,9 +54,17 @@ impl Nodes {
         let mut all = Vec::new();
         for (id, conninfo) in known.into_iter().filter(|(id, _)| *id != lost) {
             let conninfo = if id == donor_id { from } else { &conninfo };
-            let session = Session::connect(programs, conninfo).with_context(|| {
+            let mut session = Session::connect(programs, conninfo).with_context(|| {
                 format!("node {id} (all nodes but the lost one have to be there)")
             })?;
+            // Several hosts, a proxy or an address that was given to somebody else: each node has to speak for itself.
+            let found = identify(&mut session).with_context(|| format!("node {id}"))?;
+            ensure!(
+                found == (id, tag.clone()),
+                "the connection string of node {id} leads to node {} of cluster {}; it has to lead to node {id} of cluster {tag} alone, and always",
+                found.0,
+                found.1
+            );
             all.push(Node { id, session });
         }
         Ok(Nodes {
@@ -182,6 +184,17 @@ impl Node {
         ))?;
         column(&row, 0)
     }
+}
+
+/// Number and cluster of the node at the other end.
+fn identify(session: &mut Session) -> Result<(i32, String)> {
+    let rows = session
+        .query("SELECT node_id, tag FROM mtm.cluster")
+        .context(
+            "it does not say which node it is (a superuser of the cluster's database is needed)",
+        )?;
+    let row = rows.first().context("it belongs to no cluster")?;
+    Ok((column(row, 0)?, column(row, 1)?))
 }
 
 /// Bytes from hexadecimal digits.

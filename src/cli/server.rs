@@ -43,20 +43,22 @@ impl Programs {
         command
     }
 
-    /// The copy would be complete before `postgres` says that it is the wrong one.
+    /// The copy would be complete before the wrong one says so.
     pub fn demand_release(&self, wanted: u32) -> Result<()> {
-        let output = self
-            .command("postgres")
-            .arg("--version")
-            .output()
-            .with_context(|| format!("cannot run postgres of {}", self.bindir.display()))?;
-        let said = String::from_utf8_lossy(&output.stdout);
-        ensure!(
-            release(&said) == Some(wanted),
-            "the programs in {} are of another release: {}; the node to copy from has PostgreSQL {wanted} (--bindir)",
-            self.bindir.display(),
-            said.trim()
-        );
+        for name in ["postgres", "pg_basebackup", "pg_resetwal"] {
+            let output = self
+                .command(name)
+                .arg("--version")
+                .output()
+                .with_context(|| format!("cannot run {name} of {}", self.bindir.display()))?;
+            let said = String::from_utf8_lossy(&output.stdout);
+            ensure!(
+                release(&said) == Some(wanted),
+                "the programs in {} are of another release: {}; the node to copy from has PostgreSQL {wanted} (--bindir)",
+                self.bindir.display(),
+                said.trim()
+            );
+        }
         Ok(())
     }
 

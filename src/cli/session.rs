@@ -9,6 +9,8 @@ use crate::server::Programs;
 
 /// Seconds that an attempt to connect may take where the connection string does not say; the same as the nodes have with each other.
 const CONNECT_TIMEOUT: &str = "10";
+/// What a role or a database may be limited to: a slot waits for transactions that run, and a session is idle for as long as the copy takes.
+const TIMEOUTS: [&str; 3] = ["statement_timeout", "lock_timeout", "idle_session_timeout"];
 /// Between the columns of a row.
 const SEPARATOR: char = '\u{1f}';
 /// Printed when a statement has ended without error.
@@ -57,6 +59,9 @@ impl Session {
             output: BufReader::new(output),
         };
         session.query("SET client_min_messages = error")?;
+        for timeout in TIMEOUTS {
+            session.query(&format!("SET {timeout} = 0"))?;
+        }
         Ok(session)
     }
 
@@ -109,6 +114,43 @@ impl Drop for Session {
     }
 }
 
+/// Whether a base backup may be taken this way: superusers need nothing but a line of `pg_hba.conf` for connections for replication.
+///
+/// # Errors
+/// What the server says if not.
+pub fn demand_replication(programs: &Programs, conninfo: &str) -> Result<()> {
+    let output = programs
+        .command("psql")
+        .args(["--no-psqlrc", "--no-password", "--command=IDENTIFY_SYSTEM"])
+        .arg("--dbname")
+        .arg(for_replication(conninfo))
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run psql")?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    bail!(
+        "{}\nA base backup needs connections for replication: see pg_hba.conf and max_wal_senders there.",
+        plain(&said)
+    )
+}
+
+/// The same connection, for replication. A connection string is an address, or names with values, or the name of a database.
+fn for_replication(conninfo: &str) -> String {
+    let is_address = ["postgresql://", "postgres://"]
+        .iter()
+        .any(|scheme| conninfo.starts_with(scheme));
+    match (is_address, conninfo.contains('?'), conninfo.contains('=')) {
+        (true, true, _) => format!("{conninfo}&replication=true"),
+        (true, false, _) => format!("{conninfo}?replication=true"),
+        (false, _, true) => format!("{conninfo} replication=true"),
+        // Of this form pg_basebackup uses nothing, either.
+        (false, _, false) => "replication=true".to_owned(),
+    }
+}
+
 /// What the server said, without psql's words before it.
 fn plain(said: &str) -> &str {
     let said = said.trim();
@@ -142,6 +184,21 @@ mod tests {
             "connection to server failed"
         );
         assert_eq!(plain(""), "");
+    }
+
+    #[test]
+    fn every_form_of_a_connection_string_is_made_one_for_replication() {
+        for (conninfo, expected) in [
+            ("host=a dbname=b", "host=a dbname=b replication=true"),
+            ("postgresql://a/b", "postgresql://a/b?replication=true"),
+            (
+                "postgres://a/b?port=1",
+                "postgres://a/b?port=1&replication=true",
+            ),
+            ("b", "replication=true"),
+        ] {
+            assert_eq!(for_replication(conninfo), expected);
+        }
     }
 
     #[test]

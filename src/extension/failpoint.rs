@@ -125,6 +125,8 @@ points! {
     UserBeforeMark "user-before-mark" "user",
     UserBeforeFinish "user-before-finish" "user",
     UserAfterFinish "user-after-finish" "user",
+    // The recovery has a transaction that is not here, and applies it.
+    RecoveryApplies "recovery-applies" "rare",
     // The walsender.
     DecodePrepare "decode-prepare" "coordinator",
     DecodeOutcome "decode-outcome" "coordinator",

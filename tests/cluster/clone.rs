@@ -183,7 +183,7 @@ fn kill_at(cluster: &Cluster, mtm: &Path, step: &str) -> Result<()> {
 }
 
 /// The sessions of a run end with it, those that make a slot when they have made it.
-fn await_unlocked(cluster: &Cluster) -> Result<()> {
+pub fn await_unlocked(cluster: &Cluster) -> Result<()> {
     wait_for("the lock of the interrupted run", PATIENCE, || {
         for node in [0, 1] {
             let locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'";
@@ -277,7 +277,7 @@ pub fn succeed(output: &Output) -> Result<()> {
     Ok(())
 }
 
-fn fail_with(output: &Output, words: &str) -> Result<()> {
+pub fn fail_with(output: &Output, words: &str) -> Result<()> {
     let said = command::joined(output);
     ensure!(!output.status.success(), "mtm clone succeeded\n{said}");
     ensure!(said.contains(words), "it did not say {words:?}:\n{said}");
@@ -405,7 +405,7 @@ fn interrupt(cluster: &Cluster) -> Result<()> {
     host::give_to_server(&half)
 }
 
-fn await_members(cluster: &Cluster, members: &str) -> Result<()> {
+pub fn await_members(cluster: &Cluster, members: &str) -> Result<()> {
     wait_for(&format!("members {members}"), PATIENCE, || {
         let found =
             Session::new(cluster.connect(DONOR)?).text("SELECT gen_members FROM mtm.status()");

@@ -5,6 +5,7 @@
 use std::process::ExitCode;
 
 mod absence;
+mod bad_copies;
 mod bulk;
 mod clients;
 mod clone;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         failover::cases(),
         clone::cases(),
         old_copies::cases(),
+        bad_copies::cases(),
         operations::cases(),
         recovery::cases(),
         minority::cases(),

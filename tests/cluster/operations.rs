@@ -1,6 +1,6 @@
 //! The pages of `docs/operations.md`: each is brought about, its commands are run, and what they print must have the shape that the page shows.
 //!
-//! A block of a page holds lines `n1=> statement`, for psql on node 1, and `n3$ command`, for a shell on node 3, each followed by its output. Numbers may differ,
+//! A block of a page holds lines `n1=> statement`, for psql on node 1 (`r=>`: on the referee), and `n3$ command`, for a shell on node 3, each followed by its output. Numbers may differ,
 //! and so may names of transactions and clusters; everything else may not.
 
 use std::fs;
@@ -8,16 +8,23 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, bail, ensure};
 use multimaster_tests::{OwnCase, Session, cases, with_cluster};
-use xtask::cluster::{Cluster, wait_for};
+use xtask::cluster::{Cluster, member_settings, specs, wait_for};
 use xtask::installation::Installation;
+use xtask::server::settings;
 use xtask::{command, extension, host};
 
 use crate::failover::{PATIENCE, await_online};
 use crate::stuck::{SLOW_MS, set_everywhere};
 
 pub fn cases() -> Vec<OwnCase> {
-    cases![the_pages_of_operations_are_true]
+    cases![
+        the_pages_of_operations_are_true,
+        the_pages_of_operations_about_two_nodes_are_true
+    ]
 }
+
+/// Where the referee is (from 0), behind the two nodes.
+const REFEREE: usize = 2;
 
 /// How a page's state is brought about, before its blocks are run and after.
 struct Page {
@@ -79,6 +86,49 @@ fn the_pages_of_operations_are_true(installation: &Installation) -> Result<()> {
     })
 }
 
+/// Two nodes and, as the third server, the referee, which the page's first block makes one.
+fn the_pages_of_operations_about_two_nodes_are_true(installation: &Installation) -> Result<()> {
+    let text = fs::read_to_string(host::checkout().join("docs/operations.md"))?;
+    let blocks = blocks_of(&text, "Two nodes")?;
+    let [setup, alone] = blocks.as_slice() else {
+        bail!("the page shows {} blocks", blocks.len())
+    };
+    let mut specs = specs(3);
+    for spec in &mut specs[..REFEREE] {
+        spec.settings.extend(member_settings(2));
+    }
+    let mut cluster = Cluster::create(installation, &specs)?;
+    let outcome = two_nodes(&mut cluster, setup, alone);
+    outcome.map_err(|error| {
+        cluster.keep_logs();
+        anyhow::anyhow!("{error:#}\n{}", cluster.log_tails(25))
+    })
+}
+
+fn two_nodes(cluster: &mut Cluster, setup: &[Step], alone: &[Step]) -> Result<()> {
+    cluster.nodes[REFEREE].start()?;
+    run_block(cluster, setup)?;
+    let referee = cluster.nodes[REFEREE].conninfo();
+    let referee = referee.replace("user=postgres", "user=mtm");
+    for node in &mut cluster.nodes[..REFEREE] {
+        node.configure(&settings(&[("multimaster.referee_connstring", &referee)]))?;
+        node.start()?;
+    }
+    let [one, other] = [0, 1].map(|node| cluster.nodes[node].conninfo());
+    let mut first = Session::new(cluster.connect(0)?);
+    first.run("CREATE EXTENSION multimaster")?;
+    first.text(&format!(
+        "SELECT mtm.init_cluster('{one}', ARRAY['{other}'])"
+    ))?;
+    await_members(cluster, "{1,2}")?;
+    cluster.nodes[1].kill()?;
+    await_members(cluster, "{1}")?;
+    run_block(cluster, alone)?;
+    cluster.nodes[1].start()?;
+    await_online(cluster, 1)?;
+    await_members(cluster, "{1,2}")
+}
+
 /// A command of a page and what it prints.
 struct Step {
     node: usize,
@@ -115,11 +165,16 @@ fn steps_of(block: &str) -> Vec<Step> {
     steps
 }
 
-/// `n1=> ...` or `n1$ ...`.
+/// `n1=> ...`, `r=> ...` or `n1$ ...`.
 fn command_in(line: &str) -> Option<Step> {
-    let rest = line.strip_prefix('n')?;
-    let node = rest.chars().next()?.to_digit(10)? as usize - 1;
-    let rest = &rest[1..];
+    let (node, rest) = match line.strip_prefix('r') {
+        Some(rest) => (REFEREE, rest),
+        None => {
+            let rest = line.strip_prefix('n')?;
+            let node = rest.chars().next()?.to_digit(10)? as usize - 1;
+            (node, &rest[1..])
+        }
+    };
     let (shell, text) = match (rest.strip_prefix("=> "), rest.strip_prefix("$ ")) {
         (Some(text), _) => (false, text),
         (None, Some(text)) => (true, text),

@@ -9,8 +9,9 @@ use xtask::installation::Installation;
 use xtask::pgbench::Report;
 use xtask::server::settings;
 use xtask::suite::Size;
-use xtask::{checks, command};
+use xtask::{checks, command, host};
 
+use crate::crash::arm;
 use crate::failover::{LOAD, Load, PATIENCE, await_online, check_rows, create};
 use crate::generations::SEND;
 use crate::stuck::set_on;
@@ -21,7 +22,8 @@ pub fn cases() -> Vec<OwnCase> {
         a_donor_dies_during_recovery,
         idle_transactions_delay_no_recovery,
         what_cannot_be_replayed_stops_the_node,
-        a_node_asks_in_when_it_lags_no_more_than_is_set
+        a_node_asks_in_when_it_lags_no_more_than_is_set,
+        a_node_that_gave_up_tries_again_when_told,
     ]
 }
 
@@ -127,34 +129,48 @@ fn recovery_outruns_the_load(installation: &Installation) -> Result<()> {
     })
 }
 
-/// The donor is killed in the middle; the third node is enough to go on.
+/// The donor is killed when the first transaction has come from it and is not applied yet; others are enough to go on.
 fn a_donor_dies_during_recovery(installation: &Installation) -> Result<()> {
     with_cluster(installation, 5, |cluster| {
         create(cluster)?;
         let load = Load::start(cluster, &[2, 3]);
         cluster.nodes[4].kill()?;
-        std::thread::sleep(2 * LOAD);
+        std::thread::sleep(LOAD);
+        cluster.nodes[4].configure(&settings(&[(
+            "multimaster.failpoint",
+            "recovery-applies=hold",
+        )]))?;
         cluster.nodes[4].start()?;
-        let mut donor = None;
         wait_for("a recovery", PATIENCE, || {
-            let mut session = Session::new(cluster.connect(4)?);
-            let rows = session.query(
-                "SELECT donor FROM mtm.recovery WHERE donor IS NOT NULL",
-                &[],
-            )?;
-            donor = rows.first().map(|row| row.get::<_, i32>(0));
-            let online = session.text("SELECT status FROM mtm.status()")? == "online";
-            Ok(donor.is_some() || online)
+            let log = cluster.nodes[4].log_text();
+            Ok(log.contains("failpoint recovery-applies: held"))
         })?;
-        // Too late to see it when nothing was left to do.
-        let donor = donor.unwrap_or(1).unsigned_abs() as usize - 1;
-        cluster.nodes[donor].kill()?;
+        let mut session = Session::new(cluster.connect(4)?);
+        let donor = session.text("SELECT donor FROM mtm.recovery")?;
+        let dead = donor.parse::<usize>().context("no donor")? - 1;
+        cluster.nodes[dead].kill()?;
+        arm(&cluster.nodes[4], "")?;
         await_online(cluster, 4)?;
-        cluster.nodes[donor].start()?;
-        await_online(cluster, donor)?;
+        let donors = donors(cluster, 4)?;
+        println!("  it recovered from {donors:?}");
+        let lost = donors.iter().position(|one| *one == donor);
+        ensure!(
+            lost.is_some_and(|lost| donors[lost..].iter().any(|one| *one != donor)),
+            "node {donor} died while it was recovered from, and the donors were {donors:?}"
+        );
+        cluster.nodes[dead].start()?;
+        await_online(cluster, dead)?;
         let commits = load.stop()?;
         check_rows(cluster, &commits)
     })
+}
+
+/// Whom the node (from 0) says that it has recovered from, one after the other.
+fn donors(cluster: &Cluster, node: usize) -> Result<Vec<String>> {
+    let said = Session::new(cluster.connect(node)?).text(
+        "SELECT string_agg(substring(reason FROM '[0-9]+'), ' ' ORDER BY happened_at) FROM mtm.events WHERE event = 'recovers'",
+    )?;
+    Ok(said.split(' ').map(str::to_owned).collect())
 }
 
 /// Sessions that have written and wait, on the donor and elsewhere.
@@ -201,11 +217,7 @@ fn what_cannot_be_replayed_stops_the_node(installation: &Installation) -> Result
         };
         let before = generation(cluster)?;
         cluster.nodes[AWAY].start()?;
-        wait_for("the node to give up", PATIENCE, || {
-            let status =
-                Session::new(cluster.connect(AWAY)?).text("SELECT status FROM mtm.status()")?;
-            Ok(status == "failed")
-        })?;
+        await_failed(cluster)?;
         // A member that retries would be waited for.
         ensure!(
             generation(cluster)? == before,
@@ -242,6 +254,68 @@ fn push_out_events(cluster: &Cluster) -> Result<()> {
     })?;
     session.run(&format!("ALTER SYSTEM RESET {SEND}"))?;
     session.run("SELECT pg_reload_conf()")
+}
+
+/// What an index calls reads a file, which this node has no more: somebody puts it back, and says so, while the server runs.
+fn a_node_that_gave_up_tries_again_when_told(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 3, |cluster| {
+        for node in &cluster.nodes {
+            let file = node.data_dir().join(CAUSE);
+            std::fs::write(&file, "here")?;
+            host::give_to_server(&file)?;
+        }
+        let mut first = Session::new(cluster.connect(0)?);
+        first.run(&format!(
+            "CREATE FUNCTION needs_a_file(id int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS \
+             $$ BEGIN RETURN id + length(pg_catalog.pg_read_file('{CAUSE}')); END $$; \
+             CREATE TABLE indexed (id int); CREATE INDEX ON indexed (needs_a_file(id))"
+        ))?;
+        let said = first.text("SELECT mtm.rejoin()")?;
+        ensure!(
+            said == "this node is online: there is nothing to do",
+            "{said}"
+        );
+        cluster.nodes[AWAY].kill()?;
+        let file = cluster.nodes[AWAY].data_dir().join(CAUSE);
+        std::fs::remove_file(&file)?;
+        wait_for("a commit without the node", PATIENCE, || {
+            let written = cluster
+                .connect(0)
+                .and_then(|client| Session::new(client).run("INSERT INTO indexed VALUES (7)"));
+            Ok(written.is_ok())
+        })?;
+        cluster.nodes[AWAY].start()?;
+        for _ in 0..2 {
+            await_failed(cluster)?;
+            let mut away = Session::new(cluster.connect(AWAY)?);
+            let error = away.text("SELECT error FROM mtm.recovery")?;
+            ensure!(error.contains(CAUSE), "the error is {error}");
+            // The first time too early: the cause is still there.
+            let said = away.text("SELECT mtm.rejoin()")?;
+            ensure!(said.contains("recovers again"), "{said}");
+        }
+        await_failed(cluster)?;
+        std::fs::write(&file, "here")?;
+        host::give_to_server(&file)?;
+        let mut away = Session::new(cluster.connect(AWAY)?);
+        away.run("CREATE TEMPORARY TABLE still_the_same_session ()")?;
+        away.text("SELECT mtm.rejoin()")?;
+        await_online(cluster, AWAY)?;
+        away.run("SELECT FROM still_the_same_session")?;
+        let rows = away.text("SELECT count(*) FROM indexed WHERE needs_a_file(id) = 11")?;
+        ensure!(rows != "0", "the row has not come");
+        checks::whole(cluster, PATIENCE)
+    })
+}
+
+/// A file of a data directory.
+const CAUSE: &str = "something_needed";
+
+fn await_failed(cluster: &Cluster) -> Result<()> {
+    wait_for("the node to give up", PATIENCE, || {
+        let status = "SELECT status FROM mtm.status()";
+        Ok(Session::new(cluster.connect(AWAY)?).text(status)? == "failed")
+    })
 }
 
 /// Runs a statement on the node while it is no part of the cluster: its server does not load the extension.

@@ -220,6 +220,13 @@ fn a_node_away_for_too_long_needs_a_copy(installation: &Installation) -> Result<
             await_status(cluster, LOST, "needs_copy")?;
             std::thread::sleep(LOAD);
             await_status(cluster, LOST, "needs_copy")?;
+            let refused = Session::new(cluster.connect(LOST)?)
+                .refused_with("55000", "SELECT mtm.rejoin()")?;
+            let hint = refused.hint().unwrap_or_default();
+            ensure!(
+                hint.contains("mtm clone --node 3 --from"),
+                "it says {hint:?}"
+            );
             cluster.nodes[LOST].stop()?;
         }
         let mut first = Session::new(cluster.connect(0)?);

@@ -10,6 +10,7 @@ use crate::arbiter::event::{LocalEvent, submit};
 use crate::arbiter::{MARK_ROWS, number_in};
 use crate::cluster::{Identity, slot_name};
 use crate::decode;
+use crate::failpoint::{Failpoint, hit};
 use crate::guc;
 use crate::pg::apply_error::{ApplyFailure, attempt};
 use crate::pg::process::{self, SocketWait, Wait};
@@ -262,6 +263,7 @@ impl Recovery {
         if self.is_here(&head) {
             return Ok(());
         }
+        hit(Failpoint::RecoveryApplies);
         self.fence(self.generation_of(&head));
         let mut tries = 0;
         loop {

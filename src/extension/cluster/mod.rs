@@ -4,6 +4,7 @@
 //! - `init`: `mtm.init_cluster`. It works through connections only, one to every node including its own server, in the steps `member`
 //!   (connect), `facts` and `checks` (look, without changing anything), `setup` (write; undone everywhere if a node fails).
 //! - `copy`: what `mtm clone` asks of the nodes, and what a copy finds about itself.
+//! - `rejoin`: `mtm.rejoin`, for a node that has given up.
 //! - `identity`: what the arbiter reads when it starts.
 //!
 //! What happens in shared memory and on the arbiter's sockets is elsewhere.
@@ -18,6 +19,7 @@ pub mod identity;
 mod init;
 mod member;
 pub mod preflight;
+mod rejoin;
 mod setup;
 
 use std::sync::OnceLock;

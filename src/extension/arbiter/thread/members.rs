@@ -41,7 +41,7 @@ pub struct Members {
     asked: bool,
     /// The generation in which this node may prepare.
     opened: Option<GenerationNum>,
-    /// Recovery has given up, until the server is started again.
+    /// Recovery has given up, until this process is started anew: with the server, or by `mtm.rejoin`.
     failed: bool,
 }
 
