@@ -67,7 +67,7 @@ pub fn run(options: &CloneOptions) -> Result<()> {
     let mut nodes = Nodes::connect(&programs, &options.from, options.node)?;
     nodes.lock()?;
     say("looking at the other nodes");
-    let position = nodes.position()?;
+    nodes.position()?;
     let limits = limits(&mut nodes)?;
     programs.demand_release(limits.release)?;
     let number = nodes.begin()?;
@@ -86,8 +86,8 @@ pub fn run(options: &CloneOptions) -> Result<()> {
             command.arg("--tablespace-mapping").arg(mapping);
         }
     })?;
-    // Whoever the lost node was, it must not have come back meanwhile.
-    nodes.position()?;
+    // Whoever the lost node was, it must not be there. What it has said until now, should it have been back in between, counts as lost, too: the copy begins with what is true at this moment.
+    let position = nodes.position()?;
     for name in LEFT_OVER {
         let _ = fs::remove_file(target.work.join(name));
     }

@@ -172,12 +172,16 @@ impl Receiver {
             (marks, stored, generation, ended)
         });
         node.mark.store(stored.0, Ordering::Release);
+        let sections = Sections::new(generation);
+        // A copy of a node that has not been online yet lacks, of all that lies behind, what this stream does not show.
+        let mut fences = Fences::default();
+        fences.put(stored, sections.latest());
         Receiver {
             peer,
             node,
             marks,
             progress: Progress::new(stored),
-            fences: Fences::default(),
+            fences,
             stored,
             current: Current::None,
             streams: Streams::default(),
@@ -185,7 +189,7 @@ impl Receiver {
             ended,
             of_users: names_of_users(),
             recovered_to: shared().standing.get().recovered_to,
-            sections: Sections::new(generation),
+            sections,
             stored_at: Instant::now(),
             told_at: Instant::now(),
             looked_at: Instant::now(),
