@@ -72,13 +72,13 @@ pub fn run(options: &CloneOptions) -> Result<()> {
     let mut nodes = Nodes::connect(&programs, &options.from, options.node)?;
     nodes.lock()?;
     say("looking at the other nodes");
-    let position = nodes.position()?;
+    nodes.position()?;
     let limits = limits(&mut nodes)?;
     programs.demand_release(limits.release)?;
     demand_replication(&programs, &options.from).context("the node to copy from")?;
     target.clear()?;
     let number = nodes.begin()?;
-    copy(options, &programs, &target, &mut nodes, &Begun { position, limits, number })
+    copy(options, &programs, &target, &mut nodes, &Begun { limits, number })
         .with_context(|| format!("node {} has not been replaced, run mtm clone again; until then the other nodes keep WAL for it, up to multimaster.max_recovery_lag", options.node))?;
     say(&format!(
         "node {} is ready: look at its postgresql.conf, then start its server",
@@ -89,7 +89,6 @@ pub fn run(options: &CloneOptions) -> Result<()> {
 
 /// What the other nodes have said.
 struct Begun {
-    position: Position,
     limits: Limits,
     /// Number of the copy.
     number: i64,
@@ -103,11 +102,7 @@ fn copy(
     nodes: &mut Nodes,
     begun: &Begun,
 ) -> Result<()> {
-    let Begun {
-        position,
-        limits,
-        number,
-    } = begun;
+    let Begun { limits, number } = begun;
     say("making slots");
     let begins = nodes.make_slots()?;
     say(&format!("copying node {}", nodes.donor));
@@ -122,8 +117,8 @@ fn copy(
             command.arg("--tablespace-mapping").arg(mapping);
         }
     })?;
-    // Whoever the lost node was, it must not have come back meanwhile.
-    nodes.position()?;
+    // Whoever the lost node was, it must not be there. What it has said until now, should it have been back in between, counts as lost, too: the copy begins with what is true at this moment.
+    let position = nodes.position()?;
     for name in LEFT_OVER {
         let _ = fs::remove_file(target.work.join(name));
     }
@@ -145,7 +140,7 @@ fn copy(
         number: *number,
         donor: nodes.donor,
         replayed,
-        position,
+        position: &position,
         begins: &begins,
     };
     programs.single(

@@ -23,6 +23,7 @@ impl Core {
             out,
         };
         for txn in self.txns.values_mut() {
+            txn.conclude(&mut turn);
             txn.resolve_if_over(&mut turn);
             txn.resolve_orphan(&mut turn);
             txn.adopt(&mut turn);

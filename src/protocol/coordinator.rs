@@ -240,7 +240,8 @@ impl Txn {
             return;
         }
         own.precommits.insert(from);
-        let enough = own.proposed && turn.site.config.is_quorum(own.precommits);
+        let (proposed, precommits) = (own.proposed, own.precommits);
+        let enough = proposed && self.is_quorum(&turn.site.config, precommits);
         if enough && self.is_undecided() {
             self.decide(turn, Decision::Commit, Source::Central, None);
         }

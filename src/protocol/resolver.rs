@@ -56,6 +56,11 @@ impl Resolution {
         self.at = None;
         self.running = None;
     }
+
+    fn promised_by(&self) -> NodeSet {
+        let running = self.running.as_ref();
+        running.map_or(NodeSet::EMPTY, Resolver::promised_by)
+    }
 }
 
 /// One attempt.
@@ -204,11 +209,12 @@ impl Txn {
     pub fn choose(&mut self, turn: &mut Turn, overdue: bool) {
         let gid = self.gid();
         let config = &turn.site.config;
+        let promised_by = self.resolution.promised_by();
+        let enough = self.is_quorum(config, promised_by);
         let Some(resolver) = &mut self.resolution.running else {
             return;
         };
-        let promised_by = resolver.promised_by();
-        if resolver.proposal.is_some() || !config.is_quorum(promised_by) {
+        if resolver.proposal.is_some() || !enough {
             return;
         }
         let all_heard = turn.site.reachable().is_subset(promised_by);
@@ -258,8 +264,18 @@ impl Txn {
             return;
         }
         proposal.accepted_by.insert(from);
-        if turn.site.config.is_quorum(proposal.accepted_by) {
-            let decision: Decision = proposal.verdict.decision();
+        self.conclude(turn);
+    }
+
+    /// Decides when those who have accepted are enough; who goes on alone needs fewer than before.
+    pub fn conclude(&mut self, turn: &mut Turn) {
+        let resolver = self.resolution.running.as_ref();
+        let Some(proposal) = resolver.and_then(|resolver| resolver.proposal.as_ref()) else {
+            return;
+        };
+        let (verdict, accepted_by) = (proposal.verdict, proposal.accepted_by);
+        if self.is_quorum(&turn.site.config, accepted_by) {
+            let decision: Decision = verdict.decision();
             self.decide(turn, decision, Source::Resolver, None);
         }
     }

@@ -71,6 +71,12 @@ impl Core {
             Message::Finished { .. } if gid.coordinator == self.site.node() => {
                 out.send(from, Message::Forget { gid });
             }
+            // It has only promised, as an acceptor without a vote, and keeps that until the coordinator says this. All that the lost node coordinated had ended when it was copied.
+            Message::Query { .. }
+                if gid.coordinator == self.site.node() && !gid.members.contains(from) =>
+            {
+                out.send(from, Message::Forget { gid });
+            }
             _ => {}
         }
     }

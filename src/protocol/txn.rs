@@ -111,6 +111,15 @@ impl Txn {
         self.record.decision.is_some() && self.local != Local::Prepared
     }
 
+    /// Whether a decision, or the promises that precede one, need no more nodes than these.
+    ///
+    /// Of a transaction of which this node is the only member nobody else decides anything: strangers do not resolve. So it waits for nobody, also when the other one of two nodes has come
+    /// back since, perhaps as a copy that says nothing about that time.
+    pub fn is_quorum(&self, config: &Config, nodes: NodeSet) -> bool {
+        let alone = self.gid().members == NodeSet::EMPTY.with(config.node);
+        config.is_quorum(nodes) || alone && nodes.contains(config.node)
+    }
+
     /// The promise or verdict is about to be shown to others and must survive a crash first.
     pub fn persist(&mut self, turn: &mut Turn) {
         self.recorded = true;

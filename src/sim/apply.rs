@@ -11,6 +11,9 @@ impl World {
         if self.memory(origin).is_none() || self.memory(to).is_none() {
             return;
         }
+        if !self.reads_streams(origin) || !self.reads_streams(to) {
+            return;
+        }
         let confirmed = self
             .servers
             .get(&to)
@@ -141,7 +144,7 @@ impl World {
                 self.input(to, Input::StreamOutcome { gid, decision });
             }
             StreamItem::Prepare(gid) => self.on_prepare(to, gid, lsn, deps),
-            StreamItem::Marker(_) | StreamItem::Fence(_) => {}
+            StreamItem::Marker(_) | StreamItem::Fence(_) | StreamItem::Gap => {}
         }
     }
 
@@ -400,7 +403,7 @@ impl World {
 fn is_foreign(item: StreamItem, origin: NodeId) -> bool {
     match item {
         StreamItem::Prepare(gid) | StreamItem::Outcome(gid, _) => gid.coordinator != origin,
-        StreamItem::Marker(_) | StreamItem::Fence(_) => false,
+        StreamItem::Marker(_) | StreamItem::Fence(_) | StreamItem::Gap => false,
     }
 }
 

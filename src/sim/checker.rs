@@ -19,9 +19,10 @@
 //! | EXACTLY-ONCE | no transaction is applied twice |
 //! | TRUTH | what clients were told is what happened |
 
-use crate::members_checker::MembersChecker;
+use crate::members_checker::{MembersChecker, Rows};
 use std::collections::{BTreeMap, BTreeSet};
 
+use protocol::membership::MembershipRecord;
 use protocol::{Accept, Ballot, Decision, Gid, Message, NodeId, NodeSet, Record, Verdict, Vote};
 
 /// A broken invariant.
@@ -301,12 +302,29 @@ impl Checker {
         committed.map(|(gid, _)| *gid).collect()
     }
 
+    /// Another disk is in the node's server: what was lost may come again, and what the disk holds is there.
+    pub fn on_other_disk(
+        &mut self,
+        node: NodeId,
+        record: Option<MembershipRecord>,
+        finished: &BTreeMap<Gid, Decision>,
+        rows: Rows,
+    ) {
+        self.applied.retain(|(other, _)| *other != node);
+        let committed = finished
+            .iter()
+            .filter(|(_, decision)| **decision == Decision::Commit);
+        self.applied.extend(committed.map(|(gid, _)| (node, *gid)));
+        self.on_other_members(node, record, rows);
+    }
+
     /// I9: every quorum that may be left leads rule R* to commit.
     pub fn demand_commit_survives(&mut self, gid: Gid, evidence: &BTreeMap<NodeId, Evidence>) {
         let majority = self.configured.majority();
         for bits in 0..=self.configured.bits() {
             let quorum = NodeSet::from_bits(bits);
-            if quorum.is_subset(self.configured) && quorum.len() == majority {
+            let speaks = quorum.iter().all(|node| evidence.contains_key(&node));
+            if quorum.is_subset(self.configured) && quorum.len() == majority && speaks {
                 let led = leads_to_commit(gid.coordinator, gid.members, quorum, evidence);
                 self.demand(led, "I9", || {
                     format!("{gid} was answered as committed, {quorum} would abort: {evidence:?}")

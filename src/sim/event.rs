@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::clones::CloneStep;
 use crate::hazards::Hazard;
 use protocol::NodeSet;
 use protocol::membership::{MembershipInput, Presence, RefereeRequest};
@@ -92,6 +93,21 @@ pub(crate) enum Event {
     Restart {
         node: NodeId,
     },
+    DiskLost {
+        node: NodeId,
+    },
+    /// A copy of another node is made in place of a lost one.
+    Clone {
+        node: NodeId,
+        step: CloneStep,
+    },
+    /// An old disk of a node that was replaced is started.
+    OldDisk {
+        node: NodeId,
+    },
+    OldDiskEnds {
+        node: NodeId,
+    },
     /// The arbiter of a server that goes on.
     ArbiterEnds {
         node: NodeId,
@@ -135,7 +151,6 @@ pub(crate) enum Event {
         node: NodeId,
         life: u32,
         peer: NodeId,
-        link: u32,
     },
     /// Something for a node's membership.
     Members {

@@ -120,13 +120,13 @@ impl World {
     }
 
     pub fn restart(&mut self, node: NodeId) {
-        if self.memory(node).is_some() {
+        if self.memory(node).is_some() || !self.has_disk(node) {
             return;
         }
         let mut out = Effects::new();
         let now = self.now;
         let epoch = self.life(node) + 1;
-        let config = self.config(node, epoch);
+        let config = self.config_of_copy(node, self.config(node, epoch));
         let Some(server) = self.servers.get_mut(&node) else {
             return;
         };
@@ -183,16 +183,10 @@ impl World {
         let link = self.links.entry(pair(a, b)).or_default();
         let was_up = std::mem::take(&mut link.up);
         link.number += 1;
-        let link = link.number;
         for (node, peer) in [(a, b), (b, a)] {
             if was_up {
                 let life = self.life(node);
-                let event = Event::LinkDown {
-                    node,
-                    life,
-                    peer,
-                    link,
-                };
+                let event = Event::LinkDown { node, life, peer };
                 self.later(1, 19, event);
             }
         }
@@ -211,12 +205,9 @@ impl World {
     }
 
     /// The node notices a loss, unless a new link has come first: that tells it as much.
-    pub fn lose_link(&mut self, node: NodeId, peer: NodeId, link: u32) {
-        if self
-            .links
-            .get(&pair(node, peer))
-            .is_some_and(|current| current.number == link)
-        {
+    pub fn lose_link(&mut self, node: NodeId, peer: NodeId) {
+        let current = self.links.get(&pair(node, peer));
+        if current.is_some_and(|current| !current.up) {
             self.input(node, Input::LinkDown { peer });
             self.members(node, MembershipInput::LinkDown { peer });
         }
@@ -224,6 +215,7 @@ impl World {
 
     pub fn connect(&mut self, a: NodeId, b: NodeId) {
         let both_up = self.has_arbiter(a) && self.has_arbiter(b);
+        let both_up = both_up && self.is_listened_to(a) && self.is_listened_to(b);
         let link = self.links.entry(pair(a, b)).or_default();
         if link.up || !both_up {
             return;

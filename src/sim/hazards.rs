@@ -242,6 +242,10 @@ impl World {
             | Event::FindReferee { .. }
             | Event::Crash { .. }
             | Event::Restart { .. }
+            | Event::DiskLost { .. }
+            | Event::Clone { .. }
+            | Event::OldDisk { .. }
+            | Event::OldDiskEnds { .. }
             | Event::ArbiterEnds { .. }
             | Event::ArbiterStarts { .. }
             | Event::Cut { .. }

@@ -13,6 +13,7 @@ mod arbiter;
 mod change_model;
 mod changing;
 mod checker;
+mod clones;
 mod cluster;
 mod event;
 mod faults;
@@ -32,8 +33,10 @@ mod world;
 
 pub use change_model::{ChangeScope, search_changes};
 pub use checker::Violation;
+pub use clones::CloneFault;
 pub use storm::{Report, SeedFailure, Summary, run_seed, run_seed_with, run_seeds, trace_seed};
 pub use storm::{run_beside_seed, trace_beside_seed};
 pub use storm::{run_changing_seed, run_harsh_seed, trace_changing_seed, trace_harsh_seed};
+pub use storm::{run_cloning_seed, trace_cloning_seed};
 pub use storm::{run_harsh_refereed_seed, run_refereed_seed, trace_refereed_seed};
 pub use users::{UsersFault, run_users_seed};

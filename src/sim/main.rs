@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use sim::model::{Findings, Scope, search};
 use sim::{ChangeScope, search_changes};
 
-const USAGE: &str = "usage: sim seeds <nodes> <first> <last> | sim trace <nodes> <seed> | sim members <nodes> <first> <last> | sim trace-members <nodes> <seed> | sim beside <nodes> <first> <last> | sim trace-beside <nodes> <seed> | sim users <first> <last> | sim quick | sim model [<steps>]";
+const USAGE: &str = "usage: sim seeds <nodes> <first> <last> | sim trace <nodes> <seed> | sim members <nodes> <first> <last> | sim trace-members <nodes> <seed> | sim beside <nodes> <first> <last> | sim trace-beside <nodes> <seed> | sim clones <nodes> <first> <last> | sim trace-clones <nodes> <seed> | sim users <first> <last> | sim quick | sim model [<steps>]";
 
 /// Steps that a search takes when none are given: more than any scope has.
 const MODEL_STEPS: usize = 100_000_000;
@@ -36,6 +36,14 @@ fn main() -> ExitCode {
         }
         (Some("trace-beside"), Some([nodes, seed])) => {
             shown(sim::trace_beside_seed(*seed, *nodes as u8))
+        }
+        (Some("clones"), Some([nodes, first, last])) => {
+            storms(*nodes as u8, *first..*last, "clones", &|seed, nodes| {
+                sim::run_cloning_seed(seed, nodes, None)
+            })
+        }
+        (Some("trace-clones"), Some([nodes, seed])) => {
+            shown(sim::trace_cloning_seed(*seed, *nodes as u8))
         }
         (Some("referee"), Some([first, last])) => refereed(*first, *last),
         (Some("trace-referee"), Some([seed])) => shown(sim::trace_refereed_seed(*seed)),

@@ -19,6 +19,9 @@ use protocol::{GenerationNum, Gid, NodeId};
 
 use crate::checker::Checker;
 
+/// Commits of each row in the order in which a node has made them.
+pub(crate) type Rows = BTreeMap<u32, Vec<Gid>>;
+
 /// What the checker has seen of members.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct MembersChecker {
@@ -144,6 +147,33 @@ impl Checker {
                 });
             }
         }
+    }
+
+    /// The node's rows, in the order of their commits.
+    pub fn rows_of(&self, node: NodeId) -> Rows {
+        let of_node = |((row, other), order): (&(u32, NodeId), &Vec<Gid>)| {
+            (*other == node).then(|| (*row, order.clone()))
+        };
+        self.members.rows.iter().filter_map(of_node).collect()
+    }
+
+    /// The same, when its disk is taken away.
+    pub fn take_rows(&mut self, node: NodeId) -> Rows {
+        let rows = self.rows_of(node);
+        self.members.rows.retain(|(_, other), _| *other != node);
+        rows
+    }
+
+    /// What another disk of the node says of members and rows.
+    pub fn on_other_members(&mut self, node: NodeId, record: Option<MembershipRecord>, rows: Rows) {
+        match record {
+            Some(record) => self.members.durable.insert(node, record),
+            None => self.members.durable.remove(&node),
+        };
+        self.members.seen.remove(&node);
+        self.members.rows.retain(|(_, other), _| *other != node);
+        let rows = rows.into_iter().map(|(row, order)| ((row, node), order));
+        self.members.rows.extend(rows);
     }
 
     /// A client has heard of this commit.

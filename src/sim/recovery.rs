@@ -69,6 +69,7 @@ impl World {
         };
         if let StreamItem::Outcome(gid, Decision::Commit) = item
             && self.is_missing(node, gid)
+            && self.is_decodable(from, node, gid)
         {
             if !self.apply_recovered(node, gid) {
                 return self.later(2, 10, event);

@@ -44,7 +44,8 @@ impl World {
         if self.referee.is_none() {
             return;
         }
-        if self.rng.permille(UNAWARE) {
+        // Who has lost the other one's disk needs it.
+        if self.rng.permille(UNAWARE) && !self.clones.are_planned() {
             let node = self.some_node();
             if let Some(host) = &mut self.referee {
                 host.unaware.insert(node);
@@ -79,11 +80,24 @@ impl World {
         if self.referee.is_none() {
             return;
         }
-        let away = self.rng.permille(500);
+        let away = self.rng.permille(500) && !self.clones.are_planned();
         let configured = self.configured;
         if let Some(host) = &mut self.referee {
             host.cut_off = if away { configured } else { NodeSet::EMPTY };
         }
+    }
+
+    /// Whether the other one of two nodes would be let go on without this one.
+    pub fn can_do_without(&self, node: NodeId) -> bool {
+        let Some(host) = &self.referee else {
+            return true;
+        };
+        let others = self.configured.without(node);
+        let holds_all = |other: NodeId| {
+            let record = self.servers.get(&other).and_then(|it| it.disk.members);
+            record.is_some_and(|record| record.online_in > host.row.num)
+        };
+        host.row.node != Some(node) || others.iter().all(holds_all)
     }
 
     /// Whether the node's settings name it.
@@ -103,6 +117,10 @@ impl World {
 
     /// The question arrives, even if the node is gone by now.
     pub fn on_asked(&mut self, node: NodeId, life: u32, request: RefereeRequest) {
+        // A grant for somebody who is gone for good would keep the other one out for good.
+        if self.clones.are_planned() && life != self.life(node) {
+            return;
+        }
         let any = self.members_fault == Some(MembershipFault::AnyGrant);
         let Some(host) = self.referee.as_mut() else {
             return;

@@ -20,6 +20,8 @@ pub(crate) enum StreamItem {
     Marker(GenerationNum),
     /// A recovering node: transactions of generations up to this one may follow.
     Fence(GenerationNum),
+    /// Nothing: the WAL of a copy begins behind that of the node that it replaces.
+    Gap,
 }
 
 /// Written to WAL, in order. Reaches the disk at the next flush, or not at all.
@@ -36,6 +38,16 @@ enum WalItem {
     },
 }
 
+/// Where a disk comes from that is a copy of another node's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Copied {
+    pub from: NodeId,
+    /// The generation in which it was made.
+    pub generation: GenerationNum,
+    /// A broken rule: marks move on before the copy has been online.
+    pub marks_move: bool,
+}
+
 /// What survives a crash.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Disk {
@@ -49,6 +61,7 @@ pub(crate) struct Disk {
     pub stream: Vec<StreamItem>,
     /// How much of it is flushed, and thus shown to others.
     pub flushed: usize,
+    pub copied: Option<Copied>,
 }
 
 impl Disk {
@@ -305,10 +318,21 @@ impl Server {
         let Some(memory) = &self.memory else {
             return stored;
         };
+        // Of the section in which a copy was made it does not hold all, whatever the ordinary stream shows.
+        let incomplete = self.disk.copied.is_some_and(|copied| !copied.marks_move)
+            && self
+                .disk
+                .members
+                .is_some_and(|record| record.online_in == GenerationNum(0));
+        if incomplete {
+            return stored;
+        }
         let received = memory.received.get(&origin).copied().unwrap_or_default();
         let mut mark = stored;
+        // An old disk of the origin may be in its place.
         while mark < received
-            && self.is_safe(origin, Lsn(mark.0 + 1), stream[mark.0 as usize], memory)
+            && let Some(item) = stream.get(mark.0 as usize)
+            && self.is_safe(origin, Lsn(mark.0 + 1), *item, memory)
         {
             mark = Lsn(mark.0 + 1);
         }

@@ -25,6 +25,10 @@ impl World {
             Event::Client { node } => self.begin(node),
             Event::Crash { node } => self.crash(node),
             Event::Restart { node } => self.restart(node),
+            Event::DiskLost { node } => self.lose_disk(node),
+            Event::Clone { node, step } => self.clone_step(node, step),
+            Event::OldDisk { node } => self.start_old_disk(node),
+            Event::OldDiskEnds { node } => self.old_disk_ends(node),
             Event::ArbiterEnds { node } => self.end_arbiter(node),
             Event::ArbiterStarts { node, life } if self.life(node) == life => {
                 self.start_arbiter(node);
@@ -84,7 +88,7 @@ impl World {
         match event {
             Event::Loop { msg, .. } => self.input(node, Input::Message { from: node, msg }),
             Event::Prepared { gid, lsn, .. } => self.tell_vote(node, gid, lsn, Vote::Yes),
-            Event::LinkDown { peer, link, .. } => self.lose_link(node, peer, link),
+            Event::LinkDown { peer, .. } => self.lose_link(node, peer),
             Event::Tick { .. } => {
                 self.input(node, Input::Tick);
                 self.tick_members(node);

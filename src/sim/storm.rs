@@ -7,6 +7,7 @@ use std::ops::Range;
 use protocol::{Decision, Fault, Millis, Source};
 
 use crate::checker::Violation;
+use crate::clones::CloneFault;
 use crate::event::Event;
 use crate::referee::RefereeHost;
 use crate::world::World;
@@ -33,6 +34,9 @@ pub struct Report {
     pub recovered: u64,
     /// Commits of a node that was alone.
     pub alone: u64,
+    /// Copies of nodes that were made, and times that an old disk was started.
+    pub copies: u64,
+    pub old_disks: u64,
 }
 
 /// A seed whose run broke an invariant. The same seed and number of nodes repeat the run.
@@ -195,6 +199,41 @@ pub fn trace_beside_seed(seed: u64, nodes: u8) -> (Vec<String>, Result<Report, S
     beside(seed, nodes, true)
 }
 
+/// Like [`run_harsh_seed`], with disks that are lost for good, copies of other nodes in their place, and old disks that are started once more. Two nodes have a referee.
+pub fn run_cloning_seed(
+    seed: u64,
+    nodes: u8,
+    fault: Option<CloneFault>,
+) -> Result<Report, SeedFailure> {
+    cloning(seed, nodes, fault, false).1
+}
+
+/// Like [`trace_seed`], with all that can go wrong, and lost disks.
+pub fn trace_cloning_seed(seed: u64, nodes: u8) -> (Vec<String>, Result<Report, SeedFailure>) {
+    cloning(seed, nodes, None, true)
+}
+
+fn cloning(
+    seed: u64,
+    nodes: u8,
+    fault: Option<CloneFault>,
+    log: bool,
+) -> (Vec<String>, Result<Report, SeedFailure>) {
+    let mut world = if nodes == 2 {
+        refereed(seed, None, log)
+    } else {
+        changing(seed, nodes, None, log)
+    };
+    world.plan_hazards(seed, STORM_MS);
+    world.plan_clones(seed, STORM_MS, fault);
+    let result = run(&mut world).map_err(|violation| SeedFailure {
+        seed,
+        nodes,
+        violation,
+    });
+    (world.log.unwrap_or_default(), result)
+}
+
 fn beside(seed: u64, nodes: u8, log: bool) -> (Vec<String>, Result<Report, SeedFailure>) {
     let mut world = if nodes == 2 {
         refereed(seed, None, log)
@@ -335,6 +374,8 @@ fn report(world: &World) -> Report {
         committed_by: world.committed_by.clone(),
         generations: world.generations.len() as u64,
         recovered: world.recovered,
+        copies: world.clones.made,
+        old_disks: world.clones.returns,
         alone: world
             .checker
             .told

@@ -11,6 +11,7 @@ use protocol::{
 
 use crate::arbiter::Told;
 use crate::checker::{Checker, Evidence};
+use crate::clones::Clones;
 use crate::event::{Agenda, Event};
 use crate::faults::Climate;
 use crate::hazards::Hazards;
@@ -65,6 +66,8 @@ pub(crate) struct World {
     pub recovered: u64,
     /// Chance in the choice of donors.
     pub donor_seed: u64,
+    /// Lost disks and copies.
+    pub clones: Clones,
     /// Where two nodes have one.
     pub referee: Option<RefereeHost>,
     pub xids: u64,
@@ -98,6 +101,7 @@ impl World {
             generations: BTreeSet::new(),
             recovered: 0,
             donor_seed: Rng::new(!seed).next(),
+            clones: Clones::default(),
             referee: None,
             xids: 0,
             committed_by: BTreeMap::new(),
@@ -154,7 +158,7 @@ impl World {
         let current = self.life(node);
         self.memory(node).is_some_and(|memory| {
             life == current && memory.unheard.is_none()
-                || life >= memory.born && Self::outlives(event)
+                || (memory.born..=current).contains(&life) && Self::outlives(event)
         })
     }
 
@@ -383,6 +387,7 @@ impl World {
         };
         self.servers
             .iter()
+            .filter(|(node, _)| self.speaks_of(**node, gid))
             .map(|(node, server)| (*node, of(server)))
             .collect()
     }

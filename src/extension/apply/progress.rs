@@ -195,6 +195,19 @@ mod tests {
         assert!(progress.is_idle());
     }
 
+    /// Its place in a peer's WAL is amid a generation, of which it has what lies before. Who was online in any has all of the generation of its mark.
+    #[test]
+    fn mark_of_a_fresh_copy_stays_until_it_is_online() {
+        let mut standing = Standing::default();
+        let mut fences = Fences::default();
+        fences.put(Lsn(40), Sections::new(GenerationNum(0)).latest());
+        assert_eq!(fences.limit(Lsn(90), standing), Lsn(40));
+        standing.online_in = GenerationNum(5);
+        assert_eq!(fences.limit(Lsn(90), standing), Lsn(90));
+        fences.put(Lsn(90), Sections::new(GenerationNum(5)).latest());
+        assert_eq!(fences.limit(Lsn(95), standing), Lsn(95));
+    }
+
     #[test]
     fn mark_stays_before_what_comes_through_a_donor() {
         let online = |num| Standing {

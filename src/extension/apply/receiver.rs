@@ -181,12 +181,16 @@ impl Receiver {
         records::flush_all();
         node.mark.store(stored.0, Ordering::Release);
         node.replay.begin(stored);
+        let sections = Sections::new(generation);
+        // A copy of a node that has not been online yet lacks, of all that lies behind, what this stream does not show.
+        let mut fences = Fences::default();
+        fences.put(stored, sections.latest());
         Receiver {
             peer,
             node,
             marks,
             progress: Progress::new(stored),
-            fences: Fences::default(),
+            fences,
             stored,
             current: Current::None,
             streams: Streams::default(),
@@ -194,7 +198,7 @@ impl Receiver {
             ended,
             users,
             again: Lsn(u64::MAX),
-            sections: Sections::new(generation),
+            sections,
             stored_at: Instant::now(),
             told_at: Instant::now(),
             looked_at: Instant::now(),

@@ -79,7 +79,14 @@ fn a_copy_lets_the_others_forget() {
         decision: Decision::Commit,
         csn: None,
     };
+    let of_an_acceptor = Message::Query {
+        gid: Gid {
+            members: [2, 3].map(n).into_iter().collect(),
+            ..of_generation(3, 3)
+        },
+    };
     let mut bench = copy();
-    assert_eq!(bench.hear(1, decided).len(), 1);
-    assert_eq!(bench.hear(1, finished).len(), 1);
+    assert_eq!(words(&bench.hear(1, decided)), ["1 <- finished Commit"]);
+    assert_eq!(words(&bench.hear(1, finished)), ["1 <- forget"]);
+    assert_eq!(words(&bench.hear(1, of_an_acceptor)), ["1 <- forget"]);
 }
