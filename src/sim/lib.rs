@@ -36,4 +36,4 @@ pub use storm::{Report, SeedFailure, Summary, run_seed, run_seed_with, run_seeds
 pub use storm::{run_beside_seed, trace_beside_seed};
 pub use storm::{run_changing_seed, run_harsh_seed, trace_changing_seed, trace_harsh_seed};
 pub use storm::{run_harsh_refereed_seed, run_refereed_seed, trace_refereed_seed};
-pub use users::{UsersFault, run_users_seed};
+pub use users::{UsersFault, run_users_seed, trace_users_seed};
