@@ -13,6 +13,8 @@ mod arbiter;
 mod change_model;
 mod changing;
 mod checker;
+#[cfg(test)]
+mod checker_tests;
 mod cluster;
 mod event;
 mod faults;
