@@ -41,7 +41,7 @@ const D1: bool = false;
 const D2: bool = true;
 
 /// Names of what must never happen.
-const INVARIANTS: [&str; 21] = [
+const INVARIANTS: [&str; 22] = [
     "I1",
     "I2",
     "I3",
@@ -56,6 +56,7 @@ const INVARIANTS: [&str; 21] = [
     "TRUTH",
     "G1",
     "G2",
+    "G3",
     "G4",
     "G5",
     "G6",
@@ -426,7 +427,7 @@ impl Model for ChangeScope {
             ($($name:literal)*) => { $(properties.push(Property::always($name, |_, state: &Changing| state.cluster.keeps($name)));)* };
         }
         never!("I1" "I2" "I3" "I4" "I5" "I6" "I7" "I8" "I9" "I10" "EXACTLY-ONCE" "TRUTH");
-        never!("G1" "G2" "G4" "G5" "G6" "G7" "G8" "G9" "LEASE");
+        never!("G1" "G2" "G3" "G4" "G5" "G6" "G7" "G8" "G9" "LEASE");
         properties
     }
 

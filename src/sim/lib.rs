@@ -13,6 +13,8 @@ mod arbiter;
 mod change_model;
 mod changing;
 mod checker;
+#[cfg(test)]
+mod checker_tests;
 mod clones;
 mod cluster;
 mod event;
@@ -39,4 +41,4 @@ pub use storm::{run_beside_seed, trace_beside_seed};
 pub use storm::{run_changing_seed, run_harsh_seed, trace_changing_seed, trace_harsh_seed};
 pub use storm::{run_cloning_seed, trace_cloning_seed};
 pub use storm::{run_harsh_refereed_seed, run_refereed_seed, trace_refereed_seed};
-pub use users::{UsersFault, run_users_seed};
+pub use users::{UsersFault, run_users_seed, trace_users_seed};

@@ -1,13 +1,30 @@
-//! `sim seeds <nodes> <first> <last>`, `sim trace <nodes> <seed>`, the same for changing members as
-//! `sim members` and `sim trace-members`, and with arbiters that start again as `sim beside` and `sim trace-beside`, `sim quick`, `sim model [<steps>]`.
+//! Runs seeds of a simulated world, or shows one step by step; searches interleavings.
+//!
+//! | world | seeds | one of them |
+//! |---|---|---|
+//! | fixed members | `sim seeds <nodes> <first> <last>` | `sim trace <nodes> <seed>` |
+//! | members that change | `sim members <nodes> <first> <last>` | `sim trace-members <nodes> <seed>` |
+//! | the same, and arbiters that start again | `sim beside <nodes> <first> <last>` | `sim trace-beside <nodes> <seed>` |
+//! | the same, and disks that are lost for good | `sim clones <nodes> <first> <last>` | `sim trace-clones <nodes> <seed>` |
+//! | two nodes and a referee | `sim referee <first> <last>` | `sim trace-referee <seed>` |
+//! | users' prepared transactions | `sim users <first> <last>` | `sim trace-users <seed>` |
+//!
+//! `<last>` is not run. `sim quick` and `sim model [<steps>]` search.
 #![forbid(unsafe_code)]
 
+use std::fmt::Debug;
 use std::process::ExitCode;
 
 use sim::model::{Findings, Scope, search};
 use sim::{ChangeScope, search_changes};
 
-const USAGE: &str = "usage: sim seeds <nodes> <first> <last> | sim trace <nodes> <seed> | sim members <nodes> <first> <last> | sim trace-members <nodes> <seed> | sim beside <nodes> <first> <last> | sim trace-beside <nodes> <seed> | sim clones <nodes> <first> <last> | sim trace-clones <nodes> <seed> | sim users <first> <last> | sim quick | sim model [<steps>]";
+const USAGE: &str = "usage:
+  sim seeds | members | beside | clones <nodes> <first> <last>
+  sim trace | trace-members | trace-beside | trace-clones <nodes> <seed>
+  sim referee | users <first> <last>
+  sim trace-referee | trace-users <seed>
+  sim quick
+  sim model [<steps>]";
 
 /// Steps that a search takes when none are given: more than any scope has.
 const MODEL_STEPS: usize = 100_000_000;
@@ -48,6 +65,7 @@ fn main() -> ExitCode {
         (Some("referee"), Some([first, last])) => refereed(*first, *last),
         (Some("trace-referee"), Some([seed])) => shown(sim::trace_refereed_seed(*seed)),
         (Some("users"), Some([first, last])) => users(*first..*last),
+        (Some("trace-users"), Some([seed])) => shown(sim::trace_users_seed(*seed)),
         (Some("trace"), Some([nodes, seed])) => trace(*nodes as u8, *seed),
         (Some("quick"), Some([])) => quick(),
         (Some("model"), Some([])) => model(MODEL_STEPS),
@@ -134,7 +152,7 @@ fn refereed(first: u64, last: u64) -> bool {
 fn users(seeds: std::ops::Range<u64>) -> bool {
     for seed in seeds.clone() {
         if let Err(broken) = sim::run_users_seed(seed, None) {
-            println!("{broken}");
+            println!("{broken}\nrepeat it with: sim trace-users {seed}");
             return false;
         }
     }
@@ -146,7 +164,7 @@ fn trace(nodes: u8, seed: u64) -> bool {
     shown(sim::trace_seed(seed, nodes))
 }
 
-fn shown((lines, result): (Vec<String>, Result<sim::Report, sim::SeedFailure>)) -> bool {
+fn shown<R: Debug, E: Debug>((lines, result): (Vec<String>, Result<R, E>)) -> bool {
     for line in lines {
         println!("{line}");
     }

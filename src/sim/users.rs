@@ -83,18 +83,20 @@ struct Small {
     known: BTreeSet<u32>,
     recovery: Option<(usize, usize, u32)>,
     violation: Option<String>,
+    log: Option<Vec<String>>,
 }
 
 /// Runs one seed; the error says what broke.
 pub fn run_users_seed(seed: u64, fault: Option<UsersFault>) -> Result<(), String> {
-    let mut small = Small::new(seed, fault);
-    for _ in 0..STEPS {
-        small.step();
-    }
-    small.calm();
-    small
-        .violation
-        .map_or(Ok(()), |broken| Err(format!("seed {seed}: {broken}")))
+    Small::new(seed, fault).run(seed)
+}
+
+/// Runs one seed and returns what happened on node 3 and in the WAL of the others, one a line, with the result.
+pub fn trace_users_seed(seed: u64) -> (Vec<String>, Result<(), String>) {
+    let mut small = Small::new(seed, None);
+    small.log = Some(Vec::new());
+    let result = small.run(seed);
+    (small.log.unwrap_or_default(), result)
 }
 
 impl Small {
@@ -120,10 +122,28 @@ impl Small {
             known: BTreeSet::new(),
             recovery: None,
             violation: None,
+            log: None,
         };
         small.stand(Phase::Online);
         small.standing.online_in = GenerationNum(1);
         small
+    }
+
+    fn run(&mut self, seed: u64) -> Result<(), String> {
+        for _ in 0..STEPS {
+            self.step();
+        }
+        self.note(|| "calm".to_owned());
+        self.calm();
+        self.violation
+            .as_ref()
+            .map_or(Ok(()), |broken| Err(format!("seed {seed}: {broken}")))
+    }
+
+    fn note(&mut self, line: impl FnOnce() -> String) {
+        if let Some(log) = &mut self.log {
+            log.push(line());
+        }
     }
 
     fn stand(&mut self, phase: Phase) {
@@ -158,6 +178,7 @@ impl Small {
     fn prepare(&mut self, on: usize) {
         self.names += 1;
         let name = self.names;
+        self.note(|| format!("node {}: PREPARE {name}", on + 1));
         for (place, peer) in self.peers.iter_mut().enumerate() {
             let own = place == on;
             peer.wal.push(Item::Prepare { name, own });
@@ -181,6 +202,7 @@ impl Small {
     }
 
     fn end(&mut self, on: usize, name: u32) {
+        self.note(|| format!("node {}: finish of {name}", on + 1));
         self.prepared.remove(&name);
         self.peers[on].wal.push(Item::Finish { name, own: true });
         self.peers[1 - on].late.push_back(name);
@@ -202,6 +224,8 @@ impl Small {
         }
         self.generation += 1;
         self.member = member;
+        let num = self.generation;
+        self.note(|| format!("generation {num}, node 3 a member: {member}"));
         for peer in &mut self.peers {
             peer.wal.push(Item::Marker(self.generation));
         }
@@ -244,6 +268,12 @@ impl Small {
             Item::Prepare { .. } | Item::Finish { .. } => {}
         }
         self.streams[from].read = at + 1;
+        self.note(|| {
+            format!(
+                "node 3 reads {at} of {}: {item:?} of {generation}",
+                from + 1
+            )
+        });
         self.look_again();
     }
 
@@ -266,6 +296,7 @@ impl Small {
             self.violation
                 .get_or_insert(format!("{name} is prepared again after it has ended"));
         }
+        self.note(|| format!("node 3 prepares {name}"));
         self.here.insert(name);
     }
 
@@ -305,6 +336,7 @@ impl Small {
             }
         }
         if self.here.remove(&name) {
+            self.note(|| format!("node 3 ends {name}"));
             self.ended.insert(name);
         }
     }
@@ -333,6 +365,7 @@ impl Small {
 
     /// Receivers and recovery begin again from what is stored.
     fn restart(&mut self) {
+        self.note(|| "node 3 starts its receivers again".to_owned());
         let online_in = self.standing.online_in.0;
         for (stream, peer) in self.streams.iter_mut().zip(&self.peers) {
             let (read, generation) = stream.mark;
@@ -379,6 +412,12 @@ impl Small {
             }
             Item::Prepare { .. } => {}
         }
+        self.note(|| {
+            format!(
+                "node 3 recovers {at} of {}: {item:?} of {generation}",
+                from + 1
+            )
+        });
         self.recovery = Some((from, at + 1, now));
         if self.member && item == Item::Marker(self.generation) {
             self.come_online();
@@ -386,6 +425,7 @@ impl Small {
     }
 
     fn come_online(&mut self) {
+        self.note(|| "node 3 comes online".to_owned());
         self.standing.online_in = GenerationNum(self.generation);
         self.standing.recovered_to = GenerationNum(self.generation);
         self.stand(Phase::Online);

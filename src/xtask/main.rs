@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use xtask::simulate::{Choice, World};
 use xtask::suite::{self, Options, Size};
 use xtask::{bench, demo, installation, profile, setup, simulate, trace};
 
@@ -31,6 +32,9 @@ enum Task {
         /// Smaller sizes, for continuous integration
         #[arg(long)]
         ci: bool,
+        /// As long as it takes to find rare things: many hours
+        #[arg(long, conflicts_with = "ci")]
+        long: bool,
         /// Run the server tests on a PostgreSQL with assertions, built from Debian's source package
         #[arg(long)]
         assert: bool,
@@ -45,12 +49,18 @@ enum Task {
     /// Simulate clusters through failures; with SEED, show that one step by step
     Sim {
         seed: Option<u64>,
-        /// Nodes of the cluster; several sizes when not given
+        /// What is simulated: all of these when not given; of SEED, the fixed members
+        #[arg(long)]
+        world: Option<World>,
+        /// Nodes of the cluster, where the world has a choice; several sizes when not given, three of SEED
         #[arg(long)]
         nodes: Option<u32>,
-        /// Seeds to run for each size
-        #[arg(long, default_value_t = 2000)]
-        seeds: u64,
+        /// Seeds to run for each world and size; 2,000 when not given
+        #[arg(long, conflicts_with = "seed")]
+        seeds: Option<u64>,
+        /// Run as many seeds as the long test does: 10,000
+        #[arg(long, conflicts_with_all = ["seed", "seeds"])]
+        long: bool,
     },
     /// Search the interleavings of the protocol
     Model {
@@ -91,14 +101,31 @@ fn main() -> ExitCode {
         Task::Setup => setup::run(installation::MAJOR),
         Task::Demo => demo::run(),
         Task::Trace => trace::run(),
-        Task::Test { ci, assert } => suite::run(&Options {
-            size: if ci { Size::Ci } else { Size::Full },
+        Task::Test { ci, long, assert } => suite::run(&Options {
+            size: match (ci, long) {
+                (true, _) => Size::Ci,
+                (_, true) => Size::Long,
+                _ => Size::Full,
+            },
             with_assertions: assert,
         }),
         Task::Cluster { name, long } => {
             suite::run_cluster_tests(name.as_deref(), if long { Size::Long } else { Size::Full })
         }
-        Task::Sim { seed, nodes, seeds } => simulate::storms(seed, nodes, seeds),
+        Task::Sim {
+            seed,
+            world,
+            nodes,
+            seeds,
+            long,
+        } => {
+            let choice = Choice { world, nodes };
+            let size = if long { Size::Long } else { Size::Full };
+            seed.map_or_else(
+                || simulate::storms(seeds.unwrap_or(size.seeds()), choice),
+                |seed| simulate::show(seed, choice),
+            )
+        }
         Task::Model { steps } => simulate::interleavings(steps),
         Task::Bench {
             seconds,

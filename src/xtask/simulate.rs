@@ -5,27 +5,110 @@ use anyhow::Result;
 use crate::command;
 use crate::extension::{PROFILE, cargo};
 
-/// Sizes of cluster that are simulated when none is given: small, even, and with two failures to survive.
-const SIZES: [u32; 4] = [3, 4, 5, 7];
+/// Nodes of a seed that is shown without a size.
+const SHOWN_NODES: u32 = 3;
 
-/// Shows one seed step by step, or runs `seeds` seeds, with fixed and with changing members, on clusters of `nodes` nodes (or of several sizes).
+/// What is simulated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum World {
+    /// The members stay.
+    Fixed,
+    /// Members are lost, come back, and all that can go wrong does.
+    Members,
+    /// The same, and arbiters start again beside living sessions. Two nodes have a referee.
+    Beside,
+    /// Disks are lost for good, and copies take their place. Two nodes have a referee.
+    Clones,
+    /// Two nodes and a referee.
+    Referee,
+    /// Users' own prepared transactions.
+    Users,
+}
+
+impl World {
+    const ALL: [Self; 6] = [
+        Self::Fixed,
+        Self::Members,
+        Self::Beside,
+        Self::Clones,
+        Self::Referee,
+        Self::Users,
+    ];
+
+    /// The simulator's commands that run seeds and that show one.
+    const fn commands(self) -> [&'static str; 2] {
+        match self {
+            Self::Fixed => ["seeds", "trace"],
+            Self::Members => ["members", "trace-members"],
+            Self::Beside => ["beside", "trace-beside"],
+            Self::Clones => ["clones", "trace-clones"],
+            Self::Referee => ["referee", "trace-referee"],
+            Self::Users => ["users", "trace-users"],
+        }
+    }
+
+    /// Sizes of cluster that are simulated when none is given: small, even, and with two and three failures to survive. Empty where there is no choice.
+    const fn sizes(self) -> &'static [u32] {
+        match self {
+            Self::Fixed | Self::Members => &[3, 4, 5, 7],
+            Self::Beside | Self::Clones => &[2, 3, 5, 7],
+            Self::Referee | Self::Users => &[],
+        }
+    }
+
+    /// Whether `nodes` is among what can be chosen.
+    fn has_choice_of_nodes(self) -> bool {
+        !self.sizes().is_empty()
+    }
+}
+
+/// Which worlds, and how large.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Choice {
+    /// Every world when none is given.
+    pub world: Option<World>,
+    /// Several sizes when none is given.
+    pub nodes: Option<u32>,
+}
+
+/// Shows one seed step by step, in the world with fixed members when none is chosen.
 ///
 /// # Errors
 /// When an invariant does not hold.
-pub fn storms(seed: Option<u64>, nodes: Option<u32>, seeds: u64) -> Result<()> {
-    if let Some(seed) = seed {
-        return sim(&[
-            "trace",
-            &nodes.unwrap_or(SIZES[0]).to_string(),
-            &seed.to_string(),
-        ]);
+pub fn show(seed: u64, choice: Choice) -> Result<()> {
+    let world = choice.world.unwrap_or(World::Fixed);
+    let [_, command] = world.commands();
+    let mut arguments = vec![command.to_owned()];
+    if world.has_choice_of_nodes() {
+        arguments.push(choice.nodes.unwrap_or(SHOWN_NODES).to_string());
     }
-    let sizes = nodes.map_or(SIZES.to_vec(), |nodes| vec![nodes]);
-    let (sizes, seeds) = (sizes.iter().map(u32::to_string), seeds.to_string());
-    sizes.into_iter().try_for_each(|nodes| {
-        sim(&["seeds", &nodes, "0", &seeds])?;
-        sim(&["members", &nodes, "0", &seeds])
-    })
+    arguments.push(seed.to_string());
+    sim(&arguments)
+}
+
+/// Runs `seeds` seeds of each world and size that was chosen.
+///
+/// # Errors
+/// When an invariant does not hold.
+pub fn storms(seeds: u64, choice: Choice) -> Result<()> {
+    let worlds = World::ALL
+        .into_iter()
+        .filter(|world| choice.world.is_none_or(|chosen| chosen == *world));
+    for world in worlds {
+        let [command, _] = world.commands();
+        let range = ["0".to_owned(), seeds.to_string()];
+        if !world.has_choice_of_nodes() {
+            sim(&[vec![command.to_owned()], range.to_vec()].concat())?;
+            continue;
+        }
+        let sizes = choice
+            .nodes
+            .map_or(world.sizes().to_vec(), |nodes| vec![nodes]);
+        for nodes in sizes {
+            sim(&[vec![command.to_owned(), nodes.to_string()], range.to_vec()].concat())?;
+        }
+    }
+    Ok(())
 }
 
 /// Searches the interleavings of a few nodes and transactions; `steps` bounds the search.
@@ -34,8 +117,8 @@ pub fn storms(seed: Option<u64>, nodes: Option<u32>, seeds: u64) -> Result<()> {
 /// When an invariant does not hold.
 pub fn interleavings(steps: Option<u64>) -> Result<()> {
     match steps {
-        Some(steps) => sim(&["model", &steps.to_string()]),
-        None => sim(&["model"]),
+        Some(steps) => sim(&["model".to_owned(), steps.to_string()]),
+        None => sim(&["model".to_owned()]),
     }
 }
 
@@ -44,10 +127,10 @@ pub fn interleavings(steps: Option<u64>) -> Result<()> {
 /// # Errors
 /// When an invariant does not hold, or a search does not come to its end.
 pub fn quick_interleavings() -> Result<()> {
-    sim(&["quick"])
+    sim(&["quick".to_owned()])
 }
 
-fn sim(arguments: &[&str]) -> Result<()> {
+fn sim(arguments: &[String]) -> Result<()> {
     let mut run = cargo();
     run.args([
         "run",

@@ -37,6 +37,15 @@ impl Size {
         }
     }
 
+    /// Seeds of each simulated world and size of cluster.
+    pub const fn seeds(self) -> u64 {
+        match self {
+            Size::Ci => 200,
+            Size::Full => 2_000,
+            Size::Long => 10_000,
+        }
+    }
+
     fn name(self) -> &'static str {
         match self {
             Size::Ci => "ci",
@@ -106,12 +115,7 @@ fn everything(report: &mut Report, size: Size) {
         Ok(Tally::PASSED)
     });
     report.part("simulator", || {
-        let seeds = match size {
-            Size::Ci => 200,
-            Size::Full => 2_000,
-            Size::Long => 10_000,
-        };
-        simulate::storms(None, None, seeds)?;
+        simulate::storms(size.seeds(), simulate::Choice::default())?;
         Ok(Tally::PASSED)
     });
     let built = report.part("build", || {
