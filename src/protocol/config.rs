@@ -91,10 +91,12 @@ impl Config {
 
     /// How many configured nodes go before this one when several want to resolve.
     pub(crate) fn rank(&self) -> u64 {
-        self.configured
-            .iter()
-            .take_while(|node| *node < self.node)
-            .count() as u64
+        self.rank_among(self.configured)
+    }
+
+    /// How many of these nodes go before this one.
+    pub(crate) fn rank_among(&self, nodes: NodeSet) -> u64 {
+        nodes.iter().take_while(|node| *node < self.node).count() as u64
     }
 
     /// Whether the coordinator may decide on the votes alone.

@@ -303,13 +303,10 @@ impl Core {
             self.on_link_down(now, peer, out);
         }
         self.site.links.insert(peer);
-        if self.site.epoch_of(peer) != Some(epoch) {
-            self.site.set_epoch(peer, epoch);
-            self.site.horizon_missing.insert(peer);
-        }
-        if self.site.horizon_missing.contains(peer) {
-            out.send(peer, Message::AskHorizon);
-        }
+        self.site.set_epoch(peer, epoch);
+        // Also of an epoch whose horizon is known: a later question may have been lost with the last link, and what came then answered an earlier one.
+        self.site.horizon_missing.insert(peer);
+        out.send(peer, Message::AskHorizon);
         let mut turn = Turn {
             site: &mut self.site,
             now,

@@ -3,6 +3,7 @@
 use crate::core::Core;
 use crate::effect::Effects;
 use crate::message::Message;
+use crate::site::Asked;
 use crate::types::{Csn, Decision, NodeId};
 
 impl Core {
@@ -26,11 +27,19 @@ impl Core {
     }
 
     pub(crate) fn answer_horizons(&mut self, out: &mut Effects) {
-        for (asker, wanted) in self.site.horizon_askers.clone() {
-            let Some(csn) = self.horizon_of(asker).filter(|csn| *csn >= wanted) else {
+        for (asker, asked) in self.site.horizon_askers.clone() {
+            let horizon = self.horizon_of(asker);
+            let Some(csn) = horizon.filter(|csn| *csn >= asked.wanted) else {
                 continue;
             };
-            self.site.horizon_askers.remove(&asker);
+            if asked.again > csn {
+                let wanted = asked.again;
+                self.site
+                    .horizon_askers
+                    .insert(asker, Asked { wanted, ..asked });
+            } else {
+                self.site.horizon_askers.remove(&asker);
+            }
             if asker == self.site.node() {
                 self.site.causal.horizon(asker, csn, out);
             } else {

@@ -313,7 +313,7 @@ impl Txn {
         }
     }
 
-    /// Its coordinator is outside of the generation, and whoever is left decides: after what it takes the node before this one.
+    /// Its coordinator is outside of the generation, and whoever is left decides: the first of them at once, each other one after what it takes those before it.
     pub fn resolve_orphan(&mut self, turn: &mut Turn) {
         let config = &turn.site.config;
         let orphaned = self.own.is_none() && !config.members.contains(self.gid().coordinator);
@@ -322,7 +322,8 @@ impl Txn {
             && self.has_vote(config.node)
             && self.resolution.running.is_none()
         {
-            let at = turn.now + config.rank() * config.resolve_step_ms;
+            let left = config.members.intersection(self.gid().members);
+            let at = turn.now + config.rank_among(left) * config.resolve_step_ms;
             self.resolution.at = Some(self.resolution.at.map_or(at, |before| before.min(at)));
         }
     }

@@ -21,13 +21,23 @@ pub(crate) struct Site {
     pub causal: Causal,
     /// Peers of whose current epoch no horizon is known yet.
     pub horizon_missing: NodeSet,
-    /// Nodes that have asked for this node's horizon, with the last number given out then: they are answered once they have finished
-    /// all up to there. What they acknowledged before a restart would otherwise leave a gap that nobody fills.
-    pub horizon_askers: BTreeMap<NodeId, Csn>,
+    /// Nodes that have asked for this node's horizon.
+    pub horizon_askers: BTreeMap<NodeId, Asked>,
     pub horizon_ask_at: Millis,
     pub forgotten: Forgotten,
     pub early_votes: EarlyVotes,
     pub counters: Counters,
+}
+
+/// What a node that has asked for this node's horizon waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Asked {
+    /// The last number given out when it asked: it is answered once it has finished all up to there. What it acknowledged before a restart would otherwise leave a
+    /// gap that nobody fills.
+    pub wanted: Csn,
+    /// The same for the latest time that it asked while unanswered. It may have come online in between, and is owed an answer to that one; the first one is kept
+    /// all the same, or who asks again and again under load would never be answered.
+    pub again: Csn,
 }
 
 /// One call of the core: the node, the time and the effects so far.
@@ -40,7 +50,11 @@ pub(crate) struct Turn<'a> {
 impl Site {
     pub fn new(config: Config) -> Self {
         let last_csn = Csn::start_of(config.epoch);
-        let horizon_askers = BTreeMap::from([(config.node, last_csn)]);
+        let asked = Asked {
+            wanted: last_csn,
+            again: last_csn,
+        };
+        let horizon_askers = BTreeMap::from([(config.node, asked)]);
         Self {
             config,
             links: NodeSet::EMPTY,
@@ -87,8 +101,11 @@ impl Site {
 
     /// Notes that the node wants to know this node's horizon.
     pub fn ask_horizon(&mut self, asker: NodeId) {
-        let last = self.last_csn;
-        self.horizon_askers.entry(asker).or_insert(last);
+        let (wanted, again) = (self.last_csn, self.last_csn);
+        self.horizon_askers
+            .entry(asker)
+            .and_modify(|asked| asked.again = again)
+            .or_insert(Asked { wanted, again });
     }
 
     /// See [`crate::Core::reduce`].

@@ -82,6 +82,7 @@ impl World {
             fault: self.members_fault,
             promise_ms_max: LEASE_MS * 2,
             referee: self.knows_referee(node),
+            donor_seed: self.donor_seed ^ u64::from(life),
             ..MembershipConfig::new(node, configured)
         };
         let mut out = MembershipEffects::new();

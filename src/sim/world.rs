@@ -63,6 +63,8 @@ pub(crate) struct World {
     /// Generations in which somebody came online.
     pub generations: BTreeSet<GenerationNum>,
     pub recovered: u64,
+    /// Chance in the choice of donors.
+    pub donor_seed: u64,
     /// Where two nodes have one.
     pub referee: Option<RefereeHost>,
     pub xids: u64,
@@ -95,6 +97,7 @@ impl World {
             hazards: Hazards::default(),
             generations: BTreeSet::new(),
             recovered: 0,
+            donor_seed: Rng::new(!seed).next(),
             referee: None,
             xids: 0,
             committed_by: BTreeMap::new(),

@@ -28,7 +28,7 @@ const THREE_NODES: Scene = Scene {
     coordinator: 2,
     survivors: "{1,2}",
 };
-/// A client that hears nothing for so long has been forgotten. The core gives up looking for a quorum after 3 s.
+/// A client that hears nothing for so long has been forgotten. The core gives up looking for a quorum after 5 s.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// Rows of the clients; smaller ones are others'.

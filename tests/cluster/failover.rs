@@ -19,7 +19,8 @@ pub fn cases() -> Vec<OwnCase> {
         a_node_returns_while_the_load_goes_on,
         two_nodes_of_three_die_and_return,
         a_restarted_node_asks_nothing_of_a_lost_one,
-        a_node_stops_while_another_recovers
+        a_node_stops_while_another_recovers,
+        a_node_stops_while_another_hangs
     ]
 }
 
@@ -154,10 +155,32 @@ fn survivors_of_a_killed_node_go_on(installation: &Installation) -> Result<()> {
             ensure!(after > 0, "node {} has committed nothing since", client + 1);
         }
         ensure!(members == "{1,2}", "the members are {members}");
+        for node in [0, 1] {
+            let cause = why_excluded(cluster, node, LOST)?;
+            ensure!(
+                !cause.contains("nothing was heard"),
+                "node {} has waited although the connection was closed: {cause}",
+                node + 1
+            );
+        }
         cluster.nodes[LOST].start()?;
         await_online(cluster, LOST)?;
+        let away = Session::new(cluster.connect(0)?).text(
+            "SELECT CASE WHEN lasted > '0' THEN lasted::text END FROM mtm.events WHERE event = 'admitted' AND node_id = 3",
+        )?;
+        ensure!(!away.is_empty(), "nobody knows how long it was away");
+        println!("  node {} was no member for {away}", LOST + 1);
         check_rows(cluster, &commits)
     })
+}
+
+/// Why a node says that another one (both from 0) was excluded last.
+pub fn why_excluded(cluster: &Cluster, node: usize, lost: usize) -> Result<String> {
+    let sql = format!(
+        "SELECT reason FROM mtm.events WHERE event = 'excluded' AND node_id = {} ORDER BY happened_at DESC LIMIT 1",
+        lost + 1
+    );
+    Session::new(cluster.connect(node)?).text(&sql)
 }
 
 /// Nodes (from 0) of five that stay, each with a client of its number.
@@ -412,4 +435,40 @@ fn check_told_positions(cluster: &Cluster) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// An apply worker of the third node stands still with a transaction of the second one, which is stopped.
+fn a_node_stops_while_another_hangs(installation: &Installation) -> Result<()> {
+    const BUSY: &str = "SELECT pid FROM pg_stat_activity WHERE backend_type LIKE 'multimaster apply worker%' AND wait_event = 'PgSleep'";
+    with_cluster(installation, 3, |cluster| {
+        create(cluster)?;
+        Session::new(cluster.connect(0)?).run(
+            "CREATE FUNCTION rest() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+             IF (SELECT my_node_id FROM mtm.status()) = 3 THEN PERFORM pg_sleep(600); END IF; RETURN new; END $$; \
+             CREATE TRIGGER rest BEFORE INSERT ON line FOR EACH ROW WHEN (new.client = 77) EXECUTE FUNCTION rest(); \
+             ALTER TABLE line ENABLE ALWAYS TRIGGER rest",
+        )?;
+        let mut writer = Session::new(cluster.connect(LOST_TOO)?);
+        let writing = std::thread::spawn(move || writer.run("INSERT INTO line VALUES (77, 0)"));
+        let mut hanging = Session::new(cluster.connect(LOST)?);
+        let mut pid = String::new();
+        wait_for("an apply worker that is busy", PATIENCE, || {
+            pid = hanging.text(BUSY)?;
+            Ok(!pid.is_empty())
+        })?;
+        let pid: i32 = pid.parse()?;
+        cluster.nodes[LOST].freeze_process(pid)?;
+        let stopped = cluster.nodes[LOST_TOO].stop();
+        cluster.nodes[LOST].thaw_process(pid)?;
+        stopped?;
+        // Nobody voted for it on the third node.
+        let written = writing.join();
+        ensure!(
+            matches!(written, Ok(Err(_))),
+            "the row was committed: {written:?}"
+        );
+        cluster.nodes[LOST_TOO].start()?;
+        (0..3).try_for_each(|node| await_online(cluster, node))?;
+        check_rows(cluster, &[])
+    })
 }

@@ -11,6 +11,7 @@ use xtask::server::settings;
 use xtask::suite::Size;
 
 use crate::failover::{LOAD, LOST, Load, PATIENCE, await_online, check_rows, create};
+use crate::hosts::{Hosts, with_hosts};
 
 pub fn cases() -> Vec<OwnCase> {
     cases![
@@ -88,7 +89,8 @@ fn until_marks_are_stored() -> Duration {
 
 /// What the donor fetched from others lies behind the mark that the reader has of it, although its own stream does not show it.
 fn a_node_recovers_from_one_that_has_just_recovered(installation: &Installation) -> Result<()> {
-    with_cluster(installation, 5, |cluster| {
+    with_hosts(installation, 5, |hosts| {
+        let cluster = &mut hosts.cluster;
         create(cluster)?;
         let load = Load::start(cluster, &[2, 3]);
         std::thread::sleep(LOAD / 4);
@@ -102,15 +104,12 @@ fn a_node_recovers_from_one_that_has_just_recovered(installation: &Installation)
         await_online(cluster, FIRST_BACK)?;
         std::thread::sleep(until_marks_are_stored());
         let commits = load.stop()?;
-        let lost = lose_other_donors(cluster)?;
+        leave_one_donor(hosts)?;
         // It may have ended, since it was ordered to read from another node.
-        let _ = cluster.nodes[LAST_BACK].thaw_process(recovery);
-        await_online(cluster, LAST_BACK)?;
-        for node in lost {
-            cluster.nodes[node].start()?;
-            await_online(cluster, node)?;
-        }
-        check_rows(cluster, &commits)
+        let _ = hosts.cluster.nodes[LAST_BACK].thaw_process(recovery);
+        hosts.network.heal()?;
+        await_online(&hosts.cluster, LAST_BACK)?;
+        check_rows(&hosts.cluster, &commits)
     })
 }
 
@@ -128,21 +127,14 @@ fn stop_recovery(cluster: &Cluster) -> Result<i32> {
     Ok(pid)
 }
 
-/// Kills donors until the first node back is the one. At most two, which leaves a quorum with the node that recovers.
-fn lose_other_donors(cluster: &mut Cluster) -> Result<Vec<usize>> {
-    let mut lost = Vec::new();
-    let mut donor = donor(cluster)?;
-    while donor != FIRST_BACK {
-        ensure!(lost.len() < 2, "node {} is the donor", donor + 1);
-        cluster.nodes[donor].kill()?;
-        lost.push(donor);
-        let gone = donor;
-        wait_for("another donor", PATIENCE, || {
-            donor = self::donor(cluster)?;
-            Ok(donor != gone)
-        })?;
+/// Cuts the last node off from all others but the first node back, which is then the only donor that it sees.
+fn leave_one_donor(hosts: &mut Hosts) -> Result<()> {
+    for other in (0..LAST_BACK).filter(|other| *other != FIRST_BACK) {
+        hosts.network.cut(LAST_BACK, other)?;
     }
-    Ok(lost)
+    wait_for("the first node back to be the donor", PATIENCE, || {
+        Ok(donor(&hosts.cluster)? == FIRST_BACK)
+    })
 }
 
 /// The node (from 0) from which the last node recovers.

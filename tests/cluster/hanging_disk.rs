@@ -2,7 +2,6 @@
 
 use std::fs::{self, File};
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -11,11 +10,12 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use multimaster_tests::{OwnCase, Session, cases, with_cluster};
 use xtask::cluster::Cluster;
+use xtask::host;
 use xtask::installation::Installation;
 use xtask::server::Server;
-use xtask::{command, host};
 
 use crate::failover::{LOAD, LOST, Load, await_online, check_rows, create, longest_gap};
+use crate::preload::start_with;
 use crate::stuck::{SLOW_MS, await_members, set_everywhere};
 
 pub fn cases() -> Vec<OwnCase> {
@@ -31,25 +31,15 @@ struct Disk(PathBuf);
 impl Disk {
     /// Starts the server again on a disk that can hang.
     fn replace(server: &mut Server) -> Result<Disk> {
-        let library = server.library_dir().join("mtm_hanging_disk.so");
-        let mut compiler = Command::new("cc");
-        compiler
-            .args(["-shared", "-fPIC", "-O1", "-o"])
-            .arg(&library)
-            .arg(host::checkout().join("tests/cluster/hanging_disk.c"))
-            .arg("-ldl");
-        command::capture(&mut compiler).context("cannot compile the disk that hangs")?;
         let switch = host::work_dir()?.join(format!("hanging-disk-{}", std::process::id()));
         host::create_dir(&switch)?;
         let disk = Disk(switch);
         let data = fs::canonicalize(server.data_dir())?;
         let log = fs::canonicalize(server.log_file())?;
-        server.stop()?;
-        server.set_variable("LD_PRELOAD", library);
         server.set_variable("HANGING_DISK_SWITCH", &disk.0);
         server.set_variable("HANGING_DISK_DATA", data);
         server.set_variable("HANGING_DISK_LOG", log);
-        server.start()?;
+        start_with(server, "hanging_disk.c")?;
         Ok(disk)
     }
 

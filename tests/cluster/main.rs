@@ -26,9 +26,11 @@ mod minority;
 mod nemesis;
 mod open_sessions;
 mod operations;
+mod preload;
 mod recovery;
 mod referee;
 mod refusals;
+mod shifted_clock;
 mod split;
 mod stale_reads;
 mod standby;
@@ -57,6 +59,7 @@ fn main() -> ExitCode {
         referee::cases(),
         stuck::cases(),
         hanging_disk::cases(),
+        shifted_clock::cases(),
         generations::cases(),
         users_prepared::cases(),
         nemesis::cases(),

@@ -25,6 +25,7 @@ use crate::hosts::{DISK_BYTES, with_hosts_and_disks};
 use crate::ledger::{Dice, Ledger, SUMS, check_equal};
 use crate::lists::{self, Lists};
 use crate::referee::with_referee;
+use crate::stuck::set_everywhere;
 
 /// The larger ones are for the long run only.
 pub fn cases() -> Vec<OwnCase> {
@@ -50,8 +51,12 @@ const READ_PAUSE: Duration = Duration::from_millis(20);
 const QUIET: Duration = Duration::from_millis(500);
 /// Faults of a round.
 const FAULTS: u64 = 4;
-/// Full disks that must have been felt at least once: one that is full for a moment may go unnoticed.
-const FULL_DISKS: u32 = 6;
+/// Of so many faults that may meet nobody, one must have.
+const SOME: u32 = 6;
+/// After so many faults of any kind somebody must have been excluded.
+const MANY: u64 = 30;
+/// Short enough for what is stopped to be found out.
+const SLOW_MS: &str = "2000";
 
 /// How long faults are made, when the environment does not say.
 fn duration(long_seconds: u64) -> Duration {
@@ -104,6 +109,11 @@ fn play(mut stage: Stage, deck: Deck, time: Duration) -> Result<()> {
 fn play_rounds(stage: &mut Stage, mut deck: Deck, time: Duration) -> Result<()> {
     let (seed, mut dice) = dice_named();
     stage.say(&seed)?;
+    set_everywhere(
+        &stage.hosts.cluster,
+        "multimaster.slow_node_timeout",
+        SLOW_MS,
+    )?;
     let mut ledger = Ledger::open(&stage.hosts.cluster)?;
     lists::create(&mut stage.hosts.session(0)?)?;
     let started = Instant::now();
@@ -123,8 +133,8 @@ fn play_rounds(stage: &mut Stage, mut deck: Deck, time: Duration) -> Result<()> 
         seen.lists
     ))?;
     stage.say(&format!(
-        "{} of {} full disks were noticed",
-        stage.full_disks_felt, seen.full_disks
+        "{} of {} full disks were noticed, {} of {} processes met",
+        stage.felt.full_disks, seen.full_disks, stage.felt.processes, seen.processes
     ))
 }
 
@@ -133,6 +143,7 @@ fn play_rounds(stage: &mut Stage, mut deck: Deck, time: Duration) -> Result<()> 
 struct Seen {
     faults: u64,
     full_disks: u32,
+    processes: u32,
     /// Reads of the sums.
     reads: u64,
     /// Transactions on lists.
@@ -145,9 +156,23 @@ impl Seen {
         ensure!(self.reads > 0, "the sums were never read");
         ensure!(self.lists > 0, "there was no transaction on lists");
         ensure!(
-            self.full_disks < FULL_DISKS || stage.full_disks_felt > 0,
+            self.full_disks < SOME || stage.felt.full_disks > 0,
             "{} disks were full, and no server noticed",
             self.full_disks
+        );
+        ensure!(
+            self.processes < SOME || stage.felt.processes > 0,
+            "of {} processes none was found",
+            self.processes
+        );
+        let generation = stage
+            .hosts
+            .session(0)?
+            .text("SELECT gen_num FROM mtm.status()")?;
+        ensure!(
+            self.faults < MANY || generation != "1",
+            "after {} faults nobody was ever excluded",
+            self.faults
         );
         Ok(())
     }
@@ -192,6 +217,7 @@ fn break_some(stage: &mut Stage, deck: &mut Deck, dice: &mut Dice, seen: &mut Se
         fault.happen(stage).with_context(|| fault.describe())?;
         seen.faults += 1;
         seen.full_disks += fault.full_disks();
+        seen.processes += fault.processes();
         std::thread::sleep(Duration::from_millis(dice.below(3000)));
     }
     Ok(())

@@ -281,7 +281,7 @@ fn dropped_settings_of_a_peer_are_named(installation: &Installation) -> Result<(
         "small",
         &[
             ("max_prepared_transactions", "300"),
-            ("max_wal_senders", "2"),
+            ("max_wal_senders", "3"),
         ],
     );
     let cluster = Cluster::start_servers(

@@ -8,6 +8,7 @@ use xtask::cluster::wait_for;
 use xtask::installation::Installation;
 use xtask::suite::Size;
 
+use crate::failover::why_excluded;
 use crate::hosts::{Hosts, PATIENCE, with_hosts};
 
 pub fn cases() -> Vec<OwnCase> {
@@ -130,6 +131,13 @@ fn a_node_cut_off_silently_is_missed_for_a_moment(installation: &Installation) -
             ensure!(took < 5 * MISSED_FOR, "{took:?} without a commit");
         }
         await_members(hosts, &[1, 2])?;
+        // Who votes for the other one's set may not have missed it yet.
+        let causes = [0, 1].map(|node| why_excluded(&hosts.cluster, node, 2));
+        let causes = causes.into_iter().collect::<Result<Vec<String>>>()?;
+        ensure!(
+            causes.iter().any(|it| it.contains("nothing was heard")),
+            "the causes are {causes:?}"
+        );
         let status = hosts.session(2)?.text("SELECT status FROM mtm.status()")?;
         ensure!(
             status != "online",

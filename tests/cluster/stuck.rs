@@ -11,7 +11,9 @@ use xtask::installation::Installation;
 use xtask::server::settings;
 
 use crate::clone::{Kept, replace_by_a_copy};
-use crate::failover::{LOAD, LOST, Load, PATIENCE, await_online, check_rows, create, longest_gap};
+use crate::failover::{
+    LOAD, LOST, Load, PATIENCE, await_online, check_rows, create, longest_gap, why_excluded,
+};
 
 pub fn cases() -> Vec<OwnCase> {
     cases![
@@ -127,6 +129,14 @@ fn a_node_that_leaves_says_so(installation: &Installation) -> Result<()> {
             ensure!(since > 0, "node {} has committed nothing since", client + 1);
         }
         await_members(cluster, "{1,2}")?;
+        for node in [0, 1] {
+            let cause = why_excluded(cluster, node, LOST)?;
+            ensure!(
+                cause.contains("it said good-bye"),
+                "node {} says of it: {cause}",
+                node + 1
+            );
+        }
         cluster.nodes[LOST].start()?;
         await_online(cluster, LOST)?;
         check_rows(cluster, &commits)

@@ -26,6 +26,7 @@ pub fn cases() -> Vec<SharedCase> {
         precommitted_and_resolved_transactions_name_whom_they_wait_for,
         fast_commit_is_shown_while_its_backend_commits,
         finishing_transaction_names_whom_it_waits_for,
+        who_waits_for_no_other_node_is_warned,
         aborting_transaction_names_whom_it_waits_for,
         endings_are_counted_by_outcome_and_reason,
         conflict_with_a_running_transaction_is_shown,
@@ -333,6 +334,31 @@ fn finishing_transaction_names_whom_it_waits_for(rig: &Rig) -> Result<()> {
         commit.join().expect("no panic")?;
         looked
     })?;
+    await_quiet(rig)
+}
+
+/// As core warns when a synchronous standby is not waited for. The log has what the client got.
+fn who_waits_for_no_other_node_is_warned(rig: &Rig) -> Result<()> {
+    const WARNING: &str = "the wait for the other nodes was cancelled";
+    let warnings = || rig.server(1).log_text().matches(WARNING).count();
+    let (mut session, pid, _) = open_transaction(rig)?;
+    let before = warnings();
+    let mut held = Held::new(rig);
+    held.hold(2, "finish-before-record")?;
+    let answered = thread::scope(|scope| {
+        let commit = scope.spawn(move || session.run("COMMIT"));
+        let look = || -> Result<()> {
+            await_shown(rig, 1, "coordinator|committed|1.0|{2}")?;
+            rig.session(1)?
+                .run(&format!("SELECT pg_cancel_backend({pid})"))?;
+            wait_for("the warning", STATE_LIMIT, || Ok(warnings() == before + 1))
+        };
+        let looked = look();
+        held.release(2)?;
+        commit.join().expect("no panic")?;
+        looked
+    });
+    answered?;
     await_quiet(rig)
 }
 

@@ -34,7 +34,7 @@ const REFUSED_PAUSE_MS: u64 = 5000;
 /// be read when this node has a transaction of its own.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How long a server that stops is kept from it by what must not be confirmed yet.
+/// How long a server that stops is kept from it while nothing new can be confirmed.
 const PATIENCE_AT_STOP: Duration = Duration::from_secs(1);
 
 /// What is done with the transaction that is just being received.
@@ -79,8 +79,8 @@ struct Receiver {
     confirm_now: bool,
     /// The peer tells of each step, because it was asked, and can stop now.
     told_too_much: bool,
-    /// Since when the peer, whose arbiter has gone, asks for what must not be confirmed yet.
-    held_since: Option<Instant>,
+    /// The mark while the peer, whose arbiter has gone, asks for more, and since when it is there.
+    held: Option<(Lsn, Instant)>,
 }
 
 /// Body of the background worker `multimaster receiver <peer>`.
@@ -194,7 +194,7 @@ impl Receiver {
             reply_wanted: true,
             confirm_now: false,
             told_too_much: false,
-            held_since: None,
+            held: None,
         }
     }
 
@@ -220,8 +220,8 @@ impl Receiver {
                 return;
             }
             if self
-                .held_since
-                .is_some_and(|since| since.elapsed() >= PATIENCE_AT_STOP)
+                .held
+                .is_some_and(|(_, since)| since.elapsed() >= PATIENCE_AT_STOP)
             {
                 pgrx::log!(
                     "multimaster receiver of node {}: lets go of it, since it stops; what is not confirmed comes again",
@@ -284,11 +284,12 @@ impl Receiver {
     }
 
     /// A server that stops asks again and again until everything it sent is confirmed. While this node is not online it confirms nothing that it has to
-    /// get through a donor, and that may take hours.
+    /// get through a donor, and that may take hours; nor what a process here has in hand that hangs.
     fn note_stop(&mut self, end: Lsn, asks: bool) {
-        let stops = asks && !self.node.linked.load(Ordering::Acquire);
-        self.held_since = (stops && self.progress.is_idle() && self.advance() < end)
-            .then(|| self.held_since.unwrap_or_else(Instant::now));
+        let mark = self.advance();
+        let stops = asks && !self.node.linked.load(Ordering::Acquire) && mark < end;
+        let same = self.held.filter(|(held, _)| *held == mark);
+        self.held = stops.then(|| same.unwrap_or((mark, Instant::now())));
     }
 
     /// The peer's WAL reaches this far.

@@ -8,6 +8,7 @@ mod delays;
 mod effects;
 mod extras;
 mod health;
+mod history;
 mod lease;
 mod links;
 mod main_link;
@@ -75,6 +76,7 @@ pub struct Arbiter {
     leases: lease::LeaseKeeper,
     members: members::Members,
     stuck: stuck::Stuck,
+    history: history::History,
     /// Heartbeat times of the peers, as they say.
     peer_times: BTreeMap<NodeId, Option<HeartbeatTimes>>,
     referee: referee_watch::RefereeWatch,
@@ -142,6 +144,7 @@ impl Arbiter {
             leases,
             members,
             stuck: stuck::Stuck::new(settings.slow_ms),
+            history: history::History::default(),
             peer_times: BTreeMap::new(),
             referee: referee_watch::RefereeWatch::new(settings.referee, configured.len()),
             refusals: Refusals::default(),
@@ -346,7 +349,7 @@ impl Arbiter {
             FromMain::Reconfigure(settings) => self.reconfigure(&settings),
             FromMain::CopyNeeded => self.on_copy_needed(),
             FromMain::Notice(notice) => {
-                self.note(notice.node, notice.event, &notice.text, 0);
+                self.note(notice.node, notice.event, &notice.text, None);
                 self.publish();
             }
             FromMain::MembershipDurable => self.on_member_record(),

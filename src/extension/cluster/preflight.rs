@@ -16,8 +16,9 @@ const PEERS_MIN: u32 = 1;
 /// Peers for which the start-up message gives values: three nodes survive the loss of one.
 const PEERS_USUAL: u32 = 2;
 
-/// Background workers beside receivers and apply workers: arbiter, finisher and monitor of ours, and core's logical replication launcher.
-const FIXED_WORKERS: u32 = 4;
+/// Background workers beside receivers and apply workers: arbiter, finisher, monitor, slot maker, recovery and referee of ours, and core's logical
+/// replication launcher. Apply workers never end, so nothing else is free when a node has to recover.
+const FIXED_WORKERS: u32 = 7;
 
 /// Setting of newer minor releases that lists the output plugins a server may load.
 const OUTPUT_PLUGIN_LIBRARIES: &str = "output_plugin_libraries";
@@ -140,9 +141,10 @@ fn needs(settings: &Settings, peers: u32) -> [(&'static str, u32); 5] {
             "max_prepared_transactions",
             connections.saturating_mul(peers + 1),
         ),
-        ("max_replication_slots", peers),
+        // A peer that recovers from this node reads through a copy of its slot, beside the slot itself.
+        ("max_replication_slots", 2 * peers),
         // One more serves the connection of mtm.init_cluster.
-        ("max_wal_senders", peers + 1),
+        ("max_wal_senders", 2 * peers + 1),
         (
             "max_worker_processes",
             settings
@@ -306,7 +308,7 @@ mod tests {
         assert_eq!(wrong[1].cure(), "max_prepared_transactions = 300");
         assert_eq!(
             wrong[2].complaint(),
-            "max_worker_processes is 8, needed: 38"
+            "max_worker_processes is 8, needed: 41"
         );
     }
 

@@ -10,9 +10,11 @@
 //! Every function here is entered from hooks that PostgreSQL's errors cross by `longjmp` (see `raw`): no frame owns a destructor across a
 //! call of `raw`. What needs allocation is done in functions of its own that return plain data.
 
+use super::commit_wait::{Peers, await_outcome, await_peers, forget_late_cancel};
 use super::process::{self, Wait};
 use super::refusal::{
     lost_a_conflict, raise, raise_refusal, raise_refusal_at, raise_unconfirmed, raise_unknown,
+    warn_unconfirmed,
 };
 use super::session_work::{SessionWork, detach_from_session};
 use super::shared::{self, outcome, stage};
@@ -37,9 +39,6 @@ const GID_TEXT_MAX: usize = 199;
 
 /// Pause while another process has the prepared transaction in its hands.
 const BUSY_PAUSE: Duration = Duration::from_millis(2);
-
-/// How often a waiting backend looks around although nobody woke it.
-const LOOK_AROUND: Duration = Duration::from_millis(500);
 
 thread_local! {
     /// Inside the sequence: the commits it does itself must not enter it again.
@@ -172,7 +171,7 @@ pub unsafe fn commit_globally() {
         hit_in_backend(Failpoint::BackendAfterPrepare);
         announce(gid, wait_peers, fast);
         hit_in_backend(Failpoint::BackendAfterAnnouncing);
-        let mut is_known = true;
+        let mut peers = Peers::Show;
         match await_outcome(gid) {
             outcome::COMMIT => {
                 hit_in_backend(Failpoint::BackendBeforeCommit);
@@ -188,7 +187,7 @@ pub unsafe fn commit_globally() {
                 shared::my_backend().gid.set(None);
                 submit(&LocalEvent::Finished { gid });
                 if wait_peers {
-                    is_known = await_peers(gid, life);
+                    peers = await_peers(gid, life);
                     latencies.note(Phase::PeerCommit, finished.elapsed());
                 }
                 latencies.note(Phase::Total, begun.elapsed());
@@ -234,8 +233,10 @@ pub unsafe fn commit_globally() {
             // The signal of the first NOTIFY came while the transaction was still in progress: signal the listeners again from the empty one.
             raw::Async_Notify(c"multimaster".as_ptr(), c"".as_ptr());
         }
-        if !is_known {
-            raise_unconfirmed(name.as_ptr(), level);
+        match peers {
+            Peers::Show => {}
+            Peers::Unknown => raise_unconfirmed(name.as_ptr(), level),
+            Peers::NotAwaited => warn_unconfirmed(),
         }
     }
 }
@@ -328,25 +329,6 @@ fn leave() {
     shared::my_backend().end_transaction();
 }
 
-/// A cancel that came while votes were awaited was meant for this command, which has succeeded: it must not hit what core does to end it.
-///
-/// A procedure goes on after its COMMIT: there the cancel stays, and ends the procedure.
-///
-/// # Safety
-/// In a backend.
-pub unsafe fn forget_late_cancel() {
-    // SAFETY: plain variables of this process; a portal's fields are valid while it is active.
-    unsafe {
-        let portal = pg_sys::ActivePortal;
-        if portal.is_null()
-            || (*portal).commandTag != pg_sys::CommandTag::CMDTAG_CALL
-                && (*portal).commandTag != pg_sys::CommandTag::CMDTAG_DO
-        {
-            pg_sys::QueryCancelPending = 0;
-        }
-    }
-}
-
 /// Steps 1 to 4.
 ///
 /// `before_prepare` runs right before the PREPARE; it must not raise.
@@ -426,53 +408,6 @@ fn announce(gid: Gid, wait_peers: bool, fast: bool) {
         wait_peers,
         fast,
     });
-}
-
-/// Waits until the arbiter knows the outcome. A cancel, a timeout or a terminate does not end the wait: it starts the resolver, and the client
-/// hears what a majority says.
-fn await_outcome(gid: Gid) -> u32 {
-    let slot = shared::my_backend();
-    let mut reported = false;
-    let result = loop {
-        match slot.outcome(gid.xid) {
-            outcome::WAITING => {}
-            known => break known,
-        }
-        if !reported && process::interrupt_pending() {
-            reported = true;
-            submit(&LocalEvent::Interrupted { gid });
-        }
-        if !shared::shared().arbiter.is_set() && process::terminate_pending() {
-            // The server is going down and nobody is left to tell: the resolver decides after the restart.
-            break outcome::UNKNOWN;
-        }
-        process::wait_latch(LOOK_AROUND, Wait::Votes);
-    };
-    if result != outcome::COMMIT {
-        slot.gid.set(None);
-    }
-    result
-}
-
-/// Waits until every member has finished the transaction too, and says whether it is known. An interrupt ends this wait: the commit is done either way.
-///
-/// A member that was just lost may serve reads until it is excluded, and not have heard the outcome. So it is waited for until this node goes on without it. If it is this node that is excluded
-/// or cut off, or if its arbiter ends, which alone knows who waits (`life`), nobody can tell.
-fn await_peers(gid: Gid, life: u32) -> bool {
-    let (slot, shared) = (shared::my_backend(), shared::shared());
-    while !slot.have_peers_finished(gid.xid) {
-        if process::interrupt_pending() {
-            break;
-        }
-        let standing = shared.standing.get();
-        let was_away = !standing.current.members.contains(gid.coordinator)
-            || standing.recovered_to > gid.generation;
-        if was_away || !gate::may_serve() || shared.epoch.load(Ordering::Acquire) != life {
-            return false;
-        }
-        process::wait_latch(LOOK_AROUND, Wait::PeerCommits);
-    }
-    true
 }
 
 /// Step 6.

@@ -8,6 +8,7 @@ pub mod board;
 pub mod catalog_scan;
 pub mod clock;
 pub mod commit;
+mod commit_wait;
 pub mod ddl;
 pub mod ddl_bridge;
 pub mod decode;

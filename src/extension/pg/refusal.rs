@@ -115,6 +115,23 @@ pub unsafe fn raise_unconfirmed(name: *const c_char, level: PgLogLevel) {
     };
 }
 
+/// Warns whoever did not wait for the other nodes, as core does where a synchronous standby is not waited for.
+///
+/// # Safety
+/// In a backend; returns.
+pub unsafe fn warn_unconfirmed() {
+    // SAFETY: below ERROR nothing is thrown.
+    unsafe {
+        raise_at(
+            PgLogLevel::WARNING,
+            pgrx::PgSqlErrorCode::ERRCODE_WARNING as i32,
+            c"the wait for the other nodes was cancelled",
+            c"The transaction is committed and will be on every node, but another node may not show it yet.",
+            c"",
+        )
+    };
+}
+
 /// Raises an error with all its parts. Does not return.
 ///
 /// # Safety

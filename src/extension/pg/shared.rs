@@ -40,8 +40,6 @@ pub const EVENT_BYTES: usize = 1280;
 pub const FINISH_BYTES: usize = 384;
 /// Bytes between a receiver and one apply worker.
 pub const RING_BYTES: usize = 256 * 1024;
-/// Upper limit of `multimaster.max_workers`.
-pub const WORKERS_MAX: usize = 256;
 
 /// What this node knows of one node of the cluster.
 #[repr(C, align(64))]

@@ -4,7 +4,7 @@
 //! the commit record of a transaction that was prepared by apply is not decoded.
 
 use super::process::{self, Wait};
-use super::{commit, raw, refusal, shared};
+use super::{commit_wait, raw, refusal, shared};
 use crate::guc;
 use pgrx::pg_sys;
 use protocol::NodeId;
@@ -72,7 +72,7 @@ pub unsafe fn after_command(statement: *mut pg_sys::TransactionStmt) {
         pg_sys::XLogFlush(lsn);
         if commit && guc::wait_peer_commits() {
             await_peers(begins);
-            commit::forget_late_cancel();
+            commit_wait::forget_late_cancel();
         }
     }
 }

@@ -58,6 +58,8 @@ pub struct MembershipConfig {
     pub referee: bool,
     /// The node that this one is a copy of. Until it has been online, the copy can be completed by that node only: nobody else's WAL tells what it holds.
     pub copied_from: Option<NodeId>,
+    /// Chance in the choice among equally good donors. Nodes with the same one choose independently of each other, too; 0 is as good as any.
+    pub donor_seed: u64,
     /// A rule broken on purpose, to prove that a checker finds it. `None` outside the checkers' own tests.
     pub fault: Option<MembershipFault>,
 }
@@ -74,6 +76,7 @@ impl MembershipConfig {
             promise_ms_max: 1_000,
             referee: false,
             copied_from: None,
+            donor_seed: 0,
             fault: None,
         }
     }

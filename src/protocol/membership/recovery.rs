@@ -3,6 +3,9 @@
 //! Outside, any node that was online in a later generation has something that this one lacks: the one that was online in the latest. As a member that is
 //! not online yet, only a node that is online in the current generation, or is about to be as its donor, has the marker that ends recovery.
 //! A source is kept while it serves. One that failed is tried again after all others.
+//!
+//! **Which of several equal ones** is as good as random, so that nodes that return together do not all read from one donor, and a node that recovers again does not always load the
+//! same: the order of candidates is that of a hash of seed, node, generation and candidate. The seed comes from outside, so that the same inputs still give the same outputs.
 
 use super::effect::{MembershipEffect, MembershipEffects, MembershipEvent};
 use super::switch::Stage;
@@ -72,12 +75,22 @@ impl Membership {
             self.recovery.failed = NodeSet::EMPTY;
         }
         let next = if fresh.is_empty() { candidates } else { fresh };
-        self.recovery.source = next.iter().next();
+        self.recovery.source = next
+            .iter()
+            .min_by_key(|candidate| self.place_of(*candidate));
         self.recovery.level = false;
         if let Some(from) = self.recovery.source {
             out.push(MembershipEffect::Recover { from });
             out.event(MembershipEvent::RecoveryStarted { from });
         }
+    }
+
+    /// The place of a candidate among equal ones: it differs between nodes, generations and seeds, and stays the same within one, so that who failed has not to be
+    /// counted to be tried last.
+    fn place_of(&self, candidate: NodeId) -> u64 {
+        let (node, num) = (self.config.node.get(), self.record.num().0);
+        let asked = (num as u64) << 16 | (node as u64) << 8 | candidate.get() as u64;
+        mixed(self.config.donor_seed ^ mixed(asked))
     }
 
     /// Nodes that can serve as a source.
@@ -108,4 +121,12 @@ impl Membership {
             .map(|(peer, _)| peer)
             .collect()
     }
+}
+
+/// A number of which every bit depends on every bit of the other one: the last step of SplitMix64 (Steele, Lea and Flood 2014). Zero is moved away from itself first.
+const fn mixed(word: u64) -> u64 {
+    let word = word.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let word = (word ^ (word >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let word = (word ^ (word >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    word ^ (word >> 31)
 }

@@ -230,3 +230,32 @@ fn a_promise_made_since_the_last_tick_binds() {
         "it votes when the promise is over"
     );
 }
+
+/// What a participant does when the generation without its coordinator begins, at the next tick.
+fn said_when_its_coordinator_is_lost(node: u8, coordinator: u8) -> Vec<String> {
+    let gid = gid(coordinator, 7);
+    let mut bench = Bench::new(node);
+    bench.vote(gid, Vote::Yes, 50);
+    let left = (1..=3).filter(|other| *other != coordinator);
+    let generation = Generation {
+        num: GenerationNum(2),
+        members: left.map(n).collect(),
+    };
+    bench.give(Input::Generation { generation });
+    words(&bench.later(0))
+}
+
+/// Nobody waits for a node that is lost.
+#[test]
+fn the_first_of_those_that_are_left_decides_at_once() {
+    for (node, coordinator) in [(2, 1), (1, 2), (1, 3)] {
+        let said = said_when_its_coordinator_is_lost(node, coordinator);
+        let promise = format!("persist promise 2.{node}");
+        assert!(said.contains(&promise), "{node}, {coordinator}: {said:?}");
+    }
+    for (node, coordinator) in [(3, 1), (3, 2), (2, 3)] {
+        let said = said_when_its_coordinator_is_lost(node, coordinator);
+        let begins = said.iter().any(|word| word.starts_with("persist promise"));
+        assert!(!begins, "{node}, {coordinator}: {said:?}");
+    }
+}

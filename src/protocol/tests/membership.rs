@@ -328,6 +328,100 @@ fn who_recovers_is_online_at_the_marker_also_when_it_came_early() {
     assert_eq!(bench.membership.record().recovered_to, num);
 }
 
+/// A node of `all` that was left out of generation `num`, in which all `donors` are online, each as good as the other.
+fn returning(node: u8, num: u32, donor_seed: u64, donors: &[u8]) -> (Bench, Vec<u8>) {
+    let all: NodeSet = donors.iter().copied().chain([node]).map(n).collect();
+    let config = MembershipConfig {
+        donor_seed,
+        ..MembershipConfig::new(n(node), all)
+    };
+    let current = elected(num, donors, donors);
+    let left_out = record(num - 1, current.generation, current);
+    let mut out = MembershipEffects::new();
+    let membership = Membership::new(config, Some(left_out), 0, &mut out);
+    let mut bench = Bench {
+        membership,
+        now: 10_000,
+    };
+    for donor in donors {
+        bench.give(MembershipInput::LinkUp { peer: n(*donor) });
+        bench.hear(*donor, donors, num);
+    }
+    let effects = bench.close(num);
+    (bench, recovers_from(&effects))
+}
+
+fn recovers_from(effects: &[MembershipEffect]) -> Vec<u8> {
+    let from = |effect: &MembershipEffect| match effect {
+        MembershipEffect::Recover { from } => Some(from.get()),
+        _ => None,
+    };
+    effects.iter().filter_map(from).collect()
+}
+
+/// The same seed for all, as if there were no chance at all: nodes and generations alone spread them.
+#[test]
+fn nodes_that_return_spread_over_the_donors() {
+    let donors = [1, 2, 3, 4, 5];
+    for seed in 0..100 {
+        let mut served = [0; 5];
+        for node in 6..=16 {
+            for num in 2..12 {
+                let (_, from) = returning(node, num, seed, &donors);
+                assert_eq!(from.len(), 1, "one order");
+                served[usize::from(from[0]) - 1] += 1;
+            }
+        }
+        // 22 each on the average; the deviation of fair chance is 4.
+        assert!(
+            served.iter().all(|served| (4..=40).contains(served)),
+            "{served:?}"
+        );
+    }
+}
+
+#[test]
+fn the_seed_alone_spreads_one_node() {
+    let donors = [1, 2, 3];
+    let mut served = [0; 3];
+    for seed in 0..300 {
+        let (_, from) = returning(4, 2, seed, &donors);
+        served[usize::from(from[0]) - 1] += 1;
+    }
+    assert!(served.iter().all(|served| *served > 60), "{served:?}");
+}
+
+#[test]
+fn a_donor_that_failed_comes_after_all_others() {
+    for seed in 0..50 {
+        let (mut bench, first) = returning(5, 2, seed, &[1, 2, 3, 4]);
+        let mut tried = first;
+        for _ in 1..8 {
+            let from = n(tried[tried.len() - 1]);
+            let effects = bench.give(MembershipInput::RecoveryLost { from });
+            tried.extend(recovers_from(&effects));
+        }
+        for round in tried.chunks(4) {
+            let mut sorted = round.to_vec();
+            sorted.sort_unstable();
+            assert_eq!(sorted, [1, 2, 3, 4], "{tried:?}");
+        }
+    }
+}
+
+/// Chance is among the most advanced only.
+#[test]
+fn who_was_online_last_goes_first() {
+    for seed in 0..50 {
+        let (mut bench, _) = returning(5, 6, seed, &[1, 2, 3, 4]);
+        bench.hear(3, &[1, 2, 3, 4], 7);
+        let from = n(3);
+        assert_eq!(bench.membership.donor(), Some(from));
+        bench.hear(1, &[1, 2, 3, 4], 7);
+        assert_eq!(bench.membership.donor(), Some(from), "it still serves");
+    }
+}
+
 #[test]
 fn a_level_node_asks_in_and_takes_nobody_out() {
     let mut bench = Bench::new(3, None);

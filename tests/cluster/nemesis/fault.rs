@@ -205,8 +205,17 @@ impl Fault {
 
     /// How many disks it fills.
     pub fn full_disks(&self) -> u32 {
-        let inner = self.inner.as_ref().map_or(0, |inner| inner.full_disks());
-        u32::from(DISKS.contains(&self.kind)) + inner
+        self.count(DISKS)
+    }
+
+    /// How many single processes it is meant for.
+    pub fn processes(&self) -> u32 {
+        self.count(&[Kind::FreezeProcess, Kind::KillProcess])
+    }
+
+    fn count(&self, kinds: &[Kind]) -> u32 {
+        let inner = self.inner.as_ref().map_or(0, |inner| inner.count(kinds));
+        u32::from(kinds.contains(&self.kind)) + inner
     }
 
     /// Makes the fault, lets it last, and takes it back.
@@ -234,7 +243,8 @@ impl Fault {
             Kind::KillPostmaster => kill::kill_postmaster(&mut stage.hosts.cluster, node)?,
             Kind::KillProcess => {
                 // It may not be there at this moment, or the node does not answer.
-                let _ = kill::kill_process(&stage.hosts.cluster, node, self.process);
+                let killed = kill::kill_process(&stage.hosts.cluster, node, self.process);
+                stage.felt.processes += u32::from(killed.is_ok());
                 self.last(stage)?;
             }
             Kind::RestartAll => kill::kill_all(&mut stage.hosts.cluster)?,
@@ -289,7 +299,8 @@ impl Fault {
         let Ok(pid) = kill::process(&stage.hosts.cluster, self.node, self.process) else {
             return self.last(stage);
         };
-        let _ = stage.node(self.node).freeze_process(pid);
+        let frozen = stage.node(self.node).freeze_process(pid);
+        stage.felt.processes += u32::from(frozen.is_ok());
         self.last(stage)?;
         let _ = stage.node(self.node).thaw_process(pid);
         Ok(())
@@ -315,7 +326,7 @@ impl Fault {
             }
             Ok(server.connect().is_ok())
         })?;
-        stage.full_disks_felt += u32::from(felt);
+        stage.felt.full_disks += u32::from(felt);
         Ok(())
     }
 }

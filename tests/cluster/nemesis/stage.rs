@@ -10,12 +10,20 @@ use xtask::server::Server;
 
 use crate::hosts::Hosts;
 
+/// What has met somebody: a disk that is full for a moment may go unnoticed, and a process may not be there when it is looked for.
+#[derive(Default)]
+pub struct Felt {
+    /// Full disks that a server has complained of.
+    pub full_disks: u32,
+    /// Processes that were killed or stopped.
+    pub processes: u32,
+}
+
 /// The nodes of a cluster, and the referee if there is one.
 pub struct Stage<'h> {
     pub hosts: &'h mut Hosts,
     referee: Option<Server>,
-    /// Full disks that a server has complained of.
-    pub full_disks_felt: u32,
+    pub felt: Felt,
     journal: Journal,
 }
 
@@ -26,7 +34,7 @@ impl<'h> Stage<'h> {
         Ok(Stage {
             hosts,
             referee: None,
-            full_disks_felt: 0,
+            felt: Felt::default(),
             journal: Journal::new(name)?,
         })
     }

@@ -1,7 +1,6 @@
 //! Links to the other nodes: what comes over them, which of them work, and what this node makes of that.
 
 use super::super::LOOK_AROUND;
-use super::super::event::MemberEvent;
 use super::super::net_config::NetSettings;
 use super::super::user_votes::UserTally;
 use super::extras;
@@ -144,7 +143,7 @@ impl Arbiter {
     /// An old copy of a node has no say: nothing it says is heard, and it is promised nothing (membership.md, "A node is its memory").
     fn tell_old_copy(&self, peer: NodeId) {
         let text = "it is an old copy of its node, and is not listened to";
-        self.note(peer, "old copy", text, 0);
+        self.note(peer, "old copy", text, None);
         self.main
             .log(LogLevel::Warning, format!("node {}: {text}", peer.get()));
     }
@@ -166,28 +165,6 @@ impl Arbiter {
         if let Some(msg) = now {
             self.input(Input::Message { from, msg });
         }
-    }
-
-    fn link_changed(&mut self, peer: NodeId, up: bool, reason: &str) {
-        let node = shared().node(peer);
-        node.linked.store(up, Ordering::Release);
-        let now = postgres_now_us();
-        let before = node.last_change_us.swap(now, Ordering::Relaxed);
-        self.note(peer, if up { "connected" } else { "lost" }, reason, before);
-        self.refresh_status();
-    }
-
-    /// Adds a line to `mtm.events`; `since` is when the state began that has ended, zero if that is not known.
-    pub(super) fn note(&self, node: NodeId, event: &str, reason: &str, since: i64) {
-        let now = postgres_now_us();
-        shared().member_events.add(&MemberEvent {
-            happened_at: now,
-            node,
-            event: event.to_owned(),
-            reason: reason.to_owned(),
-            generation: shared().generation().0,
-            lasted_ms: (since != 0).then(|| (now - since).max(0) as u64 / 1000),
-        });
     }
 
     /// Times that differ between nodes make one exclude the other earlier than it expects.
@@ -212,7 +189,7 @@ impl Arbiter {
                 ours.recv_ms,
                 ours.slow_ms
             );
-            self.note(from, "unequal settings", &text, 0);
+            self.note(from, "unequal settings", &text, None);
             self.main.log(LogLevel::Warning, text);
         }
     }
@@ -283,7 +260,7 @@ impl Arbiter {
         let times = settings.times();
         if let Err(error) = self.mesh.reconfigure(times.send_ms, times.recv_ms) {
             let text = format!("the heartbeat settings were not taken: {error}");
-            self.note(self.node, "settings refused", &text, 0);
+            self.note(self.node, "settings refused", &text, None);
             return self.main.log(LogLevel::Warning, text);
         }
         self.stuck.set_timeout(times.slow_ms);
@@ -347,13 +324,4 @@ fn unreachable_peer(peer: NodeId) -> Refusal {
         ),
         "",
     )
-}
-
-/// Microseconds since 2000-01-01 by the system clock; for display only.
-pub(super) fn postgres_now_us() -> i64 {
-    const POSTGRES_EPOCH_S: u64 = 946_684_800;
-    let since = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH + Duration::from_secs(POSTGRES_EPOCH_S))
-        .unwrap_or_default();
-    since.as_micros() as i64
 }

@@ -6,18 +6,18 @@ use super::super::event::LocalEvent;
 use super::super::referee;
 use super::super::user_votes::{UserTally, generation_over};
 use super::extras::{self, Extra};
-use super::links::{LEAVING_PAUSE, postgres_now_us};
+use super::links::LEAVING_PAUSE;
 use super::main_link::{LogLevel, ToMain};
 use super::{Arbiter, lease};
 use crate::pg::barrier;
 use crate::pg::shared::{NodeStatus, shared};
 use protocol::membership::{
-    Generation, Membership, MembershipConfig, MembershipEffect, MembershipEffects, MembershipEvent,
-    MembershipInput, MembershipRecord, Phase, Presence, Status,
+    Generation, Membership, MembershipConfig, MembershipEffect, MembershipEffects, MembershipInput,
+    MembershipRecord, Phase, Presence, Status,
 };
 use protocol::{GenerationNum, Message, Millis, NodeId, NodeSet};
-use std::cell::Cell;
 use std::collections::VecDeque;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::atomic::Ordering;
 
 /// The membership with what it waits for.
@@ -42,8 +42,6 @@ pub struct Members {
     opened: Option<GenerationNum>,
     /// Recovery has given up, until the server is started again.
     failed: bool,
-    /// Since when the others wait for this node to become level, microseconds since 2000-01-01; 0 while they do not.
-    awaited_since_us: Cell<i64>,
 }
 
 impl Members {
@@ -61,6 +59,8 @@ impl Members {
             promise_ms_max: lease::LASTS_MS_MAX,
             referee,
             copied_from,
+            // The keys of a new hasher come from the system's randomness.
+            donor_seed: RandomState::new().build_hasher().finish(),
             ..MembershipConfig::new(node, configured)
         };
         let membership = Membership::new(config, record, now, &mut effects);
@@ -78,7 +78,6 @@ impl Members {
             asked: false,
             opened: None,
             failed: false,
-            awaited_since_us: Cell::new(0),
         }
     }
 
@@ -316,6 +315,7 @@ impl Arbiter {
         if let Some(presence) = heartbeat.presence() {
             if presence.leaving {
                 self.leases.released_by(from);
+                self.history.away(from, "it said good-bye");
             }
             self.member_input(MembershipInput::Presence { from, presence });
         }
@@ -332,7 +332,7 @@ impl Arbiter {
             "node {} no longer keeps the WAL that this node has missed",
             from.get()
         );
-        self.note(self.node, "needs copy", &reason, 0);
+        self.note(self.node, "needs copy", &reason, None);
         self.main.log(
             LogLevel::Warning,
             format!("this node needs a new copy: {reason}"),
@@ -349,7 +349,7 @@ impl Arbiter {
         self.members.failed = true;
         // Before the status that makes others look for it.
         shared().recovery_progress.error.set(reason);
-        self.note(self.node, "failed", reason, 0);
+        self.note(self.node, "failed", reason, None);
         recover_from(None);
         self.member_input(MembershipInput::Leave);
         self.refresh_status();
@@ -418,52 +418,6 @@ impl Arbiter {
         self.publish();
         self.beat_all();
         tokio::time::sleep(LEAVING_PAUSE).await;
-    }
-
-    fn report_member_event(&self, event: &MembershipEvent) {
-        let (node, kind, text) = match event {
-            MembershipEvent::Switched { from, to } => {
-                let member = to.generation.members.contains(self.node);
-                let awaited = member && !to.donors.contains(self.node);
-                let since = if awaited { postgres_now_us() } else { 0 };
-                self.members.awaited_since_us.set(since);
-                for lost in from.members.difference(to.generation.members).iter() {
-                    let reason = if to.generation.members.is_quorum_of(self.configured) {
-                        "a majority goes on without it"
-                    } else {
-                        "the referee lets the other node go on alone"
-                    };
-                    self.note(lost, "excluded", reason, 0);
-                }
-                for back in to.generation.members.difference(from.members).iter() {
-                    self.note(back, "admitted", "it is level with the others", 0);
-                }
-                let text = format!(
-                    "generation {} follows {from}, donors {}",
-                    to.generation, to.donors
-                );
-                (self.node, "generation", text)
-            }
-            MembershipEvent::Online { generation } => {
-                (self.node, "online", format!("in generation {generation}"))
-            }
-            MembershipEvent::Excluded { generation } => (
-                self.node,
-                "outside",
-                format!("not a member of generation {generation}"),
-            ),
-            MembershipEvent::RecoveryStarted { from } => {
-                (self.node, "recovers", format!("from node {}", from.get()))
-            }
-            other => return self.main.log(LogLevel::Info, format!("{other:?}")),
-        };
-        let since = match event {
-            // For the last stretch of a recovery the others wait.
-            MembershipEvent::Online { .. } => self.members.awaited_since_us.take(),
-            _ => 0,
-        };
-        self.note(node, kind, &text, since);
-        self.main.log(LogLevel::Info, format!("{kind}: {text}"));
     }
 }
 

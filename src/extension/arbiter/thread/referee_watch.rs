@@ -133,7 +133,7 @@ impl Arbiter {
             Some(wrong) => (LogLevel::Warning, wrong.as_str()),
             None => (LogLevel::Info, "the referee can be asked"),
         };
-        self.note(self.node, "referee", text, 0);
+        self.note(self.node, "referee", text, None);
         self.main.log(level, text.to_owned());
         self.referee.told = wrong;
     }

@@ -131,7 +131,12 @@ impl Arbiter {
             Some(idle) => ("stuck", text_of(idle)),
             None => ("gets on", "its database makes progress again".to_owned()),
         };
-        self.note(peer, event, &text, 0);
+        if stuck {
+            self.history.away(peer, &text);
+        } else {
+            self.history.seen(peer);
+        }
+        self.note(peer, event, &text, None);
         let line = format!("node {} {event}: {text}", peer.get());
         self.main.log(LogLevel::Warning, line);
         self.member_input(MembershipInput::Stuck { peer, stuck });
@@ -152,7 +157,7 @@ impl Arbiter {
             Some(idle) => ("stuck", text_of(idle)),
             None => ("gets on", "everything here makes progress again".to_owned()),
         };
-        self.note(self.node, event, &text, 0);
+        self.note(self.node, event, &text, None);
         self.main
             .log(LogLevel::Warning, format!("this node {event}: {text}"));
         self.beat_all();
