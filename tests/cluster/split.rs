@@ -96,7 +96,11 @@ fn names_itself(hosts: &Hosts, node: usize, connected: &str) -> Result<()> {
 fn a_link_that_works_one_way_does_not_count(installation: &Installation) -> Result<()> {
     with_hosts(installation, 3, |hosts| {
         create(hosts)?;
-        for (from, to) in [(0, 1), (1, 0)] {
+        let directions = match Size::chosen() {
+            Size::Ci => &[(0, 1)][..],
+            Size::Full | Size::Long => &[(0, 1), (1, 0)],
+        };
+        for &(from, to) in directions {
             hosts.network.cut_one_way(from, to)?;
             await_members(hosts, &[1, 3])?;
             hosts.session(1)?.refused_with("57P03", "SELECT * FROM t")?;
