@@ -90,11 +90,17 @@ fn names_itself(hosts: &Hosts, node: usize, connected: &str) -> Result<()> {
     named.with_context(|| format!("it says: {said}"))
 }
 
-/// A node that is heard and does not hear is out, also where a lower number of nodes would be with it: of two pairs that remain, the one with the lowest node goes on.
+/// One direction that is cut takes the link with it, whichever it is: of the two pairs that remain, the one with the lowest node goes on.
+///
+/// Connections need both directions, so that both ends soon hear nothing: what the rule makes of a matrix that is not symmetric is tested beside it.
 fn a_link_that_works_one_way_does_not_count(installation: &Installation) -> Result<()> {
     with_hosts(installation, 3, |hosts| {
         create(hosts)?;
-        for (from, to) in [(0, 1), (1, 0)] {
+        let directions = match Size::chosen() {
+            Size::Ci => &[(0, 1)][..],
+            Size::Full | Size::Long => &[(0, 1), (1, 0)],
+        };
+        for &(from, to) in directions {
             hosts.network.cut_one_way(from, to)?;
             await_members(hosts, &[1, 3])?;
             hosts.session(1)?.refused_with("57P03", "SELECT * FROM t")?;
