@@ -12,12 +12,17 @@ use anyhow::{Context, Result, ensure};
 use multimaster_tests::{OwnCase, Session, cases, with_cluster};
 use xtask::cluster::{Cluster, wait_for};
 use xtask::installation::Installation;
+use xtask::suite::Size;
 use xtask::{command, extension, host};
 
 use crate::clone::{Kept, await_members, await_unlocked, fail_with, succeed};
 use crate::failover::{LOAD, Load, PATIENCE, await_online, check_rows, create};
 
 pub fn cases() -> Vec<OwnCase> {
+    if Size::chosen() == Size::Ci {
+        return cases![what_hinders_a_copy_is_said_before_anything_is_changed];
+    }
+    // The others take twenty seconds each.
     cases![
         what_hinders_a_copy_is_said_before_anything_is_changed,
         a_copy_that_ends_early_is_made_again,
