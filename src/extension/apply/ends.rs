@@ -53,9 +53,14 @@ impl Ends {
     }
 }
 
-/// Asks the peer, as of now, and frees its slot for a new stream. The error says why it did not answer.
-pub fn take_over(conninfo: &str, slot: &str) -> Result<Ends, String> {
+/// Asks the peer, as of now, and frees its slot for a new stream, unless this server is an old copy of its node. The error says why it did not answer.
+pub fn take_over(conninfo: &str, slot: &str, mark: Lsn) -> Result<Ends, String> {
     let connection = connect(conninfo)?;
+    // The stream may be that of the server which has taken the place of this one.
+    let before = ask(&connection, slot)?;
+    if before.check_here(mark).is_err() {
+        return Ok(before);
+    }
     // A walsender of an earlier connection that broke without telling still has the slot.
     let free = format!(
         "SELECT pg_catalog.pg_terminate_backend(active_pid, {})::pg_catalog.text FROM pg_catalog.pg_replication_slots \

@@ -111,7 +111,8 @@ pub fn main(peer: NodeId) {
     };
     let mut receiver = Receiver::recover(peer, node);
     let slot = slot_name(identity.tag, identity.node_id);
-    let ends = match process::in_transaction(|| take_over(&target.conninfo, &slot)) {
+    let ends = match process::in_transaction(|| take_over(&target.conninfo, &slot, receiver.stored))
+    {
         Ok(ends) => ends,
         Err(error) => {
             return pgrx::log!("multimaster receiver of node {}: {error}", peer.get());

@@ -46,10 +46,11 @@ fn rejoin() -> String {
 /// Ends the arbiter, which the postmaster starts again, and waits until it is gone.
 fn try_again() {
     let arbiter = shared().arbiter.pid();
-    let ended = Spi::get_one_with_args::<bool>(
-        "SELECT pg_catalog.pg_terminate_backend($1)",
-        &[arbiter.into()],
-    );
+    // Read-only: with a transaction id the session's transaction would have to commit, on a node that does not serve.
+    let ended = Spi::connect(|client| {
+        let end = "SELECT pg_catalog.pg_terminate_backend($1)";
+        client.select(end, Some(1), &[arbiter.into()]).map(drop)
+    });
     if let Err(error) = ended {
         pgrx::error!("multimaster cannot end its arbiter: {error}");
     }
