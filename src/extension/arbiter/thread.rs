@@ -292,6 +292,7 @@ impl Arbiter {
                     return self.answer_user(gid, UserTally::Refused(generation_over()));
                 }
                 self.user_votes.expect(gid, gid.members.without(self.node));
+                self.count_early_votes(gid);
             }
             LocalEvent::UserVoted { gid, vote } => {
                 self.send(gid.coordinator, &Message::Vote { gid, vote })
@@ -332,6 +333,15 @@ impl Arbiter {
     fn hand_on_votes(&mut self, gid: Gid) {
         for (from, msg) in self.early_votes.take(gid) {
             self.input(Input::Message { from, msg });
+        }
+    }
+
+    /// The same for a user's own PREPARE TRANSACTION: the announcement comes first, but by a queue that may be looked at later than the network.
+    fn count_early_votes(&mut self, gid: Gid) {
+        for (from, msg) in self.early_votes.take(gid) {
+            if let Some((gid, tally)) = self.user_votes.count(from, &msg) {
+                self.answer_user(gid, tally);
+            }
         }
     }
 
