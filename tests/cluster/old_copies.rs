@@ -40,6 +40,8 @@ fn an_old_disk_has_no_say_after_everything_was_down(installation: &Installation)
             await_told(cluster, node)?;
         }
         await_members(cluster, "{1,2}")?;
+        await_online(cluster, 0)?;
+        await_online(cluster, 1)?;
         Session::new(cluster.connect(1)?).run("INSERT INTO line VALUES (2, 0)")?;
         Session::new(cluster.connect(OLD)?).refused_with("57P03", "SELECT count(*) FROM line")?;
         cluster.nodes[OLD].stop()?;

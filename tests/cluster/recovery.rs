@@ -358,6 +358,18 @@ fn await_gate(cluster: &Cluster, name: &str) -> Result<()> {
     )
 }
 
+/// Waits until the node has heard from both others how far their WAL goes now.
+fn await_heartbeats(cluster: &Cluster) -> Result<()> {
+    let mut session = Session::new(cluster.connect(AWAY)?);
+    let mut heard = || -> Result<i64> {
+        let sql = "SELECT min(n_heartbeats) FROM mtm.get_nodes_state() WHERE id <> 3";
+        Ok(session.text(sql)?.parse()?)
+    };
+    // One may be on its way.
+    let enough = heard()? + 2;
+    wait_for("two heartbeats", PATIENCE, || Ok(heard()? >= enough))
+}
+
 fn open_gate(cluster: &Cluster, name: &str) -> Result<()> {
     Ok(std::fs::write(
         cluster.nodes[AWAY].data_dir().join(name),
@@ -389,6 +401,7 @@ fn a_node_asks_in_when_it_lags_no_more_than_is_set(installation: &Installation) 
         for gate in ["little", "much"] {
             add_gate(&mut first, gate)?;
         }
+        await_heartbeats(cluster)?;
         open_gate(cluster, "before")?;
         await_gate(cluster, "little")?;
         // Long enough for it to be let in, if it had asked.
