@@ -122,7 +122,9 @@ impl MainThread {
             self.children.look_after(&self.peers);
             self.grow_pool();
             for notice in self.retention.look() {
-                pgrx::warning!("multimaster, node {}: {}", notice.node.get(), notice.text);
+                process::without_interrupts(|| {
+                    pgrx::warning!("multimaster, node {}: {}", notice.node.get(), notice.text);
+                });
                 let _ = self.replies.send(FromMain::Notice(notice));
             }
             if process::sighup_pending() {
@@ -186,18 +188,7 @@ impl MainThread {
                     let _ = self.replies.send(FromMain::CopyNeeded);
                 }
                 ToMain::ForgetRecovered => process::in_transaction(recovered::clear),
-                ToMain::Log(LogRecord {
-                    level: LogLevel::Debug,
-                    text,
-                }) => pgrx::debug1!("multimaster: {text}"),
-                ToMain::Log(LogRecord {
-                    level: LogLevel::Info,
-                    text,
-                }) => pgrx::log!("multimaster: {text}"),
-                ToMain::Log(LogRecord {
-                    level: LogLevel::Warning,
-                    text,
-                }) => pgrx::warning!("multimaster: {text}"),
+                ToMain::Log(line) => write_log(&line),
             }
         }
         if writes.is_empty() {
@@ -263,6 +254,16 @@ impl MainThread {
             }
         }
     }
+}
+
+/// Writes a line to the server's log. When the server stops, this process has to say good-bye first, and must not end here.
+fn write_log(line: &LogRecord) {
+    let text = &line.text;
+    process::without_interrupts(|| match line.level {
+        LogLevel::Debug => pgrx::debug1!("multimaster: {text}"),
+        LogLevel::Info => pgrx::log!("multimaster: {text}"),
+        LogLevel::Warning => pgrx::warning!("multimaster: {text}"),
+    });
 }
 
 /// Whether some backend still waits for the outcome of its commit.

@@ -188,6 +188,18 @@ pub fn terminate_pending() -> bool {
     unsafe { std::ptr::read_volatile(&raw const pg_sys::ProcDiePending) != 0 }
 }
 
+/// Runs `work` without being ended by a cancel or terminate in it, as writing to the log would (`errfinish` of elog.c looks for them). They stay pending.
+pub fn without_interrupts(work: impl FnOnce()) {
+    // SAFETY: plain accesses to a variable of this process, as HOLD_INTERRUPTS and RESUME_INTERRUPTS of miscadmin.h make them. An error in between
+    // sets it to zero itself.
+    unsafe {
+        let held = pg_sys::InterruptHoldoffCount;
+        pg_sys::InterruptHoldoffCount = held + 1;
+        work();
+        pg_sys::InterruptHoldoffCount = held;
+    }
+}
+
 /// Ends the process if it was asked to go away; a cancel stays pending.
 pub fn exit_if_terminated() {
     if terminate_pending() {
