@@ -312,7 +312,7 @@ fn node_row(node: NodeId) -> NodeStateRow {
     } else {
         state.recovery_lag()
     };
-    let confirmed = state.confirmed.load(Ordering::Relaxed);
+    let held = state.held.load(Ordering::Relaxed);
     NodeStateRow {
         id: i32::from(node.get()),
         enabled: shared().current().members.contains(node),
@@ -327,6 +327,6 @@ fn node_row(node: NodeId) -> NodeStateRow {
             .then(|| i64::from(all & !state.connectivity.load(Ordering::Relaxed))),
         heartbeats: heard as i64,
         recovery_lag: recovery_lag.map(u64::cast_signed),
-        confirmed: Some(confirmed.cast_signed()).filter(|lsn| *lsn != 0),
+        confirmed: Some(held.cast_signed()).filter(|lsn| *lsn != 0),
     }
 }

@@ -54,7 +54,7 @@ pub struct NodeStateRow {
     pub heartbeats: i64,
     /// Bytes of WAL that it has still to replay; missing while it does not recover.
     pub recovery_lag: Option<i64>,
-    /// Position in this node's WAL up to which it holds that durably; missing before its first heartbeat and for this node.
+    /// Position in this node's WAL up to which it holds that durably, as it has said; missing before it has said so, and for this node.
     pub confirmed: Option<i64>,
 }
 

@@ -73,8 +73,6 @@ pub struct NodeShared {
     /// The same, of the present connection.
     pub streamed: AtomicU64,
     pub connectivity: AtomicU32,
-    /// Up to where it holds this node's stream durably, as its last heartbeat said; 0 before that.
-    pub confirmed: AtomicU64,
     /// Bytes of WAL that it has still to recover, as its last heartbeat said, plus one; 0 while it does not recover.
     recovery_lag: AtomicU64,
     pub heartbeats: AtomicU64,

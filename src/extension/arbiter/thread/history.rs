@@ -143,9 +143,10 @@ impl Arbiter {
         };
         for lost in from.members.difference(members).iter() {
             let cause = self.history.excluded(lost);
-            let reason = match lost == self.node {
-                true => how.to_owned(),
-                false => format!("{how}: {cause}"),
+            let reason = if lost == self.node {
+                how.to_owned()
+            } else {
+                format!("{how}: {cause}")
             };
             self.note(lost, EventKind::Excluded, &reason, None);
         }

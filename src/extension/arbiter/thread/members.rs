@@ -19,7 +19,6 @@ use protocol::membership::{
 use protocol::{GenerationNum, Message, Millis, NodeId, NodeSet};
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::sync::atomic::Ordering;
 
 /// The membership with what it waits for.
 pub struct Members {
@@ -309,10 +308,6 @@ impl Arbiter {
         }
         let node = shared().node(from);
         node.set_recovery_lag(extras::get(heartbeat, extras::LAG));
-        let ours = heartbeat.received.iter().find(|(of, _)| *of == self.node);
-        if let Some((_, lsn)) = ours {
-            node.confirmed.store(lsn.0, Ordering::Relaxed);
-        }
         if let Some(presence) = heartbeat.presence() {
             if presence.leaving {
                 self.leases.released_by(from);
