@@ -12,8 +12,8 @@ mod session;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -102,19 +102,53 @@ pub fn run_shared(nodes: usize, cases: Vec<SharedCase>) -> ExitCode {
 
 /// Runs `cases`, each with servers of its own.
 pub fn run_own(cases: Vec<OwnCase>) -> ExitCode {
-    conclude(|installation| {
+    let times = Times::default();
+    let outcome = conclude(|installation| {
         let trials = cases
             .into_iter()
             .map(|case| {
-                let installation = installation.clone();
-                Trial::test(display_name(case.name), move || {
-                    let run = case.run;
-                    attend(own_case_limit(), move || run(&installation)).map_err(failed)
+                let (installation, times) = (installation.clone(), times.clone());
+                let name = display_name(case.name);
+                Trial::test(name, move || {
+                    let (run, began) = (case.run, Instant::now());
+                    let outcome = attend(own_case_limit(), move || run(&installation));
+                    times.add(name, began.elapsed());
+                    outcome.map_err(failed)
                 })
             })
             .collect();
         (trials, None)
-    })
+    });
+    times.print_longest();
+    outcome
+}
+
+/// How long each case took. Never compared with anything: it shows where a run spends its time.
+#[derive(Clone, Default)]
+struct Times(Arc<Mutex<Vec<(Duration, &'static str)>>>);
+
+/// Cases whose times are shown.
+const LONGEST: usize = 15;
+
+impl Times {
+    fn add(&self, name: &'static str, took: Duration) {
+        self.all().push((took, name));
+    }
+
+    fn print_longest(&self) {
+        let mut all = self.all();
+        all.sort_by(|one, other| other.cmp(one));
+        if all.len() > 1 {
+            println!("longest cases:");
+        }
+        for (took, name) in all.iter().take(LONGEST) {
+            println!("  {:6.1} s  {name}", took.as_secs_f64());
+        }
+    }
+
+    fn all(&self) -> MutexGuard<'_, Vec<(Duration, &'static str)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 fn conclude(prepare: impl FnOnce(Installation) -> (Vec<Trial>, Option<Arc<Stage>>)) -> ExitCode {

@@ -1,16 +1,15 @@
 //! A node is lost under load: the others go on by themselves, and it comes back by itself.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use multimaster_tests::{OwnCase, Session, cases, with_cluster};
-use postgres::{Client, NoTls};
 use xtask::cluster::{Cluster, wait_for};
 use xtask::installation::Installation;
 use xtask::suite::Size;
+
+use crate::line::longest_gap;
+pub use crate::line::{Load, PATIENCE, await_online, check_rows, create};
 
 pub fn cases() -> Vec<OwnCase> {
     cases![
@@ -24,9 +23,7 @@ pub fn cases() -> Vec<OwnCase> {
     ]
 }
 
-/// How long anything may take that is awaited.
-pub const PATIENCE: Duration = Duration::from_secs(60);
-/// Load before and after the loss.
+/// Load before and after a copy is made.
 pub const LOAD: Duration = Duration::from_secs(2);
 /// For how long a node that returns may hold up the others.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
@@ -43,105 +40,14 @@ fn absence() -> Duration {
     })
 }
 
-/// Clients that count rows up, each on its node.
-pub struct Load {
-    stop: Arc<AtomicBool>,
-    clients: Vec<JoinHandle<Vec<Instant>>>,
-}
-
-impl Load {
-    pub fn start(cluster: &Cluster, nodes: &[usize]) -> Load {
-        let stop = Arc::new(AtomicBool::new(false));
-        let clients = nodes
-            .iter()
-            .enumerate()
-            .map(|(client, &node)| {
-                let conninfo = format!("{} connect_timeout=5", cluster.nodes[node].conninfo());
-                let stop = Arc::clone(&stop);
-                std::thread::spawn(move || count_up(client, &conninfo, &stop))
-            })
-            .collect();
-        Load { stop, clients }
-    }
-
-    /// When each client's commits were answered.
-    pub fn stop(self) -> Result<Vec<Vec<Instant>>> {
-        self.stop.store(true, Ordering::Relaxed);
-        let mut all = Vec::new();
-        for client in self.clients {
-            match client.join() {
-                Ok(commits) => all.push(commits),
-                Err(_) => bail!("a client panicked"),
-            }
-        }
-        Ok(all)
-    }
-}
-
-/// Inserts one row after the other; whatever is refused is tried again.
-fn count_up(client: usize, conninfo: &str, stop: &AtomicBool) -> Vec<Instant> {
-    let mut commits = Vec::new();
-    let mut session: Option<Client> = None;
-    while !stop.load(Ordering::Relaxed) {
-        let Some(open) = session.as_mut().filter(|session| !session.is_closed()) else {
-            session = Client::connect(conninfo, NoTls).ok();
-            continue;
-        };
-        let sql = format!("INSERT INTO line VALUES ({client}, {})", commits.len());
-        if open.batch_execute(&sql).is_ok() {
-            commits.push(Instant::now());
-        }
-    }
-    commits
-}
-
-/// The longest time without a commit of a client, from `since` on.
-pub fn longest_gap(commits: &[Instant], since: Instant) -> Duration {
-    let last_before = commits.iter().rev().find(|at| **at <= since).copied();
-    let after = commits.iter().copied().filter(|at| *at > since);
-    let moments: Vec<Instant> = last_before.into_iter().chain(after).collect();
-    let gaps = moments.windows(2).map(|pair| pair[1] - pair[0]);
-    gaps.max().unwrap_or_default()
-}
-
-pub fn create(cluster: &Cluster) -> Result<()> {
-    Session::new(cluster.connect(0)?).run("CREATE TABLE line (client int, n int)")
-}
-
-/// Every commit that was answered is there, on every node.
-pub fn check_rows(cluster: &Cluster, commits: &[Vec<Instant>]) -> Result<()> {
-    xtask::checks::whole(cluster, PATIENCE)?;
-    for (client, commits) in commits.iter().enumerate() {
-        let found = Session::new(cluster.connect(0)?).text(&format!(
-            "SELECT count(DISTINCT n) FROM line WHERE client = {client} AND n < {}",
-            commits.len()
-        ))?;
-        ensure!(
-            found == commits.len().to_string(),
-            "client {client} was answered {} commits, {found} are there",
-            commits.len()
-        );
-    }
-    Ok(())
-}
-
-pub fn await_online(cluster: &Cluster, node: usize) -> Result<()> {
-    wait_for(&format!("node {} to be online", node + 1), PATIENCE, || {
-        let status = cluster
-            .connect(node)
-            .and_then(|client| Session::new(client).text("SELECT status FROM mtm.status()"));
-        Ok(status.is_ok_and(|status| status == "online"))
-    })
-}
-
 fn survivors_of_a_killed_node_go_on(installation: &Installation) -> Result<()> {
     with_cluster(installation, 3, |cluster| {
         create(cluster)?;
         let load = Load::start(cluster, &[0, 1]);
-        std::thread::sleep(LOAD);
+        load.await_commits()?;
         let killed = Instant::now();
         cluster.nodes[LOST].kill()?;
-        std::thread::sleep(2 * LOAD);
+        load.await_commits()?;
         let members =
             Session::new(cluster.connect(0)?).text("SELECT gen_members FROM mtm.status()")?;
         let commits = load.stop()?;
@@ -193,8 +99,8 @@ fn three_of_five_go_on_when_two_are_killed(installation: &Installation) -> Resul
     with_cluster(installation, 5, |cluster| {
         create(cluster)?;
         let load = Load::start(cluster, &SURVIVORS);
-        std::thread::sleep(LOAD);
-        let losses = lose_two_twice(cluster);
+        load.await_commits()?;
+        let losses = lose_two_twice(cluster, &load);
         let commits = load.stop()?;
         for (what, since, until) in losses? {
             let gaps: Vec<u128> = commits
@@ -209,36 +115,24 @@ fn three_of_five_go_on_when_two_are_killed(installation: &Installation) -> Resul
 }
 
 /// One after the other, and both at once.
-fn lose_two_twice(cluster: &mut Cluster) -> Result<Vec<Loss>> {
+fn lose_two_twice(cluster: &mut Cluster, load: &Load) -> Result<Vec<Loss>> {
     let mut losses = vec![
-        lose(cluster, "one of five killed", &[4])?,
-        lose(cluster, "one of the four killed", &[3])?,
+        lose(cluster, load, "one of five killed", &[4])?,
+        lose(cluster, load, "one of the four killed", &[3])?,
     ];
     bring_back(cluster, &[3, 4])?;
-    losses.push(lose(cluster, "two of five killed", &[3, 4])?);
+    losses.push(lose(cluster, load, "two of five killed", &[3, 4])?);
     bring_back(cluster, &[3, 4])?;
     Ok(losses)
 }
 
 /// Kills nodes, and waits until every survivor commits again.
-fn lose(cluster: &mut Cluster, what: &'static str, nodes: &[usize]) -> Result<Loss> {
+fn lose(cluster: &mut Cluster, load: &Load, what: &'static str, nodes: &[usize]) -> Result<Loss> {
     let begun = Instant::now();
     nodes
         .iter()
         .try_for_each(|node| cluster.nodes[*node].kill())?;
-    for client in SURVIVORS {
-        let mut before = None;
-        wait_for(&format!("commits of node {}", client + 1), PATIENCE, || {
-            let found = cluster.connect(0).and_then(|session| {
-                let count = format!("SELECT count(*) FROM line WHERE client = {client}");
-                Session::new(session).text(&count)
-            });
-            // Refused while it is not known who is left. The first commit may have been under way.
-            let found: Option<u64> = found.ok().and_then(|found| found.parse().ok());
-            Ok(found.is_some_and(|found| found > *before.get_or_insert(found) + 1))
-        })?;
-    }
-    std::thread::sleep(LOAD);
+    load.await_commits()?;
     Ok((what, begun, Instant::now()))
 }
 
@@ -255,16 +149,17 @@ fn a_node_returns_while_the_load_goes_on(installation: &Installation) -> Result<
     with_cluster(installation, 3, |cluster| {
         create(cluster)?;
         let load = Load::start(cluster, &[0, 1]);
-        std::thread::sleep(LOAD);
+        load.await_commits()?;
         cluster.nodes[LOST].kill()?;
         std::thread::sleep(absence());
         let returned = Instant::now();
         cluster.nodes[LOST].start()?;
         let online = await_online(cluster, LOST);
         let took = returned.elapsed();
-        std::thread::sleep(LOAD);
+        let went_on = load.await_commits();
         let commits = load.stop()?;
         online?;
+        went_on?;
         let gaps: Vec<u128> = commits
             .iter()
             .map(|commits| longest_gap(commits, returned).as_millis())
@@ -290,19 +185,21 @@ fn two_nodes_of_three_die_and_return(installation: &Installation) -> Result<()> 
     with_cluster(installation, 3, |cluster| {
         create(cluster)?;
         let load = Load::start(cluster, &[0, 1]);
-        std::thread::sleep(LOAD);
+        load.await_commits()?;
         cluster.nodes[LOST].kill()?;
-        std::thread::sleep(LOAD);
+        load.await_commits()?;
         cluster.nodes[LOST_TOO].kill()?;
-        std::thread::sleep(LOAD);
         let mut session = Session::new(cluster.connect(0)?);
+        wait_for("the last node to refuse reads", PATIENCE, || {
+            Ok(session.refused("SELECT count(*) FROM line").is_ok())
+        })?;
         session.refused_with("57P03", "SELECT count(*) FROM line")?;
         cluster.nodes[LOST].start()?;
         cluster.nodes[LOST_TOO].start()?;
         for node in 0..3 {
             await_online(cluster, node)?;
         }
-        std::thread::sleep(LOAD);
+        load.await_commits()?;
         let commits = load.stop()?;
         check_rows(cluster, &commits)
     })
@@ -313,9 +210,9 @@ fn a_restarted_node_asks_nothing_of_a_lost_one(installation: &Installation) -> R
     with_cluster(installation, 3, |cluster| {
         create(cluster)?;
         let load = Load::start(cluster, &[0, LOST]);
-        std::thread::sleep(LOAD);
+        load.await_commits()?;
         cluster.nodes[LOST_TOO].kill()?;
-        std::thread::sleep(LOAD);
+        load.await_commits()?;
         cluster.nodes[LOST].kill()?;
         cluster.nodes[LOST_TOO].start()?;
         await_online(cluster, LOST_TOO)?;

@@ -10,8 +10,9 @@ use xtask::installation::Installation;
 use xtask::server::settings;
 use xtask::suite::Size;
 
-use crate::failover::{LOAD, LOST, Load, PATIENCE, await_online, check_rows, create};
+use crate::failover::LOST;
 use crate::hosts::{Hosts, with_hosts};
+use crate::line::{Load, PATIENCE, await_online, check_rows, create};
 
 pub fn cases() -> Vec<OwnCase> {
     cases![
@@ -79,6 +80,9 @@ fn die_and_go_on(cluster: &mut Cluster, node: usize, action: &str) -> Result<()>
 const FIRST_BACK: usize = 0;
 const LAST_BACK: usize = 4;
 
+/// Commits of each client that a node misses: enough that its recovery is met before it ends.
+const MISSED: usize = 1500;
+
 /// The mark of a stream that is idle for its reader is stored every five seconds.
 fn until_marks_are_stored() -> Duration {
     Duration::from_secs(match Size::chosen() {
@@ -93,11 +97,11 @@ fn a_node_recovers_from_one_that_has_just_recovered(installation: &Installation)
         let cluster = &mut hosts.cluster;
         create(cluster)?;
         let load = Load::start(cluster, &[2, 3]);
-        std::thread::sleep(LOAD / 4);
+        load.await_commits()?;
         cluster.nodes[LAST_BACK].kill()?;
-        std::thread::sleep(LOAD);
+        load.await_more(MISSED, 2)?;
         cluster.nodes[FIRST_BACK].kill()?;
-        std::thread::sleep(LOAD);
+        load.await_more(MISSED, 2)?;
         cluster.nodes[LAST_BACK].start()?;
         let recovery = stop_recovery(cluster)?;
         cluster.nodes[FIRST_BACK].start()?;
@@ -196,8 +200,8 @@ fn changed_heartbeat_settings_hold_and_are_compared(installation: &Installation)
     })
 }
 
-/// How long heartbeats are counted.
-const COUNTED_FOR: Duration = Duration::from_secs(4);
+/// Heartbeats of the slow node that are awaited.
+const COUNTED: i64 = 6;
 
 /// One node speaks a seventh as often as the others, but for what it says besides: a third node hears so.
 fn slow_heartbeats_are_fewer(cluster: &Cluster) -> Result<()> {
@@ -214,12 +218,15 @@ fn slow_heartbeats_are_fewer(cluster: &Cluster) -> Result<()> {
         anyhow::Ok([counts[0].get::<_, i64>(0), counts[1].get(0)])
     };
     let before = count()?;
-    std::thread::sleep(COUNTED_FOR);
-    let after = count()?;
-    let [slow, quick] = [after[0] - before[0], after[1] - before[1]];
+    let [mut slow, mut quick] = [0, 0];
+    wait_for("heartbeats of the slow node", PATIENCE, || {
+        let now = count()?;
+        [slow, quick] = [now[0] - before[0], now[1] - before[1]];
+        Ok(slow >= COUNTED)
+    })?;
     println!("  {slow} heartbeats of the slow node, {quick} of the other one");
     ensure!(
-        slow > 0 && 5 * slow < 2 * quick,
+        5 * slow < 2 * quick,
         "{slow} heartbeats every 700 ms, {quick} every 100 ms"
     );
     Ok(())

@@ -14,7 +14,8 @@ use xtask::host;
 use xtask::installation::Installation;
 use xtask::server::Server;
 
-use crate::failover::{LOAD, LOST, Load, await_online, check_rows, create, longest_gap};
+use crate::failover::LOST;
+use crate::line::{Load, await_online, check_rows, create, longest_gap};
 use crate::preload::start_with;
 use crate::stuck::{SLOW_MS, await_members, set_everywhere};
 
@@ -146,20 +147,23 @@ fn hang_once(cluster: &mut Cluster, disk: &Disk, kind: &str) -> Result<()> {
     Session::new(cluster.connect(0)?).run("TRUNCATE line; UPDATE probe SET n = 0")?;
     let load = Load::start(cluster, &[0, 1, LOST]);
     let probe = Probe::start(cluster)?;
-    std::thread::sleep(LOAD);
+    load.await_commits()?;
     let hung = Instant::now();
     disk.hang(kind)?;
     let excluded = await_members(cluster, "{1,2}");
-    std::thread::sleep(LOAD);
+    // The third client waits for the disk.
+    let went_on = load.await_commits_of_first(LOST);
     let answering = Instant::now();
     disk.answer()?;
     excluded?;
+    went_on?;
     let online = await_online(cluster, LOST);
     let took = answering.elapsed();
-    std::thread::sleep(LOAD);
+    let all_went_on = load.await_commits();
     let refused = probe.stop();
     let commits = load.stop()?;
     online?;
+    all_went_on?;
     println!(
         "  {kind} hangs: node 3 online again after {} ms, {} of its reads refused",
         took.as_millis(),

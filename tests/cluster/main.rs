@@ -21,6 +21,7 @@ mod kill;
 mod large;
 mod ledger;
 mod life;
+mod line;
 mod lists;
 mod load;
 mod minority;

@@ -9,7 +9,7 @@ use xtask::installation::Installation;
 use xtask::{checks, command};
 
 use crate::clone::Kept;
-use crate::failover::{PATIENCE, await_online, create};
+use crate::line::{PATIENCE, await_online, create};
 use crate::stuck::await_members;
 
 pub fn cases() -> Vec<OwnCase> {

@@ -13,7 +13,7 @@ use xtask::installation::Installation;
 use xtask::server::settings;
 use xtask::{command, extension, host};
 
-use crate::failover::{PATIENCE, await_online};
+use crate::line::{PATIENCE, await_online};
 use crate::stuck::{SLOW_MS, set_everywhere};
 
 pub fn cases() -> Vec<OwnCase> {

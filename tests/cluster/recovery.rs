@@ -12,8 +12,8 @@ use xtask::suite::Size;
 use xtask::{checks, command, host};
 
 use crate::crash::arm;
-use crate::failover::{LOAD, Load, PATIENCE, await_online, check_rows, create};
 use crate::generations::SEND;
+use crate::line::{Load, PATIENCE, await_online, check_rows, create};
 use crate::stuck::set_on;
 
 pub fn cases() -> Vec<OwnCase> {
@@ -135,7 +135,7 @@ fn a_donor_dies_during_recovery(installation: &Installation) -> Result<()> {
         create(cluster)?;
         let load = Load::start(cluster, &[2, 3]);
         cluster.nodes[4].kill()?;
-        std::thread::sleep(LOAD);
+        load.await_commits()?;
         cluster.nodes[4].configure(&settings(&[(
             "multimaster.failpoint",
             "recovery-applies=hold",
@@ -359,7 +359,7 @@ fn await_gate(cluster: &Cluster, name: &str) -> Result<()> {
 }
 
 /// Waits until the node has heard from both others how far their WAL goes now.
-fn await_heartbeats(cluster: &Cluster) -> Result<()> {
+pub fn await_heartbeats(cluster: &Cluster) -> Result<()> {
     let mut session = Session::new(cluster.connect(AWAY)?);
     let mut heard = || -> Result<i64> {
         let sql = "SELECT min(n_heartbeats) FROM mtm.get_nodes_state() WHERE id <> 3";
@@ -405,7 +405,7 @@ fn a_node_asks_in_when_it_lags_no_more_than_is_set(installation: &Installation) 
         open_gate(cluster, "before")?;
         await_gate(cluster, "little")?;
         // Long enough for it to be let in, if it had asked.
-        std::thread::sleep(Duration::from_secs(1));
+        await_heartbeats(cluster)?;
         let (status, members) = place(cluster)?;
         ensure!(
             (status.as_str(), members.as_str()) == ("catchup", "{1,2}"),

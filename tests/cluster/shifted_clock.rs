@@ -13,7 +13,8 @@ use xtask::host;
 use xtask::installation::Installation;
 use xtask::server::Server;
 
-use crate::failover::{LOST, Load, PATIENCE, await_online, check_rows, create};
+use crate::failover::LOST;
+use crate::line::{Load, PATIENCE, await_online, check_rows, create};
 use crate::preload::start_with;
 
 pub fn cases() -> Vec<OwnCase> {

@@ -9,8 +9,8 @@ use xtask::cluster::wait_for;
 use xtask::installation::Installation;
 
 use crate::crash::arm;
-use crate::failover::await_online;
 use crate::hosts::{Hosts, PATIENCE, with_hosts};
+use crate::line::await_online;
 
 pub fn cases() -> Vec<OwnCase> {
     cases![

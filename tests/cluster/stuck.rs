@@ -11,9 +11,9 @@ use xtask::installation::Installation;
 use xtask::server::settings;
 
 use crate::clone::{Kept, replace_by_a_copy};
-use crate::failover::{
-    LOAD, LOST, Load, PATIENCE, await_online, check_rows, create, longest_gap, why_excluded,
-};
+use crate::failover::{LOST, why_excluded};
+use crate::line::{Load, PATIENCE, await_online, check_rows, create, longest_gap};
+use crate::recovery::await_heartbeats;
 
 pub fn cases() -> Vec<OwnCase> {
     cases![
@@ -53,7 +53,7 @@ fn stop_one(cluster: &Cluster, node: usize, which: &str) -> Result<()> {
     set_everywhere(cluster, "multimaster.slow_node_timeout", SLOW_MS)?;
     create(cluster)?;
     let load = Load::start(cluster, &[0, 1]);
-    std::thread::sleep(LOAD);
+    load.await_commits()?;
     let pid = Session::new(cluster.connect(node)?)
         .text(which)?
         .parse()
@@ -61,18 +61,20 @@ fn stop_one(cluster: &Cluster, node: usize, which: &str) -> Result<()> {
     let stopped = Instant::now();
     cluster.nodes[node].freeze_process(pid)?;
     let excluded = await_members(cluster, "{1,2}");
-    std::thread::sleep(LOAD);
+    let went_on = load.await_commits();
     let said = Session::new(cluster.connect(0)?)
         .text("SELECT count(*) > 0 FROM mtm.events WHERE event = 'stuck' AND node_id = 3");
     let moving = Instant::now();
     cluster.nodes[node].thaw_process(pid)?;
     excluded?;
+    went_on?;
     let online = await_online(cluster, LOST);
     let took = moving.elapsed();
-    std::thread::sleep(LOAD);
+    let went_on = load.await_commits();
     let commits = load.stop()?;
     ensure!(said? == "t", "no event tells that node 3 was stuck");
     online?;
+    went_on?;
     for (client, commits) in commits.iter().enumerate() {
         println!(
             "  node {}: longest gap {} ms with a timeout of {SLOW_MS} ms; node 3 online again after {} ms",
@@ -112,11 +114,11 @@ fn a_node_that_leaves_says_so(installation: &Installation) -> Result<()> {
     with_cluster(installation, 3, |cluster| {
         create(cluster)?;
         let load = Load::start(cluster, &[0, 1]);
-        std::thread::sleep(LOAD);
+        load.await_commits()?;
         let stopped = Instant::now();
         cluster.nodes[LOST].stop()?;
         let took = stopped.elapsed();
-        std::thread::sleep(LOAD);
+        load.await_commits()?;
         let commits = load.stop()?;
         for (client, commits) in commits.iter().enumerate() {
             println!(
@@ -218,7 +220,8 @@ fn a_node_away_for_too_long_needs_a_copy(installation: &Installation) -> Result<
         for _ in 0..2 {
             cluster.nodes[LOST].start()?;
             await_status(cluster, LOST, "needs_copy")?;
-            std::thread::sleep(LOAD);
+            // Long enough for it to be let in, if that were so.
+            await_heartbeats(cluster)?;
             await_status(cluster, LOST, "needs_copy")?;
             let refused = Session::new(cluster.connect(LOST)?)
                 .refused_with("55000", "SELECT mtm.rejoin()")?;
