@@ -138,9 +138,10 @@ impl Times {
     fn print_longest(&self) {
         let mut all = self.all();
         all.sort_by(|one, other| other.cmp(one));
-        if all.len() > 1 {
-            println!("longest cases:");
+        if all.len() < 2 {
+            return;
         }
+        println!("longest cases:");
         for (took, name) in all.iter().take(LONGEST) {
             println!("  {:6.1} s  {name}", took.as_secs_f64());
         }

@@ -7,9 +7,11 @@
 //! |---|---|
 //! | `NAME=crash` | the whole server is killed at once, as by a power failure; `crash@N` at the N-th time |
 //! | `NAME=sleep:MS` | the process or thread waits that many milliseconds, every time |
-//! | `NAME=hold` | the process or thread waits until the setting changes; the log says that it does |
+//! | `NAME=hold` | the process or thread waits until the setting changes |
 //! | `NAME=error` | the process raises an error, once; the network thread, which cannot, goes on |
 //! | empty | nothing |
+//!
+//! Whatever happens at a point, the server log says so: a test can tell whether the point was passed.
 //!
 //! `SHOW multimaster.failpoints` lists all points with the role of the nodes that pass them, so that a test forgets none:
 //!
@@ -276,7 +278,13 @@ mod hits {
                     log_line(point, "held");
                     held = true;
                 }
-                other => return other,
+                Some(action) => {
+                    if let Action::Sleep { .. } | Action::Error = action {
+                        log_line(point, "passed");
+                    }
+                    return Some(action);
+                }
+                None => return None,
             }
         }
     }

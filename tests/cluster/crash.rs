@@ -351,29 +351,66 @@ fn die_again(server: &mut Server, name: &str) -> Result<()> {
     bail!("the failpoint was not passed")
 }
 
+/// What is done at each point, and how often it has to be passed meanwhile.
+const DISTURBANCES: [(&str, usize); 2] = [("sleep:100", 3), ("error", 1)];
+/// An arbiter that starts again, because of the point before, takes what is armed away.
+const ARMED_AGAIN_AFTER: Duration = Duration::from_secs(2);
+/// How long a point is armed that lies on the way of few commits, or of none: there is nothing to wait for.
+const OFF_THE_WAY: Duration = Duration::from_millis(400);
+
 /// Nothing may depend on how long something takes, and a process that fails with an error is replaced.
 fn errors_and_delays_at_every_failpoint_do_no_harm(installation: &Installation) -> Result<()> {
     with_quick_cluster(installation, |cluster| {
         let mut dice = dice();
         let mut ledger = Ledger::open_among_failpoints(cluster)?;
-        let points = chosen(failpoints(cluster)?.into_keys().collect(), &mut dice, 20);
+        let points = chosen(failpoints(cluster)?.into_iter().collect(), &mut dice, 20);
         let load = ledger.load(cluster, &[0, 0, 1, 1, 2, 2], &mut dice);
-        let outcome = points.iter().try_for_each(|name| -> Result<()> {
-            for action in ["sleep:100", "error"] {
-                let node = dice.below(3) as usize;
-                arm(&cluster.nodes[node], &format!("{name}={action}"))
-                    .with_context(|| format!("{name}={action}"))?;
-                std::thread::sleep(Duration::from_millis(400));
-                disarm(&cluster.nodes[node]).with_context(|| format!("{name}={action}"))?;
+        let mut passed = 0;
+        let outcome = points.iter().try_for_each(|(name, role)| -> Result<()> {
+            let awaited = ON_THE_WAY.contains(&role.as_str());
+            for (action, times) in DISTURBANCES {
+                let server = &cluster.nodes[dice.below(3) as usize];
+                let times = awaited.then_some(times);
+                passed += usize::from(
+                    disturb(server, name, action, times)
+                        .with_context(|| format!("{name}={action} on {}", server.name))?,
+                );
             }
             Ok(())
         });
         ledger.close(cluster, load)?;
         outcome?;
         let seen = ledger.conclude(cluster)?;
-        println!("  {seen}");
+        let armed = DISTURBANCES.len() * points.len();
+        println!("  {passed} of {armed} disturbances at points that were passed: {seen}");
         Ok(())
     })
+}
+
+/// Roles whose points are passed whenever transactions of all nodes commit.
+const ON_THE_WAY: [&str; 3] = ["coordinator", "participant", "both"];
+
+/// Arms a point until it was passed so many times, if it has to be; whether it was.
+fn disturb(server: &Server, name: &str, action: &str, times: Option<usize>) -> Result<bool> {
+    let line = format!("failpoint {name}: passed");
+    let before = server.log_text().matches(&line).count();
+    let passed = || server.log_text().matches(&line).count() - before;
+    arm(server, &format!("{name}={action}"))?;
+    let mut outcome = Ok(());
+    if let Some(times) = times {
+        outcome = wait_for("the failpoint to be passed", HIT_LIMIT, || {
+            let soon = wait_for("it", ARMED_AGAIN_AFTER, || Ok(passed() >= times));
+            if soon.is_err() {
+                // Not while the server takes no sessions.
+                let _ = arm(server, &format!("{name}={action}"));
+            }
+            Ok(soon.is_ok())
+        });
+    } else {
+        std::thread::sleep(OFF_THE_WAY);
+    }
+    disarm(server)?;
+    outcome.map(|()| passed() > 0)
 }
 
 /// The arbiter may just be starting again, and everybody waits for it then.
