@@ -191,7 +191,7 @@ fn die_at(
     std::thread::sleep(LOAD);
     ledger.close(cluster, load)?;
     started?;
-    ledger.audit(cluster)
+    ledger.audit_round(cluster)
 }
 
 /// How often a server has died at a point.
@@ -256,7 +256,7 @@ fn die_while_resolving(
         ledger.close(cluster, load)?;
         let died = died?;
         started?;
-        ledger.audit(cluster)?;
+        ledger.audit_round(cluster)?;
         if died {
             return Ok(());
         }
@@ -328,7 +328,7 @@ fn die_at_start(
         .and_then(|()| server.start());
     ledger.close(cluster, load)?;
     outcome?;
-    ledger.audit(cluster)
+    ledger.audit_round(cluster)
 }
 
 /// Starts the server until it dies at its failpoint. Some points are passed only when there is something to be done again: then it is

@@ -357,14 +357,18 @@ fn watch_recovery(cluster: &Cluster) -> Result<()> {
 
 /// Every node has heard from every other one that it holds its WAL up to here; and nobody recovers.
 fn check_told_positions(cluster: &Cluster) -> Result<()> {
-    for node in 0..cluster.nodes.len() {
-        let mut session = Session::new(cluster.connect(node)?);
+    let mut questions = Vec::new();
+    for client in cluster.connect_all()? {
+        let mut session = Session::new(client);
         let here = session.text("SELECT pg_current_wal_flush_lsn()")?;
         let sql = format!(
             "SELECT string_agg(id::text, ' ') FROM mtm.nodes() WHERE NOT is_self AND (confirmed_lsn IS NULL OR confirmed_lsn < '{here}' OR recovery_lag IS NOT NULL)"
         );
+        questions.push((session, sql));
+    }
+    for (session, sql) in &mut questions {
         wait_for("every node to say how far it is", PATIENCE, || {
-            Ok(session.text(&sql)?.is_empty())
+            Ok(session.text(sql)?.is_empty())
         })?;
     }
     Ok(())

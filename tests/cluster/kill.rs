@@ -157,7 +157,7 @@ fn lose_two(
         .and_then(|()| cluster.nodes[second].start());
     ledger.close(cluster, load)?;
     outcome?;
-    ledger.audit(cluster)?;
+    ledger.audit_round(cluster)?;
     Ok(u32::from(
         died_there(&cluster.nodes[first], name, before).is_ok(),
     ))
@@ -194,7 +194,7 @@ fn a_storm_of_ended_workers_does_no_harm(installation: &Installation) -> Result<
             });
             ledger.close(cluster, load)?;
             outcome?;
-            ledger.audit(cluster)?;
+            ledger.audit_round(cluster)?;
         }
         println!("  {}", ledger.conclude(cluster)?);
         Ok(())
@@ -231,7 +231,7 @@ fn kill_one(
     std::thread::sleep(Duration::from_millis(100 + dice.below(200)));
     ledger.close(cluster, load)?;
     outcome?;
-    ledger.audit(cluster)
+    ledger.audit_round(cluster)
 }
 
 /// Process ids of a kind on a node.

@@ -43,7 +43,7 @@ fn a_promoted_standby_takes_its_nodes_place(installation: &Installation) -> Resu
         std::thread::sleep(Duration::from_millis(500));
         ledger.close(cluster, load)?;
         outcome?;
-        ledger.audit(cluster)?;
+        ledger.audit_round(cluster)?;
         let load = ledger.load(cluster, &[0, 1, 2], &mut dice);
         std::thread::sleep(Duration::from_millis(500));
         ledger.close(cluster, load)?;
