@@ -8,8 +8,8 @@ use xtask::cluster::{Cluster, wait_for};
 use xtask::installation::Installation;
 use xtask::suite::Size;
 
-use crate::line::longest_gap;
 pub use crate::line::{Load, PATIENCE, await_online, check_rows, create};
+use crate::line::{await_commit, longest_gap};
 
 pub fn cases() -> Vec<OwnCase> {
     cases![
@@ -254,10 +254,7 @@ fn a_node_stops_while_another_recovers(installation: &Installation) -> Result<()
              ALTER TABLE line ENABLE ALWAYS TRIGGER wait; ALTER TABLE line ENABLE ALWAYS TRIGGER pause"
         ))?;
         cluster.nodes[LOST].kill()?;
-        wait_for("a commit without the lost node", PATIENCE, || {
-            let mut session = Session::new(cluster.connect(0)?);
-            Ok(session.run("INSERT INTO line VALUES (79, 0)").is_ok())
-        })?;
+        await_commit(cluster, 0, "INSERT INTO line VALUES (79, 0)")?;
         miss(&mut session)?;
         cluster.nodes[LOST].start()?;
         watch_recovery(cluster)?;

@@ -10,6 +10,7 @@ use xtask::installation::Installation;
 use xtask::server::settings;
 use xtask::suite::Size;
 
+use crate::crash::arm;
 use crate::failover::LOST;
 use crate::hosts::{Hosts, with_hosts};
 use crate::line::{Load, PATIENCE, await_online, check_rows, create};
@@ -80,9 +81,6 @@ fn die_and_go_on(cluster: &mut Cluster, node: usize, action: &str) -> Result<()>
 const FIRST_BACK: usize = 0;
 const LAST_BACK: usize = 4;
 
-/// Commits of each client that a node misses: enough that its recovery is met before it ends.
-const MISSED: usize = 1500;
-
 /// The mark of a stream that is idle for its reader is stored every five seconds.
 fn until_marks_are_stored() -> Duration {
     Duration::from_secs(match Size::chosen() {
@@ -99,11 +97,10 @@ fn a_node_recovers_from_one_that_has_just_recovered(installation: &Installation)
         let load = Load::start(cluster, &[2, 3]);
         load.await_commits()?;
         cluster.nodes[LAST_BACK].kill()?;
-        load.await_more(MISSED, 2)?;
+        load.await_commits()?;
         cluster.nodes[FIRST_BACK].kill()?;
-        load.await_more(MISSED, 2)?;
-        cluster.nodes[LAST_BACK].start()?;
-        let recovery = stop_recovery(cluster)?;
+        load.await_commits()?;
+        let recovery = start_and_stop_recovery(cluster)?;
         cluster.nodes[FIRST_BACK].start()?;
         await_online(cluster, FIRST_BACK)?;
         std::thread::sleep(until_marks_are_stored());
@@ -117,17 +114,25 @@ fn a_node_recovers_from_one_that_has_just_recovered(installation: &Installation)
     })
 }
 
-/// Stops the process that recovers the last node, before it has come to the end.
-fn stop_recovery(cluster: &Cluster) -> Result<i32> {
-    let mut session = Session::new(cluster.connect(LAST_BACK)?);
-    let mut pid = String::new();
+/// Starts the last node and stops the process that recovers it, before it has applied anything.
+fn start_and_stop_recovery(cluster: &mut Cluster) -> Result<i32> {
+    let server = &mut cluster.nodes[LAST_BACK];
+    server.configure(&settings(&[(
+        "multimaster.failpoint",
+        "recovery-applies=hold",
+    )]))?;
+    server.start()?;
     wait_for("a recovery", PATIENCE, || {
-        pid = session
-            .text("SELECT pid FROM pg_stat_activity WHERE backend_type = 'multimaster recovery'")?;
-        Ok(!pid.is_empty())
+        Ok(server
+            .log_text()
+            .contains("failpoint recovery-applies: held"))
     })?;
-    let pid = pid.parse().context("no process id")?;
-    cluster.nodes[LAST_BACK].freeze_process(pid)?;
+    let pid = Session::new(server.connect()?)
+        .text("SELECT pid FROM pg_stat_activity WHERE backend_type = 'multimaster recovery'")?
+        .parse()
+        .context("no process id")?;
+    server.freeze_process(pid)?;
+    arm(server, "")?;
     Ok(pid)
 }
 

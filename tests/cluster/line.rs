@@ -49,7 +49,7 @@ impl Load {
     /// # Errors
     /// When one does not within [`PATIENCE`].
     pub fn await_commits(&self) -> Result<()> {
-        self.await_more(ENOUGH, self.clients.len())
+        self.await_commits_of_first(self.clients.len())
     }
 
     /// The same of the first clients only: the others cannot.
@@ -57,17 +57,9 @@ impl Load {
     /// # Errors
     /// As above.
     pub fn await_commits_of_first(&self, clients: usize) -> Result<()> {
-        self.await_more(ENOUGH, clients)
-    }
-
-    /// Waits until each of the first `clients` clients has committed `commits` times more.
-    ///
-    /// # Errors
-    /// As above.
-    pub fn await_more(&self, commits: usize, clients: usize) -> Result<()> {
         let awaited: Vec<(&RunningClient, usize)> = self.clients[..clients]
             .iter()
-            .map(|client| (client, client.answered.load(Ordering::Relaxed) + commits))
+            .map(|client| (client, client.answered.load(Ordering::Relaxed) + ENOUGH))
             .collect();
         wait_for("commits of the load", PATIENCE, || {
             Ok(awaited
@@ -156,5 +148,18 @@ pub fn await_online(cluster: &Cluster, node: usize) -> Result<()> {
             .connect(node)
             .and_then(|client| Session::new(client).text("SELECT status FROM mtm.status()"));
         Ok(status.is_ok_and(|status| status == "online"))
+    })
+}
+
+/// Runs a statement on a node (from 0) as soon as that takes it: the others go on without somebody.
+///
+/// # Errors
+/// When it does not within [`PATIENCE`].
+pub fn await_commit(cluster: &Cluster, node: usize, sql: &str) -> Result<()> {
+    wait_for("a commit without the lost node", PATIENCE, || {
+        let written = cluster
+            .connect(node)
+            .and_then(|client| Session::new(client).run(sql));
+        Ok(written.is_ok())
     })
 }

@@ -13,7 +13,7 @@ use xtask::{checks, command, host};
 
 use crate::crash::arm;
 use crate::generations::SEND;
-use crate::line::{Load, PATIENCE, await_online, check_rows, create};
+use crate::line::{Load, PATIENCE, await_commit, await_online, check_rows, create};
 use crate::stuck::set_on;
 
 pub fn cases() -> Vec<OwnCase> {
@@ -179,12 +179,7 @@ fn idle_transactions_delay_no_recovery(installation: &Installation) -> Result<()
         create(cluster)?;
         let mut idle = Vec::new();
         cluster.nodes[AWAY].kill()?;
-        wait_for("a commit without the node", PATIENCE, || {
-            let written = cluster
-                .connect(0)
-                .and_then(|client| Session::new(client).run("INSERT INTO line VALUES (9, 0)"));
-            Ok(written.is_ok())
-        })?;
+        await_commit(cluster, 0, "INSERT INTO line VALUES (9, 0)")?;
         for node in [0, 1] {
             let mut session = Session::new(cluster.connect(node)?);
             session.run("BEGIN; INSERT INTO line VALUES (9, 1)")?;
@@ -206,12 +201,7 @@ fn what_cannot_be_replayed_stops_the_node(installation: &Installation) -> Result
         Session::new(cluster.connect(0)?).run("CREATE TABLE once (id int PRIMARY KEY)")?;
         cluster.nodes[AWAY].kill()?;
         alone(cluster, "INSERT INTO once VALUES (7)")?;
-        wait_for("a commit without the node", PATIENCE, || {
-            let written = cluster
-                .connect(0)
-                .and_then(|client| Session::new(client).run("INSERT INTO once VALUES (7)"));
-            Ok(written.is_ok())
-        })?;
+        await_commit(cluster, 0, "INSERT INTO once VALUES (7)")?;
         let generation = |cluster: &Cluster| {
             Session::new(cluster.connect(0)?).text("SELECT gen_num::text FROM mtm.status()")
         };
@@ -278,12 +268,7 @@ fn a_node_that_gave_up_tries_again_when_told(installation: &Installation) -> Res
         cluster.nodes[AWAY].kill()?;
         let file = cluster.nodes[AWAY].data_dir().join(CAUSE);
         std::fs::remove_file(&file)?;
-        wait_for("a commit without the node", PATIENCE, || {
-            let written = cluster
-                .connect(0)
-                .and_then(|client| Session::new(client).run("INSERT INTO indexed VALUES (7)"));
-            Ok(written.is_ok())
-        })?;
+        await_commit(cluster, 0, "INSERT INTO indexed VALUES (7)")?;
         cluster.nodes[AWAY].start()?;
         for _ in 0..2 {
             await_failed(cluster)?;
@@ -392,9 +377,7 @@ fn a_node_asks_in_when_it_lags_no_more_than_is_set(installation: &Installation) 
         first.run(GATES)?;
         set_on(cluster, AWAY, "multimaster.min_recovery_lag", "0")?;
         cluster.nodes[AWAY].kill()?;
-        wait_for("a commit without the node", PATIENCE, || {
-            Ok(first.run("INSERT INTO line VALUES (9, 0)").is_ok())
-        })?;
+        await_commit(cluster, 0, "INSERT INTO line VALUES (9, 0)")?;
         add_gate(&mut first, "before")?;
         cluster.nodes[AWAY].start()?;
         await_gate(cluster, "before")?;
