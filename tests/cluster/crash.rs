@@ -29,7 +29,7 @@ const HIT_LIMIT: Duration = Duration::from_secs(15);
 /// The same for a point of the start, before another attempt.
 const START_HIT_LIMIT: Duration = Duration::from_secs(4);
 const START_ATTEMPTS: u32 = 6;
-/// Load before and after the fault.
+/// Load before and after the fault, whose moment is random: there is nothing to wait for.
 const LOAD: Duration = Duration::from_millis(150);
 /// Nodes (from 0) with the clients: two of them, so that the first takes part in others' transactions as well.
 const CLIENTS: [usize; 4] = [0, 0, 2, 2];

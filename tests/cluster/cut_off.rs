@@ -34,7 +34,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// Rows of the clients; smaller ones are others'.
 const FIRST_ROW: usize = 1_000_000;
 /// How many moments a short run visits.
-const IN_CI: usize = 5;
+const IN_CI: usize = 3;
 
 /// Where the commit stops when the coordinator is cut off, on which side that failpoint is, and what the client may hear.
 struct Moment {

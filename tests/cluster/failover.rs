@@ -34,7 +34,7 @@ const LOST_TOO: usize = 1;
 /// How long a node is away while the load goes on.
 fn absence() -> Duration {
     Duration::from_secs(match Size::chosen() {
-        Size::Ci => 5,
+        Size::Ci => 3,
         Size::Full => 120,
         Size::Long => 300,
     })

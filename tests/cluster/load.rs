@@ -24,7 +24,7 @@ const FLOOR_TPS: f64 = 400.0;
 
 fn seconds() -> u32 {
     match Size::chosen() {
-        Size::Ci => 15,
+        Size::Ci => 9,
         Size::Full => 60,
         Size::Long => 600,
     }

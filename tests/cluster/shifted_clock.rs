@@ -22,7 +22,7 @@ pub fn cases() -> Vec<OwnCase> {
 }
 
 const HOUR: i64 = 3600;
-/// Longer than a silent node is waited for.
+/// Longer than a silent node is waited for: that nobody is excluded meanwhile has no other end than time.
 const LOOK: Duration = Duration::from_secs(3);
 
 /// The clock of one server (`shifted_clock.c`).

@@ -24,7 +24,7 @@ pub fn cases() -> Vec<OwnCase> {
 const LOST: usize = 0;
 /// How long what follows may take.
 const LIMIT: Duration = Duration::from_secs(60);
-/// Time in which peers would have prepared what the standby does not have.
+/// Time in which peers would have prepared what the standby does not have: that nothing comes has no other end.
 const PEERS_TIME: Duration = Duration::from_secs(2);
 
 /// The ledger's clients commit in both modes, turn by turn.
