@@ -12,6 +12,7 @@ mod constraints;
 mod ddl;
 mod documents;
 mod held;
+mod in_flight;
 mod rows;
 mod steps;
 mod stream;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
             conflicts::cases(),
             strict::cases(),
             views::cases(),
+            in_flight::cases(),
             documents::cases(),
             steps::cases(),
         ];

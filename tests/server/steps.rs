@@ -6,7 +6,7 @@ use xtask::cluster::wait_for;
 use xtask::trace;
 
 use crate::held::arm;
-use crate::views::STATE_LIMIT;
+use crate::in_flight::STATE_LIMIT;
 
 pub fn cases() -> Vec<SharedCase> {
     cases![
