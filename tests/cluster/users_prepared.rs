@@ -22,6 +22,7 @@ pub fn cases() -> Vec<OwnCase> {
         a_finish_by_another_node_is_not_undone_by_a_crash,
         a_finish_that_is_read_before_its_prepare_is_recovered_is_not_lost,
         a_receiver_that_starts_anew_right_behind_a_marker_votes,
+        a_name_in_use_in_another_database_stops_no_stream,
         users_prepared_transactions_are_finished_once_whatever_starts_anew,
     ];
     if Size::chosen() != Size::Ci {
@@ -359,6 +360,30 @@ fn a_receiver_that_starts_anew_right_behind_a_marker_votes(
             prepare(&mut session, &name, 0, node as u64)?;
             session.run(&format!("COMMIT PREPARED '{name}'"))?;
         }
+        settle(cluster)
+    })
+}
+
+/// Names of prepared transactions are the server's, not the database's. Node 3 refuses what has the name of one in a database of its own, and must get over the ROLLBACK PREPARED that
+/// follows in the stream, which PostgreSQL refuses there with an error.
+fn a_name_in_use_in_another_database_stops_no_stream(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 3, |cluster| {
+        create(cluster)?;
+        set_everywhere(cluster, "multimaster.slow_node_timeout", "0")?;
+        let mut other = Session::new(cluster.nodes[LOST].connect_to("template1")?);
+        other.run("BEGIN; SELECT txid_current(); PREPARE TRANSACTION 'same'")?;
+        let mut first = Session::new(cluster.connect(0)?);
+        first.run("BEGIN; INSERT INTO line VALUES (0, 0)")?;
+        first.refused_with("42710", "PREPARE TRANSACTION 'same'")?;
+        let behind = first.text("SELECT pg_current_wal_insert_lsn()")?;
+        wait_for("node 3 to confirm what was rolled back", PATIENCE, || {
+            let confirmed = first.text(&format!(
+                "SELECT confirmed_flush_lsn >= '{behind}' FROM pg_replication_slots WHERE slot_name LIKE '%n3'"
+            ))?;
+            Ok(confirmed == "t")
+        })?;
+        first.run("INSERT INTO line VALUES (0, 1)")?;
+        other.run("ROLLBACK PREPARED 'same'")?;
         settle(cluster)
     })
 }

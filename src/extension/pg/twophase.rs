@@ -16,7 +16,7 @@ mod guarded {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finished {
     Done,
-    /// There is no such prepared transaction (any more).
+    /// There is no such prepared transaction in this database (any more).
     Unknown,
     /// Another process has it in its hands.
     Busy,
@@ -49,6 +49,10 @@ pub fn finish_after(name: &str, commit: bool, before: impl FnOnce()) -> Finished
     });
     let result = PgTryBuilder::new(std::panic::AssertUnwindSafe(attempt))
         .catch_when(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, |_| {
+            Finished::Unknown
+        })
+        // Names are the server's: one of another database is not the one that is meant. The stream would bring its finish again for ever.
+        .catch_when(PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED, |_| {
             Finished::Unknown
         })
         .catch_when(
