@@ -124,7 +124,7 @@ impl Source for SharedSource {
             transactions: read(&progress.transactions),
             rate: read(&progress.rate),
             retries: read(&progress.retries),
-            error: progress.error.get().filter(|_| failed),
+            error: progress.error.get(),
         })
     }
 

@@ -120,7 +120,7 @@ pub struct RecoveryRow {
     /// Bytes in a second.
     pub rate: i64,
     pub retries: i64,
-    /// What could not be applied, of a node that has failed.
+    /// What could not be applied, and is tried again or has made the node fail.
     pub error: Option<String>,
 }
 

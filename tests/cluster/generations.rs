@@ -14,6 +14,7 @@ use crate::crash::arm;
 use crate::failover::LOST;
 use crate::hosts::{Hosts, with_hosts};
 use crate::line::{Load, PATIENCE, await_online, check_rows, create};
+use crate::recovery::start_and_hold_recovery;
 
 pub fn cases() -> Vec<OwnCase> {
     cases![
@@ -117,16 +118,7 @@ fn a_node_recovers_from_one_that_has_just_recovered(installation: &Installation)
 /// Starts the last node and stops the process that recovers it, before it has applied anything.
 fn start_and_stop_recovery(cluster: &mut Cluster) -> Result<i32> {
     let server = &mut cluster.nodes[LAST_BACK];
-    server.configure(&settings(&[(
-        "multimaster.failpoint",
-        "recovery-applies=hold",
-    )]))?;
-    server.start()?;
-    wait_for("a recovery", PATIENCE, || {
-        Ok(server
-            .log_text()
-            .contains("failpoint recovery-applies: held"))
-    })?;
+    start_and_hold_recovery(server)?;
     let pid = Session::new(server.connect()?)
         .text("SELECT pid FROM pg_stat_activity WHERE backend_type = 'multimaster recovery'")?
         .parse()

@@ -7,12 +7,13 @@ use multimaster_tests::{OwnCase, Session, cases, with_cluster};
 use xtask::cluster::{Cluster, wait_for};
 use xtask::installation::Installation;
 use xtask::pgbench::Report;
-use xtask::server::settings;
+use xtask::server::{Disk, Server, settings};
 use xtask::suite::Size;
 use xtask::{checks, command, host};
 
 use crate::crash::arm;
 use crate::generations::SEND;
+use crate::hosts::{DISK_BYTES, with_hosts_and_disks};
 use crate::line::{Load, PATIENCE, await_commit, await_online, check_rows, create};
 use crate::stuck::set_on;
 
@@ -22,6 +23,7 @@ pub fn cases() -> Vec<OwnCase> {
         a_donor_dies_during_recovery,
         idle_transactions_delay_no_recovery,
         what_cannot_be_replayed_stops_the_node,
+        a_full_disk_only_delays_a_recovery,
         a_node_asks_in_when_it_lags_no_more_than_is_set,
         a_node_that_gave_up_tries_again_when_told,
     ]
@@ -129,6 +131,20 @@ fn recovery_outruns_the_load(installation: &Installation) -> Result<()> {
     })
 }
 
+/// Starts a node whose recovery waits, until it is told otherwise, before it has applied anything.
+pub fn start_and_hold_recovery(server: &mut Server) -> Result<()> {
+    server.configure(&settings(&[(
+        "multimaster.failpoint",
+        "recovery-applies=hold",
+    )]))?;
+    server.start()?;
+    wait_for("a recovery", PATIENCE, || {
+        Ok(server
+            .log_text()
+            .contains("failpoint recovery-applies: held"))
+    })
+}
+
 /// The donor is killed when the first transaction has come from it and is not applied yet; others are enough to go on.
 fn a_donor_dies_during_recovery(installation: &Installation) -> Result<()> {
     with_cluster(installation, 5, |cluster| {
@@ -136,15 +152,7 @@ fn a_donor_dies_during_recovery(installation: &Installation) -> Result<()> {
         let load = Load::start(cluster, &[2, 3]);
         cluster.nodes[4].kill()?;
         load.await_commits()?;
-        cluster.nodes[4].configure(&settings(&[(
-            "multimaster.failpoint",
-            "recovery-applies=hold",
-        )]))?;
-        cluster.nodes[4].start()?;
-        wait_for("a recovery", PATIENCE, || {
-            let log = cluster.nodes[4].log_text();
-            Ok(log.contains("failpoint recovery-applies: held"))
-        })?;
+        start_and_hold_recovery(&mut cluster.nodes[4])?;
         let mut session = Session::new(cluster.connect(4)?);
         let donor = session.text("SELECT donor FROM mtm.recovery")?;
         let dead = donor.parse::<usize>().context("no donor")? - 1;
@@ -246,6 +254,39 @@ fn push_out_events(cluster: &Cluster) -> Result<()> {
     session.run("SELECT pg_reload_conf()")
 }
 
+/// Enough for a table to need room on the disk.
+const MANY: &str = "INSERT INTO many SELECT generate_series(1, 20000)";
+/// More attempts than are made at what cannot be applied.
+const ATTEMPTS: &str = "6";
+
+/// A disk that stays full for longer than anything else is tried: the node waits for room, and comes back without help.
+fn a_full_disk_only_delays_a_recovery(installation: &Installation) -> Result<()> {
+    with_hosts_and_disks(installation, 3, DISK_BYTES, |hosts| {
+        let cluster = &mut hosts.cluster;
+        Session::new(cluster.connect(0)?).run("CREATE TABLE many (n int)")?;
+        cluster.nodes[AWAY].kill()?;
+        await_commit(cluster, 0, MANY)?;
+        let server = &mut cluster.nodes[AWAY];
+        start_and_hold_recovery(server)?;
+        server.fill_disk(Disk::Data)?;
+        arm(server, "")?;
+        let sql = format!("SELECT status, error FROM mtm.recovery WHERE retries >= {ATTEMPTS}");
+        let mut said = String::new();
+        wait_for("attempts on a full disk", PATIENCE, || {
+            said = Session::new(server.connect()?).text(&sql)?;
+            Ok(!said.is_empty())
+        })?;
+        println!("  {said}");
+        ensure!(
+            said.starts_with("catchup|") && said.contains("No space left on device"),
+            "the status says {said}"
+        );
+        server.free_disk(Disk::Data)?;
+        await_online(cluster, AWAY)?;
+        checks::whole(cluster, PATIENCE)
+    })
+}
+
 /// What an index calls reads a file, which this node has no more: somebody puts it back, and says so, while the server runs.
 fn a_node_that_gave_up_tries_again_when_told(installation: &Installation) -> Result<()> {
     with_cluster(installation, 3, |cluster| {
@@ -343,6 +384,9 @@ fn await_gate(cluster: &Cluster, name: &str) -> Result<()> {
     )
 }
 
+/// A heartbeat tells of its server's WAL what the last look has found, a fifth of a second ago at most; and some follow each other at once.
+const HEARTBEATS: i64 = 12;
+
 /// Waits until the node has heard from both others how far their WAL goes now.
 pub fn await_heartbeats(cluster: &Cluster) -> Result<()> {
     let mut session = Session::new(cluster.connect(AWAY)?);
@@ -350,9 +394,8 @@ pub fn await_heartbeats(cluster: &Cluster) -> Result<()> {
         let sql = "SELECT min(n_heartbeats) FROM mtm.get_nodes_state() WHERE id <> 3";
         Ok(session.text(sql)?.parse()?)
     };
-    // One may be on its way.
-    let enough = heard()? + 2;
-    wait_for("two heartbeats", PATIENCE, || Ok(heard()? >= enough))
+    let enough = heard()? + HEARTBEATS;
+    wait_for("heartbeats", PATIENCE, || Ok(heard()? >= enough))
 }
 
 fn open_gate(cluster: &Cluster, name: &str) -> Result<()> {

@@ -30,9 +30,12 @@ use super::stream_message::{DATA_HEADER_BYTES, number, status_message};
 
 /// How often the donor hears from us.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
-/// Pause before a transaction that failed is tried again, and how often it is.
-const RETRY_PAUSE_MS: u64 = 500;
-const TRIES: u32 = 5;
+/// Pause before a transaction that failed is tried again.
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
+/// The same where the machine has no room for it. That is not counted.
+const ROOM_PAUSE: Duration = Duration::from_secs(1);
+/// Failures of one transaction after which the node gives up.
+const FAILURES_MAX: u32 = 5;
 /// How often the rate is worked out anew.
 const RATE_INTERVAL: Duration = Duration::from_secs(1);
 /// Most that is told of an error.
@@ -106,6 +109,8 @@ pub fn main(donor: NodeId) {
     if let Err(error) = run(order) {
         pgrx::warning!("multimaster recovery from node {}: {error}", donor.get());
         if let RecoveryError::Replay(reason) = error {
+            // Before the status that makes others look for it.
+            shared().recovery_progress.error.set(&reason);
             submit(&LocalEvent::RecoveryFailed { reason });
             shared().arbiter.wake();
         }
@@ -258,6 +263,9 @@ impl Recovery {
     }
 
     /// Applies a transaction, again if that fails: locks of what this node prepared before it went away go when its outcome is known.
+    ///
+    /// What only wants room on a disk or in memory is tried for as long as that lasts: nothing is wrong with it. The others do not wait for that: the node does not ask
+    /// to be a member meanwhile, and a member that makes no progress is found stuck.
     fn commit(&mut self, messages: &[Vec<u8>]) -> Result<(), RecoveryError> {
         let head = head_of(messages)?;
         if self.is_here(&head) {
@@ -265,41 +273,52 @@ impl Recovery {
         }
         hit(Failpoint::RecoveryApplies);
         self.fence(self.generation_of(&head));
-        let mut tries = 0;
+        let mut failures = 0;
         loop {
-            let result = attempt(|| apply(messages, &head));
-            match result {
+            let failure = match attempt(|| apply(messages, &head)) {
                 Ok(applied) => {
-                    self.known.extend(applied);
-                    let done = &shared().recovery_progress.transactions;
-                    done.fetch_add(1, Ordering::Relaxed);
-                    self.retries = false;
+                    self.note_success(applied);
                     return Ok(());
                 }
-                Err(failure) => {
-                    rows::forget_all();
-                    process::abort_transaction();
-                    tries += 1;
-                    self.retries = true;
-                    self.measure();
-                    let retries = &shared().recovery_progress.retries;
-                    retries.fetch_add(1, Ordering::Relaxed);
-                    pgrx::warning!(
-                        "multimaster recovery could not apply a transaction: {} ({})",
-                        failure.message,
-                        failure.detail
-                    );
-                    if tries == TRIES {
-                        let what = format!("{} ({})", failure.message, failure.detail);
-                        return Err(RecoveryError::Replay(
-                            what.chars().take(REASON_CHARS).collect(),
-                        ));
-                    }
-                    process::pause_ms(RETRY_PAUSE_MS);
+                Err(failure) => failure,
+            };
+            self.note_failure(&failure);
+            if failure.wants_room() {
+                process::wait_latch(ROOM_PAUSE, Wait::Work);
+            } else {
+                failures += 1;
+                if failures == FAILURES_MAX {
+                    return Err(RecoveryError::Replay(reason_of(&failure)));
                 }
+                process::wait_latch(RETRY_PAUSE, Wait::Work);
             }
             process::check_interrupts();
+            if shared().recovery_order() != Some(self.order) {
+                return Err("it is not wanted any more".to_owned().into());
+            }
         }
+    }
+
+    fn note_success(&mut self, applied: Option<String>) {
+        self.known.extend(applied);
+        let progress = &shared().recovery_progress;
+        progress.transactions.fetch_add(1, Ordering::Relaxed);
+        if self.retries {
+            self.retries = false;
+            progress.error.set("");
+        }
+    }
+
+    fn note_failure(&mut self, failure: &ApplyFailure) {
+        rows::forget_all();
+        process::abort_transaction();
+        self.retries = true;
+        self.measure();
+        let reason = reason_of(failure);
+        let progress = &shared().recovery_progress;
+        progress.retries.fetch_add(1, Ordering::Relaxed);
+        progress.error.set(&reason);
+        pgrx::warning!("multimaster recovery could not apply a transaction: {reason}");
     }
 
     /// Whether there is nothing to do for a transaction.
@@ -396,6 +415,15 @@ impl Recovery {
         stream.send(&status_message(self.seen, Lsn::ZERO));
         self.told_at = Instant::now();
     }
+}
+
+/// What users are told of a failure.
+fn reason_of(failure: &ApplyFailure) -> String {
+    let detail = Some(failure.detail.as_str()).filter(|detail| !detail.is_empty());
+    let text = detail.map_or(failure.message.clone(), |detail| {
+        format!("{} ({detail})", failure.message)
+    });
+    text.chars().take(REASON_CHARS).collect()
 }
 
 /// Which transaction it is.

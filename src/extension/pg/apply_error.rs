@@ -36,6 +36,11 @@ impl ApplyFailure {
         }
     }
 
+    /// Whether nothing but room is missing, on a disk or in memory (class 53, "Insufficient Resources"): it may succeed at another time.
+    pub fn wants_room(&self) -> bool {
+        self.sqlstate.starts_with(b"53")
+    }
+
     fn caught(error: &CaughtError) -> ApplyFailure {
         let (CaughtError::PostgresError(report)
         | CaughtError::ErrorReport(report)

@@ -343,8 +343,6 @@ impl Arbiter {
             return;
         }
         self.members.failed = true;
-        // Before the status that makes others look for it.
-        shared().recovery_progress.error.set(reason);
         self.note(self.node, EventKind::Failed, reason, None);
         recover_from(None);
         self.member_input(MembershipInput::Leave);

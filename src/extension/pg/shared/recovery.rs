@@ -19,9 +19,9 @@ pub struct RecoveryProgress {
     pub transactions: AtomicU64,
     /// Bytes of the donor's WAL in a second, of late.
     pub rate: AtomicU64,
-    /// How often a transaction could not be applied and was tried again.
+    /// How often a transaction could not be applied.
     pub retries: AtomicU64,
-    /// What could not be applied, on a node that has failed. Written by the arbiter's thread: events of later days must not push it out.
+    /// What could not be applied, and is tried again or has made the node fail; events of later days must not push it out.
     pub error: TextCell,
 }
 
@@ -31,6 +31,7 @@ impl RecoveryProgress {
         for cell in [&self.transactions, &self.rate, &self.retries] {
             cell.store(0, Ordering::Relaxed);
         }
+        self.error.set("");
         self.from.store(from, Ordering::Relaxed);
         self.applied.store(from, Ordering::Relaxed);
         self.end.store(from, Ordering::Relaxed);
