@@ -23,6 +23,7 @@ pub fn cases() -> Vec<OwnCase> {
         a_finish_that_is_read_before_its_prepare_is_recovered_is_not_lost,
         a_receiver_that_starts_anew_right_behind_a_marker_votes,
         a_name_in_use_in_another_database_stops_no_stream,
+        a_finish_waits_until_the_prepare_is_answered,
         users_prepared_transactions_are_finished_once_whatever_starts_anew,
     ];
     if Size::chosen() != Size::Ci {
@@ -99,6 +100,36 @@ fn recovered_at_once(cluster: &Cluster) -> Result<()> {
         ensure!(log_counts(cluster, what) == 0, "the log says {what:?}");
     }
     Ok(())
+}
+
+/// Node 3 has not voted, so it may refuse yet; another session of node 1 sees the transaction prepared already.
+fn a_finish_waits_until_the_prepare_is_answered(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 3, |cluster| {
+        create(cluster)?;
+        arm(&cluster.nodes[LOST], "before-vote=hold")?;
+        let (mut preparing, mut other) = (
+            Session::new(cluster.connect(0)?),
+            Session::new(cluster.connect(0)?),
+        );
+        let answer = std::thread::spawn(move || prepare(&mut preparing, "early", 0, 0));
+        let mut still_there = || -> Result<bool> {
+            let sql = "SELECT count(*) FROM pg_prepared_xacts WHERE gid = 'early'";
+            Ok(other.text(sql)? == "1")
+        };
+        wait_for("the transaction to be prepared", PATIENCE, &mut still_there)?;
+        for finish in ["COMMIT", "ROLLBACK"] {
+            let mut impatient = Session::new(cluster.connect(0)?);
+            impatient.run("SET statement_timeout = '200ms'")?;
+            impatient.refused_with("57014", &format!("{finish} PREPARED 'early'"))?;
+            ensure!(still_there()?, "{finish} PREPARED has ended it");
+        }
+        arm(&cluster.nodes[LOST], "")?;
+        answer
+            .join()
+            .map_err(|_| anyhow::anyhow!("the session panicked"))??;
+        Session::new(cluster.connect(0)?).run("COMMIT PREPARED 'early'")?;
+        xtask::checks::whole(cluster, PATIENCE)
+    })
 }
 
 /// The walsender is about to send a PREPARE.

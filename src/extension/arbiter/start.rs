@@ -205,7 +205,7 @@ pub fn recover(identity: &Identity) -> RecoveredState {
 /// decide. They wait for nobody on other nodes, so this takes no longer than a flush; with synchronous standbys, until those have it.
 fn await_committing_backends() {
     let committing = |slot: &shared::BackendSlot| {
-        !slot.user_prepare.load(Ordering::Relaxed)
+        !slot.is_user_prepare()
             && slot
                 .gid
                 .get()

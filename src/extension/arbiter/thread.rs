@@ -206,7 +206,7 @@ impl Arbiter {
             if let Some(gid) = slot.gid.get()
                 && slot.outcome(gid.xid) == outcome::WAITING
             {
-                if slot.user_prepare.load(Ordering::Relaxed) {
+                if slot.is_user_prepare() {
                     // Its votes died with that life. Nobody may act on it before its user does, so it can still be rolled back.
                     self.waiting
                         .insert(gid, Waiting::begin(index as u32, false));

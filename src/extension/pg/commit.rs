@@ -250,12 +250,13 @@ pub unsafe fn prepare_for_user(name: *const c_char) {
     // SAFETY: as commit_globally.
     unsafe {
         IN_SEQUENCE.set(true);
+        let named = CStr::from_ptr(name);
         // The votes are counted from the moment the PREPARE can be seen.
         prepare_under(gid, name, Preparing::User, || {
             USER_PREPARING.set(Some(gid));
             shared::my_backend()
                 .user_prepare
-                .store(true, Ordering::Relaxed);
+                .store(shared::name_hash(named.to_bytes()), Ordering::Release);
             shared::my_backend().gid.set(Some(gid));
             submit(&LocalEvent::UserPreparing {
                 gid,
@@ -396,7 +397,7 @@ unsafe fn mark_decodable() {
 fn reset_outcome(gid: Gid) {
     let slot = shared::my_backend();
     slot.await_outcome(gid.xid);
-    slot.user_prepare.store(false, Ordering::Relaxed);
+    slot.user_prepare.store(0, Ordering::Relaxed);
 }
 
 /// Tells the arbiter that the PREPARE is durable and that this backend waits.

@@ -174,7 +174,8 @@ pub fn prepared_names() -> BTreeMap<u32, String> {
             }
             Ok::<_, pgrx::spi::Error>(names)
         })
-        .unwrap_or_default()
+        // Taken for none, what is prepared here would be prepared again.
+        .unwrap_or_else(|error| pgrx::error!("multimaster cannot read pg_prepared_xacts: {error}"))
     })
 }
 

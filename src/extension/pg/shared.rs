@@ -20,7 +20,7 @@ pub use backend::{BackendSlot, outcome, stage};
 pub use cells::{GidCell, RefusalCell, StandingCell, TextCell};
 pub use process::{ProcCell, my_backend_index, wake_proc};
 pub use recovery::RecoveryProgress;
-pub use replay::{Clearance, Replay};
+pub use replay::{Clearance, Replay, name_hash};
 pub(super) use segment::{area, backend_count};
 pub use segment::{backends, exists, my_backend, register, ring, shared, wake_fd, workers};
 pub use status::NodeStatus;

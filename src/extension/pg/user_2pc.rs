@@ -23,10 +23,10 @@ const FINISH_PREFIX: &CStr = c"mtm-finish";
 /// How often a backend looks whether the peers have confirmed. Nobody wakes it: a walsender does not know who waits.
 const CONFIRMED_PAUSE: Duration = Duration::from_millis(2);
 
-/// How often a backend looks whether the streams are ready for what it is about to finish.
-const STREAMS_PAUSE: Duration = Duration::from_millis(1);
-/// How long it waits for them. A member whose stream does not come is excluded long before, unless it is stuck in a way that nobody notices.
-const STREAMS_PATIENCE: Duration = Duration::from_secs(30);
+/// How often a backend looks whether votes and streams are ready for what it is about to finish.
+const READY_PAUSE: Duration = Duration::from_millis(1);
+/// How long it waits for that. A member whose stream does not come is excluded long before, unless it is stuck in a way that nobody notices.
+const READY_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Raises an error when a user's gid lies in our name space.
 ///
@@ -46,8 +46,8 @@ pub unsafe fn check_name(gid: *const c_char) {
     }
 }
 
-/// COMMIT or ROLLBACK PREPARED of a user's transaction is about to run: waits until no stream would bring the PREPARE again after a restart (`docs/membership.md`, *Users'
-/// prepared transactions*). Returns when this node serves; an interrupt ends the wait as any statement's.
+/// COMMIT or ROLLBACK PREPARED of a user's transaction is about to run: waits until no session of this node counts votes on it, and no stream would bring the PREPARE again
+/// after a restart (`docs/membership.md`, *Users' prepared transactions*). Returns when this node serves; an interrupt ends the wait as any statement's.
 ///
 /// # Safety
 /// As [`check_name`].
@@ -60,34 +60,55 @@ pub unsafe fn before_command(gid: *const c_char) {
         }
         let begun = Instant::now();
         loop {
-            let behind = match shared::shared().clearance(CStr::from_ptr(gid).to_bytes(), None) {
-                Clearance::Clear => return,
-                Clearance::Soon => None,
-                Clearance::Behind(node) => Some(node),
+            let name = CStr::from_ptr(gid).to_bytes();
+            let hindrance = if shared::backends()
+                .iter()
+                .any(|slot| slot.awaits_votes_on(name))
+            {
+                Hindrance::Votes
+            } else {
+                match shared::shared().clearance(name, None) {
+                    Clearance::Clear => return,
+                    Clearance::Soon => Hindrance::Mark,
+                    Clearance::Behind(node) => Hindrance::Stream(node),
+                }
             };
-            if begun.elapsed() >= STREAMS_PATIENCE {
-                raise_not_ready(behind);
+            if begun.elapsed() >= READY_PATIENCE {
+                raise_not_ready(hindrance);
             }
-            process::wait_latch(STREAMS_PAUSE, Wait::PeerCommits);
+            process::wait_latch(READY_PAUSE, Wait::PeerCommits);
             raw::check_for_interrupts();
             gate::check_finish();
         }
     }
 }
 
+/// What a finish waits for.
+#[derive(Clone, Copy)]
+enum Hindrance {
+    /// A session of this node still waits for PREPARE TRANSACTION to be answered: a node may refuse it yet.
+    Votes,
+    /// What was prepared ahead of it is not stored.
+    Mark,
+    Stream(NodeId),
+}
+
 /// Raises that the transaction cannot be finished now.
 ///
 /// # Safety
 /// As [`check_name`].
-unsafe fn raise_not_ready(behind: Option<NodeId>) {
+unsafe fn raise_not_ready(hindrance: Hindrance) {
     let mut message = FixedText::<256>::new();
-    let _ = match behind {
-        Some(node) => write!(
+    let _ = match hindrance {
+        Hindrance::Votes => message.write_str(
+            "cannot finish a prepared transaction before its PREPARE TRANSACTION is answered",
+        ),
+        Hindrance::Stream(node) => write!(
             message,
             "cannot finish a prepared transaction before this node has read what node {} had sent it before",
             node.get()
         ),
-        None => message.write_str(
+        Hindrance::Mark => message.write_str(
             "cannot finish a prepared transaction before what was prepared ahead of it is stored",
         ),
     };

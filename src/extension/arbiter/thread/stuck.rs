@@ -251,8 +251,7 @@ fn committing_sights() -> Vec<(Matter, Sight)> {
         .enumerate()
         .filter_map(|(index, slot)| {
             let gid = slot.gid.get()?;
-            let told = slot.outcome(gid.xid) == outcome::COMMIT
-                && !slot.user_prepare.load(Ordering::Relaxed);
+            let told = slot.outcome(gid.xid) == outcome::COMMIT && !slot.is_user_prepare();
             told.then(|| (Matter::Backend(index as u32), thing(gid.xid)))
         })
         .collect()

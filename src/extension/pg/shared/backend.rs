@@ -1,6 +1,7 @@
 //! The slot of each process of the server: what its transaction waits for, and who may end it.
 
 use super::cells::{GidCell, RefusalCell};
+use super::replay::name_hash;
 use crate::pg::handed_record::HandedRecord;
 use protocol::Refusal;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
@@ -48,13 +49,23 @@ pub struct BackendSlot {
     pub started_at: AtomicI64,
     /// In the middle of a PREPARE: see `barrier`.
     pub preparing: AtomicBool,
-    /// `gid` is a user's own PREPARE TRANSACTION: votes are counted, nothing is decided.
-    pub user_prepare: AtomicBool,
+    /// [`name_hash`] of the user's own PREPARE TRANSACTION that `gid` is: votes are counted, nothing is decided. 0 for anything else.
+    pub user_prepare: AtomicU64,
     /// The tokio thread's reason of an abort, or the monitor's for a victim.
     pub refusal: RefusalCell,
 }
 
 impl BackendSlot {
+    /// Whether what it waits for is a user's own PREPARE TRANSACTION.
+    pub fn is_user_prepare(&self) -> bool {
+        self.user_prepare.load(Ordering::Relaxed) != 0
+    }
+
+    /// Whether it waits for the votes on a user's own PREPARE TRANSACTION of this name.
+    pub fn awaits_votes_on(&self, name: &[u8]) -> bool {
+        self.user_prepare.load(Ordering::Acquire) == name_hash(name) && self.gid.get().is_some()
+    }
+
     /// The backend begins to wait for the outcome of its transaction.
     pub fn await_outcome(&self, xid: u64) {
         self.outcome

@@ -13,7 +13,7 @@ const PREPARES: usize = 1024;
 #[repr(C)]
 #[derive(Default)]
 struct Prepare {
-    /// [`hash`] of its name; 0 for none.
+    /// [`name_hash`] of its name; 0 for none.
     name: AtomicU64,
     /// Its end in the peer's WAL.
     end: AtomicU64,
@@ -79,7 +79,7 @@ impl Replay {
         match self.prepares.iter().find(free) {
             Some(prepare) => {
                 prepare.end.store(end.0, Ordering::Release);
-                prepare.name.store(hash(name), Ordering::Release);
+                prepare.name.store(name_hash(name), Ordering::Release);
             }
             None => self.crowded.store(end.0, Ordering::Release),
         }
@@ -112,7 +112,7 @@ impl Replay {
     /// Whether the stream may bring the PREPARE of this name again, to this receiver or a later one.
     fn again(&self, name: &[u8]) -> Again {
         let life = self.level.load(Ordering::SeqCst);
-        let name = hash(name);
+        let name = name_hash(name);
         let written = self.written.load(Ordering::Acquire);
         let beyond = |end: &AtomicU64| end.load(Ordering::Acquire) > written;
         let known = self
@@ -172,8 +172,8 @@ impl Shared {
     }
 }
 
-/// FNV-1a, never 0. Two names of one number wait for each other's marks, no more.
-fn hash(name: &[u8]) -> u64 {
+/// A number for a name of a prepared transaction: FNV-1a, never 0. Two names of one number wait for what concerns the other one, no more.
+pub fn name_hash(name: &[u8]) -> u64 {
     let mixed = name.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
     });
