@@ -13,7 +13,10 @@ use crate::line::{PATIENCE, await_online, create};
 use crate::stuck::await_members;
 
 pub fn cases() -> Vec<OwnCase> {
-    cases![an_old_disk_has_no_say_after_everything_was_down]
+    cases![
+        an_old_disk_has_no_say_after_everything_was_down,
+        a_node_that_is_being_replaced_does_not_come_back
+    ]
 }
 
 /// Node (from 0) whose old disk comes back.
@@ -58,6 +61,30 @@ fn an_old_disk_has_no_say_after_everything_was_down(installation: &Installation)
             "{rows} rows are there"
         );
         Ok(())
+    })
+}
+
+/// A copy of the node was begun and is not there yet, and nobody has a memory of that but the disks of the others: its own server is started by mistake.
+fn a_node_that_is_being_replaced_does_not_come_back(installation: &Installation) -> Result<()> {
+    with_cluster(installation, 3, |cluster| {
+        create(cluster)?;
+        cluster.nodes[OLD].stop()?;
+        await_members(cluster, "{1,2}")?;
+        for node in [0, 1] {
+            await_online(cluster, node)?;
+            Session::new(cluster.connect(node)?).run("SELECT mtm.begin_copy(3)")?;
+        }
+        for node in [0, 1] {
+            cluster.nodes[node].stop()?;
+        }
+        for node in [0, 1, OLD] {
+            cluster.nodes[node].start()?;
+        }
+        for node in [0, 1] {
+            await_told(cluster, node)?;
+        }
+        await_members(cluster, "{1,2}")?;
+        check_told(cluster)
     })
 }
 

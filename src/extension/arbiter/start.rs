@@ -217,16 +217,22 @@ fn await_committing_backends() {
     }
 }
 
-/// The first heartbeats say what this node holds already: its marks and its WAL.
+/// The first heartbeats say what this node holds already: its marks and its WAL. What replaced nodes are known by comes from there, too.
 fn load_marks(identity: &Identity, epoch: u32) {
-    let marks = process::in_transaction(|| DurableTable::open(c"marks", MARK_ROWS).read_all());
+    let (marks, copies) = process::in_transaction(|| {
+        let marks = DurableTable::open(c"marks", MARK_ROWS).read_all();
+        (marks, copy::last_numbers())
+    });
     for peer in identity.peers() {
         let (node, stored) = (shared().node(peer.id), &marks[usize::from(peer.id.get())]);
         if epoch == 1 {
             // What is there is of another cluster, which this server has belonged to before.
             node.mark.store(0, Ordering::Release);
             node.held.store(0, Ordering::Release);
+            node.newest_epoch.store(0, Ordering::Release);
         }
+        let number = copies.get(&peer.id).copied().unwrap_or_default();
+        node.newest_epoch.fetch_max(number, Ordering::AcqRel);
         node.mark.fetch_max(mark_in(stored).0.0, Ordering::AcqRel);
         node.held.fetch_max(held_in(stored).0, Ordering::AcqRel);
     }

@@ -73,8 +73,6 @@ pub struct Arbiter {
     linked: NodeSet,
     /// Peers with links that do not count yet.
     newcomers: BTreeMap<NodeId, newcomers::Newcomer>,
-    /// The latest life of each peer that has been heard of.
-    newest_epochs: BTreeMap<NodeId, u32>,
     peer_views: BTreeMap<NodeId, NodeSet>,
     leases: lease::LeaseKeeper,
     members: members::Members,
@@ -143,7 +141,6 @@ impl Arbiter {
             finishing: Finishing::default(),
             linked: NodeSet::default(),
             newcomers: BTreeMap::new(),
-            newest_epochs: BTreeMap::new(),
             peer_views: BTreeMap::new(),
             leases,
             members,

@@ -14,6 +14,8 @@ use protocol::{GenerationNum, Gid, NodeId, NodeSet};
 use crate::arbiter::{MARK_ROWS, number_in, read_membership};
 use crate::pg::records::DurableTable;
 use crate::pg::shared::{NodeStatus, shared};
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 
 /// Where this server comes from, if it is a copy.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +59,22 @@ pub fn settle() {
     }
 }
 
+/// Numbers of the last copies of nodes that were replaced. Runs in a transaction.
+pub fn last_numbers() -> BTreeMap<NodeId, u32> {
+    let found = Spi::connect(|client| {
+        let rows = client.select("SELECT node_id, number FROM mtm.copies", None, &[])?;
+        let rows = rows.map(|row| Ok((row.get::<i32>(1)?, row.get::<i64>(2)?)));
+        rows.collect::<Result<Vec<_>, pgrx::spi::Error>>()
+    });
+    match found {
+        Ok(rows) => rows
+            .into_iter()
+            .filter_map(|(node, number)| Some((node_of(node?)?, u32::try_from(number?).ok()?)))
+            .collect(),
+        Err(error) => pgrx::error!("multimaster cannot read mtm.copies: {error}"),
+    }
+}
+
 /// One row: generation, the membership record that a copy begins with, the mark of the lost node's stream, and why it may not be copied now.
 #[pg_extern]
 fn copy_state(
@@ -97,11 +115,7 @@ fn state_for(node_id: i32) -> Result<(MembershipRecord, u64), String> {
     let record = read_membership().unwrap_or(MembershipRecord::first(configured));
     let current = record.current.generation;
     let others = configured.without(node);
-    if shared
-        .node(node)
-        .linked
-        .load(std::sync::atomic::Ordering::Acquire)
-    {
+    if shared.node(node).linked.load(Ordering::Acquire) {
         return Err(format!(
             "node {node_id} is connected; only a node that does not run can be replaced"
         ));
@@ -144,7 +158,8 @@ fn holds_older(num: GenerationNum) -> bool {
     })
 }
 
-/// The copy is about to be taken: its WAL is going to be kept again. Returns the number of the copy, higher than that of any earlier one.
+/// The copy is about to be taken: its WAL is going to be kept again, and the node that it replaces is not heard from now on. Returns the number of the copy, higher than that
+/// of any earlier one, and than the epoch of any arbiter that was heard.
 #[pg_extern]
 fn begin_copy(node_id: i32) -> i64 {
     super::require_superuser();
@@ -155,15 +170,18 @@ fn begin_copy(node_id: i32) -> i64 {
         "DELETE FROM mtm.needs_copy WHERE node_id = $1",
         &[node_id.into()],
     );
+    let newest = &shared().node(node).newest_epoch;
+    let heard = i64::from(newest.load(Ordering::Acquire));
     // Minutes, so that the number also exceeds those that this node has not heard of.
     let number = Spi::get_one_with_args::<i64>(
-        "INSERT INTO mtm.copies VALUES ($1, extract(epoch FROM pg_catalog.now() - '2020-01-01 00:00Z'::pg_catalog.timestamptz)::pg_catalog.int8 / 60) \
+        "INSERT INTO mtm.copies VALUES ($1, greatest($2 + 1, extract(epoch FROM pg_catalog.now() - '2020-01-01 00:00Z'::pg_catalog.timestamptz)::pg_catalog.int8 / 60)) \
          ON CONFLICT (node_id) DO UPDATE SET number = greatest(mtm.copies.number + 1, excluded.number) RETURNING number",
-        &[node_id.into()],
+        &[node_id.into(), heard.into()],
     );
     match (forgotten, number) {
         (Ok(()), Ok(Some(number))) => {
             shared().forget_copy_need(node);
+            newest.fetch_max(number as u32, Ordering::AcqRel);
             number
         }
         (Err(error), _) | (_, Err(error)) => {

@@ -64,6 +64,8 @@ pub struct NodeShared {
     pub replay: Replay,
     /// Up to where it holds this node's own stream durably, as it has said: an old copy of it holds less.
     pub held: AtomicU64,
+    /// The latest life of its arbiter that was heard since this server started, or behind which a copy of the node begins: an older one is that of an old copy.
+    pub newest_epoch: AtomicU32,
     /// End of its WAL when our receiver last connected: everything this server knew by then lies before it.
     pub peer_end: AtomicU64,
     /// End of its flushed WAL, as its last heartbeat said; this node's own for this node.

@@ -32,13 +32,9 @@ fn view_of(heartbeat: &Heartbeat) -> NodeSet {
     NodeSet::from_bits(extras::get(heartbeat, extras::RECEIVING).unwrap_or_default())
 }
 
-/// So far a heartbeat's word on its sender's WAL is never behind what we have of it: an old one by a few seconds at most.
-const BEHIND_BYTES_MAX: u64 = 1 << 30;
-
-/// Whether the peer's WAL ends long before what we have had of it. The WAL of a new copy of a node begins 64 GB above that of the old one.
-fn is_far_behind(peer: NodeId, heartbeat: &Heartbeat) -> bool {
-    let had = shared().node(peer).mark.load(Ordering::Acquire);
-    heartbeat.flushed > Lsn::ZERO && heartbeat.flushed.0.saturating_add(BEHIND_BYTES_MAX) < had
+/// Whether the peer has started more often before, or a copy has taken its place: what answers now does not know what its node has promised since.
+fn is_older(peer: NodeId, epoch: u32) -> bool {
+    epoch < shared().node(peer).newest_epoch.load(Ordering::Acquire)
 }
 
 impl Arbiter {
@@ -47,7 +43,7 @@ impl Arbiter {
             return;
         };
         match event {
-            MeshEvent::Up { peer, epoch, .. } if self.is_older(peer, epoch) => {
+            MeshEvent::Up { peer, epoch, .. } if is_older(peer, epoch) => {
                 self.tell_old_copy(peer);
             }
             MeshEvent::Up { peer, epoch, .. } => self.meet(peer, epoch),
@@ -57,10 +53,6 @@ impl Arbiter {
             }
             MeshEvent::Messages { from, .. } | MeshEvent::Heartbeat { from, .. }
                 if !self.linked.contains(from) => {}
-            MeshEvent::Heartbeat { from, heartbeat } if is_far_behind(from, &heartbeat) => {
-                self.tell_old_copy(from);
-                self.lose(from, "it is an old copy of its node");
-            }
             MeshEvent::Down { peer, reason } => self.lose(peer, &reason.to_string()),
             MeshEvent::Messages { from, batch } => self.on_messages(from, batch),
             MeshEvent::Heartbeat { from, heartbeat } => self.on_heartbeat(from, &heartbeat),
@@ -93,7 +85,8 @@ impl Arbiter {
     /// The link counts from now on.
     pub(super) fn count_link(&mut self, peer: NodeId, epoch: u32) {
         // Not before: an old copy can have started more often than its node.
-        self.newest_epochs.insert(peer, epoch);
+        let newest = &shared().node(peer).newest_epoch;
+        newest.fetch_max(epoch, Ordering::AcqRel);
         self.linked.insert(peer);
         self.link_changed(peer, true, "its arbiter answers");
         self.main.log(
@@ -154,13 +147,6 @@ impl Arbiter {
         }
         self.input(Input::LinkDown { peer });
         self.member_input(MembershipInput::LinkDown { peer });
-    }
-
-    /// Whether the peer has started more often before: what answers now does not know what its node has promised since.
-    fn is_older(&self, peer: NodeId, epoch: u32) -> bool {
-        self.newest_epochs
-            .get(&peer)
-            .is_some_and(|newest| epoch < *newest)
     }
 
     /// An old copy of a node has no say: nothing it says is heard, and it is promised nothing (membership.md, "A node is its memory").
