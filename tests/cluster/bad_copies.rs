@@ -152,13 +152,17 @@ fn a_copy_that_ends_early_is_made_again(installation: &Installation) -> Result<(
         println!("  the old server comes back");
         let held = run.hold_after_the_backup(cluster)?;
         cluster.nodes[LOST].start()?;
-        await_connected(cluster)?;
-        fail_with(&held.go_on()?, "node 3 is connected")?;
         // What it has missed lies before the slots that the run has made.
         await_old(cluster)?;
+        await_told(cluster)?;
         Session::new(cluster.connect(LOST)?).refused_with("57P03", "SELECT count(*) FROM line")?;
+        succeed(&held.go_on()?)?;
         cluster.nodes[LOST].stop()?;
-        await_members(cluster, "{1,2}")?;
+        command::capture(Command::new("find").arg(&run.target).args([
+            "-mindepth",
+            "1",
+            "-delete",
+        ]))?;
         println!("  at last");
         run.replace(
             "pg_basebackup",
@@ -438,10 +442,10 @@ impl Drop for OldServer {
     }
 }
 
-fn await_connected(cluster: &Cluster) -> Result<()> {
-    wait_for("the old server to be heard", PATIENCE, || {
-        let heard = "SELECT 3 = ANY (connected) FROM mtm.status()";
-        Ok(Session::new(cluster.connect(DONOR)?).text(heard)? == "t")
+fn await_told(cluster: &Cluster) -> Result<()> {
+    wait_for("the donor to tell of the old copy", PATIENCE, || {
+        let told = "SELECT count(*) FROM mtm.events WHERE node_id = 3 AND event = 'old copy'";
+        Ok(Session::new(cluster.connect(DONOR)?).text(told)? != "0")
     })
 }
 
