@@ -1,6 +1,6 @@
 //! `cargo xtask sim` and `cargo xtask model`: the simulator and the model checker, optimised, with sensible amounts.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::command;
 use crate::extension::{PROFILE, cargo};
@@ -71,11 +71,24 @@ pub struct Choice {
     pub nodes: Option<u32>,
 }
 
+impl Choice {
+    /// A number of nodes is refused where it would be ignored.
+    fn check(self) -> Result<()> {
+        match (self.world, self.nodes) {
+            (Some(world), Some(_)) if !world.has_choice_of_nodes() => {
+                bail!("--nodes has no meaning in the world {world:?}, whose size is fixed")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Shows one seed step by step, in the world with fixed members when none is chosen.
 ///
 /// # Errors
-/// When an invariant does not hold.
+/// When an invariant does not hold, or the choice makes no sense.
 pub fn show(seed: u64, choice: Choice) -> Result<()> {
+    choice.check()?;
     let world = choice.world.unwrap_or(World::Fixed);
     let [_, command] = world.commands();
     let mut arguments = vec![command.to_owned()];
@@ -89,8 +102,9 @@ pub fn show(seed: u64, choice: Choice) -> Result<()> {
 /// Runs `seeds` seeds of each world and size that was chosen.
 ///
 /// # Errors
-/// When an invariant does not hold.
+/// When an invariant does not hold, or the choice makes no sense.
 pub fn storms(seeds: u64, choice: Choice) -> Result<()> {
+    choice.check()?;
     let worlds = World::ALL
         .into_iter()
         .filter(|world| choice.world.is_none_or(|chosen| chosen == *world));
