@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 #[derive(Parser)]
-#[command(name = "mtm", about = "Looks after a multimaster cluster")]
+#[command(name = "mtm", version, about = "Looks after a multimaster cluster")]
 struct Options {
     #[command(subcommand)]
     command: Command,

@@ -1,7 +1,7 @@
 //! The pages of `docs/operations.md`: each is brought about, its commands are run, and what they print must have the shape that the page shows.
 //!
-//! A block of a page holds lines `n1=> statement`, for psql on node 1 (`r=>`: on the referee), and `n3$ command`, for a shell on node 3, each followed by its output. Numbers may differ,
-//! and so may names of transactions and clusters; everything else may not.
+//! A block of a page holds lines `n1=> statement`, for psql on node 1 (`r=>`: on the referee), and `n3$ command`, for a shell on node 3, each followed by its output. Numbers of
+//! generations and apply workers, milliseconds and names of transactions may differ; everything else may not, but for where servers and directories are.
 
 use std::fs;
 use std::process::Stdio;
@@ -229,24 +229,29 @@ fn named(statement: &str, gid: &Option<String>) -> String {
     }
 }
 
-/// What is left of lines when numbers and names of transactions are taken out.
+/// What is left of lines without what differs from run to run.
 fn shapes(lines: &[String]) -> Vec<String> {
     let lines = lines.iter().map(|line| line.trim());
     lines.filter(|line| !line.is_empty()).map(shape).collect()
 }
 
+/// Takes out the rest of a transaction's name, numbers of generations and of apply workers, and milliseconds. Every other number (nodes, members, sums) has to be the page's.
 fn shape(line: &str) -> String {
     if line.starts_with("mtm-") {
         return "mtm-".to_owned();
     }
-    let mut shape = String::new();
-    for sign in line.chars() {
-        let digit = sign.is_ascii_digit();
-        if !(digit && shape.ends_with('0')) {
-            shape.push(if digit { '0' } else { sign });
+    let words: Vec<&str> = line.split(' ').collect();
+    let shaped = words.iter().enumerate().map(|(place, word)| {
+        let before = place.checked_sub(1).map(|place| words[place]);
+        let after = words.get(place + 1).copied();
+        let varies = matches!(before, Some("generation" | "worker")) || after == Some("ms");
+        if varies && word.parse::<u64>().is_ok() {
+            "0"
+        } else {
+            word
         }
-    }
-    shape
+    });
+    shaped.collect::<Vec<_>>().join(" ")
 }
 
 fn psql(cluster: &Cluster, node: usize, sql: &str) -> Result<Vec<String>> {
@@ -278,13 +283,19 @@ fn shell(cluster: &mut Cluster, step: &Step) -> Result<Vec<String>> {
     let program = node.program("mtm");
     let keep = kept();
     let mut mtm = host::server_command(&program)?;
-    mtm.args(["clone", "--node", &(step.node + 1).to_string(), "--from"])
-        .arg(cluster.nodes[0].conninfo())
-        .arg("--pgdata")
-        .arg(node.data_dir())
-        .arg("--config")
-        .arg(&keep)
-        .arg("--bindir")
+    mtm.arg("clone");
+    let mut words = step.text.split_whitespace();
+    while let Some(word) = words.next() {
+        match word {
+            "--node" => mtm.arg(word).args(words.next()),
+            "--from" => mtm.arg(word).arg(cluster.nodes[0].conninfo()),
+            "--pgdata" => mtm.arg(word).arg(node.data_dir()),
+            "--config" => mtm.arg(word).arg(&keep),
+            option if option.starts_with("--") => bail!("the test does not know {option}"),
+            _ => &mut mtm,
+        };
+    }
+    mtm.arg("--bindir")
         .arg(program.parent().context("a program lies in a directory")?);
     let output = command::run(&mut mtm)?;
     let _ = fs::remove_dir_all(&keep);
