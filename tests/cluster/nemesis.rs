@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use multimaster_tests::{OwnCase, Session, cases};
 use postgres::{Client, NoTls};
-use xtask::cluster::Cluster;
+use xtask::cluster::{Cluster, wait_for};
 use xtask::installation::Installation;
 use xtask::suite::Size;
 
@@ -23,6 +23,7 @@ use self::stage::Stage;
 use crate::crash::dice_named;
 use crate::hosts::{DISK_BYTES, with_hosts_and_disks};
 use crate::ledger::{Dice, Ledger, SUMS, check_equal};
+use crate::line::{PATIENCE, await_commit};
 use crate::lists::{self, Lists};
 use crate::referee::with_referee;
 use crate::stuck::set_everywhere;
@@ -200,14 +201,23 @@ fn round(
     closed?;
     ledger.audit(&stage.hosts.cluster)?;
     let (transactions, reads) = (transactions?, reads?);
-    let mut session = stage
-        .hosts
-        .session(dice.below(nodes.len() as u64) as usize)?;
-    let found = lists::check(&transactions, &lists::read_all(&mut session)?)?;
+    let cluster = &stage.hosts.cluster;
+    let node = dice.below(nodes.len() as u64) as usize;
+    // On a machine that stalls, a node may be taken for stuck at this moment, too.
+    let mut left = None;
+    wait_for("the lists to be read", PATIENCE, || {
+        left = cluster
+            .connect(node)
+            .and_then(|client| lists::read_all(&mut Session::new(client)))
+            .ok();
+        Ok(left.is_some())
+    })?;
+    let found = lists::check(&transactions, &left.unwrap_or_default())?;
+    await_commit(cluster, node, "UPDATE list SET items = '{}'")?;
     stage.say(&format!("{found}, {reads} reads of the sums"))?;
     seen.reads += reads;
     seen.lists += transactions.len();
-    session.run("UPDATE list SET items = '{}'")
+    Ok(())
 }
 
 fn break_some(stage: &mut Stage, deck: &mut Deck, dice: &mut Dice, seen: &mut Seen) -> Result<()> {
