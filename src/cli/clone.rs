@@ -10,7 +10,7 @@
 //! Why that is right is in `docs/membership.md`, "A copy of a node".
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, Permissions};
+use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -185,8 +185,10 @@ impl Target {
             works,
             work,
         };
+        // Where the last file has come, the copy is complete, and no run is interrupted.
+        let is_complete = target.pgdata.join(VERSION_FILE).exists();
         ensure!(
-            target.works.exists() || target.entries()?.is_empty(),
+            target.works.exists() && !is_complete || target.entries()?.is_empty(),
             "{} is not empty; move away what is left of the lost node",
             target.pgdata.display()
         );
@@ -237,7 +239,13 @@ impl Target {
         for name in names.iter().filter(|name| *name != VERSION_FILE) {
             move_up(name)?;
         }
+        let keep = || {
+            let kept = File::open(&self.pgdata).and_then(|directory| directory.sync_all());
+            kept.with_context(|| format!("cannot flush {}", self.pgdata.display()))
+        };
+        keep()?;
         move_up(OsStr::new(VERSION_FILE))?;
+        keep()?;
         fs::remove_dir(&self.work)
             .and_then(|()| fs::remove_dir(&self.works))
             .with_context(|| format!("cannot remove {}", self.works.display()))
@@ -342,7 +350,9 @@ fn take_configuration(from: &Path, to: &Path) -> Result<()> {
     for name in CONFIGURATION {
         let file = from.join(name);
         if file.exists() {
-            fs::copy(&file, to.join(name))
+            let copy = to.join(name);
+            fs::copy(&file, &copy)
+                .and_then(|_| File::open(&copy)?.sync_all())
                 .with_context(|| format!("cannot copy {}", file.display()))?;
         }
     }

@@ -68,6 +68,11 @@ fn an_old_disk_has_no_say_after_everything_was_down(installation: &Installation)
 fn a_node_that_is_being_replaced_does_not_come_back(installation: &Installation) -> Result<()> {
     with_cluster(installation, 3, |cluster| {
         create(cluster)?;
+        let mut first = Session::new(cluster.connect(0)?);
+        first.refused_with("55000", "SELECT mtm.begin_copy(3)")?;
+        for nobody in [0, 1, 4] {
+            first.refused_with("22023", &format!("SELECT mtm.begin_copy({nobody})"))?;
+        }
         cluster.nodes[OLD].stop()?;
         await_members(cluster, "{1,2}")?;
         for node in [0, 1] {

@@ -13,6 +13,7 @@ use protocol::{GenerationNum, Gid, NodeId, NodeSet};
 
 use crate::arbiter::{MARK_ROWS, number_in, read_membership};
 use crate::pg::records::DurableTable;
+use crate::pg::report::{self, ErrorReport};
 use crate::pg::shared::{NodeStatus, shared};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -160,22 +161,23 @@ fn holds_older(num: GenerationNum) -> bool {
 
 /// The copy is about to be taken: its WAL is going to be kept again, and the node that it replaces is not heard from now on. Returns the number of the copy, higher than that
 /// of any earlier one, and than the epoch of any arbiter that was heard.
+///
+/// # Errors
+/// 42501 unless the user is a superuser; 22023 when there is no such other node; 55000 while the node is connected.
 #[pg_extern]
 fn begin_copy(node_id: i32) -> i64 {
     super::require_superuser();
-    let Some(node) = node_of(node_id) else {
-        pgrx::error!("there is no node {node_id} to be replaced");
-    };
+    let node = replaceable(node_id);
     let forgotten = Spi::run_with_args(
         "DELETE FROM mtm.needs_copy WHERE node_id = $1",
         &[node_id.into()],
     );
     let newest = &shared().node(node).newest_epoch;
     let heard = i64::from(newest.load(Ordering::Acquire));
-    // Minutes, so that the number also exceeds those that this node has not heard of.
+    // Minutes, so that the number also exceeds those that this node has not heard of. Far above that of an earlier copy, whose epochs follow it, should that have been given up.
     let number = Spi::get_one_with_args::<i64>(
         "INSERT INTO mtm.copies VALUES ($1, greatest($2 + 1, extract(epoch FROM pg_catalog.now() - '2020-01-01 00:00Z'::pg_catalog.timestamptz)::pg_catalog.int8 / 60)) \
-         ON CONFLICT (node_id) DO UPDATE SET number = greatest(mtm.copies.number + 1, excluded.number) RETURNING number",
+         ON CONFLICT (node_id) DO UPDATE SET number = greatest(mtm.copies.number + 65536, excluded.number) RETURNING number",
         &[node_id.into(), heard.into()],
     );
     match (forgotten, number) {
@@ -189,6 +191,29 @@ fn begin_copy(node_id: i32) -> i64 {
         }
         _ => pgrx::error!("multimaster cannot note the copy"),
     }
+}
+
+/// The node that is about to be replaced. One that is connected would not come back after its next lost connection.
+fn replaceable(node_id: i32) -> NodeId {
+    let shared = shared();
+    let others = shared
+        .node_id()
+        .map_or(NodeSet::EMPTY, |own| shared.configured_nodes().without(own));
+    let Some(node) = node_of(node_id).filter(|node| others.contains(*node)) else {
+        report::raise(ErrorReport::new(
+            PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
+            format!("there is no other node {node_id} to be replaced"),
+            function_name!(),
+        ))
+    };
+    if shared.node(node).linked.load(Ordering::Acquire) {
+        report::raise(ErrorReport::new(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            format!("node {node_id} is connected; only a node that does not run can be replaced"),
+            function_name!(),
+        ))
+    }
+    node
 }
 
 fn node_of(id: i32) -> Option<NodeId> {

@@ -33,7 +33,7 @@ fn view_of(heartbeat: &Heartbeat) -> NodeSet {
 }
 
 /// Whether the peer has started more often before, or a copy has taken its place: what answers now does not know what its node has promised since.
-fn is_older(peer: NodeId, epoch: u32) -> bool {
+pub(super) fn is_older(peer: NodeId, epoch: u32) -> bool {
     epoch < shared().node(peer).newest_epoch.load(Ordering::Acquire)
 }
 

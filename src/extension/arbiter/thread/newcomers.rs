@@ -9,7 +9,7 @@
 //! A heartbeat can say less than is true by now. So one that falls short proves nothing, and the next one is looked at; an old copy falls short for as long as it gets nothing.
 
 use super::Arbiter;
-use super::links::mark_of;
+use super::links::{is_older, mark_of};
 use crate::pg::shared::shared;
 use mesh::MeshEvent;
 use protocol::{Lsn, Message, NodeId};
@@ -89,7 +89,8 @@ impl Arbiter {
         let Some(mut newcomer) = self.newcomers.remove(&peer) else {
             return;
         };
-        if newcomer.is_proven(heartbeat, self.node) {
+        // A copy of it may have been begun since the link came up.
+        if newcomer.is_proven(heartbeat, self.node) && !is_older(peer, newcomer.epoch) {
             self.count_link(peer, newcomer.epoch);
             self.on_heartbeat(peer, heartbeat);
             for batch in newcomer.batches {
